@@ -1,0 +1,29 @@
+"""Errors that a user can cause: each says what was wrong, where, and what to do about it."""
+
+
+class UserError(Exception):
+    """Base of all errors whose message is meant for the user; shown without a traceback by the CLI."""
+
+
+class ScaleError(UserError):
+    """A Ray scale is invalid, unknown or declared twice."""
+
+
+class ConfigError(UserError):
+    """A setting, hyperparameter or environment variable has an unusable value."""
+
+
+class DataError(UserError):
+    """A data source is missing, incomplete or not what it claims to be."""
+
+
+class PreflightError(UserError):
+    """The cluster or the disk cannot hold what is asked of it; nothing was started."""
+
+
+class CorruptionError(UserError):
+    """A stored file does not match its checksum, or a stored directory is incomplete."""
+
+
+class TrainingFailedError(UserError):
+    """A training ended without a result; the message carries the cause that its driver reported."""

@@ -1,0 +1,124 @@
+"""Where everything lies: the layout of the store and of the local home folder."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlpipes.files import read_record, write_record
+
+HOME_VARIABLE = "MLPIPES_HOME"
+
+
+def home() -> Path:
+    """The folder that holds all state of this installation: `$MLPIPES_HOME`, else `.mlpipes` in the checkout.
+
+    An installed package without a checkout uses `.mlpipes` in the current folder, as `dagster dev` does for its files.
+    """
+    if configured := os.environ.get(HOME_VARIABLE):
+        return Path(configured).expanduser().absolute()
+    checkout = Path(__file__).resolve().parent.parent
+    base = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+    return base / ".mlpipes"
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """Everything about one training, named by its fingerprint."""
+
+    path: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """The training's identity (SHA-256, hex)."""
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """What was asked for: the inputs of the fingerprint."""
+        return self.path / "recipe.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One published directory per kept checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """The outcome; there only when the training has finished."""
+        return self.path / "result.json"
+
+    @property
+    def model(self) -> Path:
+        """The exported best model."""
+        return self.path / "model"
+
+    def messages(self, attempt: int) -> Path:
+        """The append-only progress file of one attempt: for display, never the truth."""
+        return self.path / "messages" / f"a{attempt}.jsonl"
+
+    def specification(self, attempt: int) -> Path:
+        """What one attempt's driver is told."""
+        return self.path / "jobs" / f"a{attempt}.json"
+
+    def evaluation(self, name: str) -> Path:
+        """The report of one evaluation."""
+        return self.path / "evaluations" / name
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of results; on a cluster it lies on storage that all nodes share."""
+
+    root: Path
+
+    @property
+    def snapshots(self) -> Path:
+        """Content-addressed snapshots, shared by all scales that need the same data."""
+        return self.root / "snapshots"
+
+    def training(self, fingerprint: str) -> TrainingFolder:
+        """The folder of one training."""
+        return TrainingFolder(self.root / "trainings" / fingerprint)
+
+    def report(self, workload: str) -> Path:
+        """The folder of a workload's scaling report."""
+        return self.root / "reports" / workload
+
+    def _reference(self, workload: str, asset: str, partition: str) -> Path:
+        return self.root / "assets" / workload / asset / f"{partition}.json"
+
+    def write_reference(self, workload: str, asset: str, partition: str, content: dict[str, Any]) -> None:
+        """Record what an asset's partition now points to."""
+        write_record(self._reference(workload, asset, partition), content)
+
+    def read_reference(self, workload: str, asset: str, partition: str) -> dict[str, Any] | None:
+        """What an asset's partition points to, or None if it was never materialized."""
+        try:
+            return read_record(self._reference(workload, asset, partition))
+        except FileNotFoundError:
+            return None
+
+
+def read_messages(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Whole messages of a progress file from a byte offset on, and the offset behind them.
+
+    A torn last line is left for the next call; a line that is not JSON is passed over, for messages are display only.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read()
+    except FileNotFoundError:
+        return [], offset
+    end = data.rfind(b"\n") + 1
+    messages = []
+    for line in data[:end].splitlines():
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, dict):
+            messages.append(message)
+    return messages, offset + end
