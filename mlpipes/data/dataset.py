@@ -1,0 +1,66 @@
+"""The in-memory data set that a source hands out, with its provenance and content digest."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlpipes.files import canonical_json
+
+Columns = Mapping[str, np.ndarray]
+"""Arrays of equal length, one row a sample."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where data come from and what they are, for whoever reads a figure measured on them."""
+
+    name: str
+    licence: str
+    origin: str
+    fidelity: str
+    notes: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Named splits of columns: `train`, and `test` where the source brings one."""
+
+    splits: Mapping[str, Columns]
+    provenance: Provenance
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a consumer must know beyond the columns, such as `class_names`; JSON, and part of the digest."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each split."""
+        return {name: len(next(iter(columns.values()))) for name, columns in self.splits.items()}
+
+    def digest(self) -> str:
+        """SHA-256 over the name, dtype, shape and bytes of every column of every split, and over the facts."""
+        return digest_splits(self.splits, dict(self.facts))
+
+
+class Source(Protocol):
+    """A place that data come from. Loading it twice gives the same bytes or fails; it never falls back to other data."""
+
+    def load(self) -> Dataset:
+        """Read everything. Raises DataError saying what is missing and how to get it."""
+        ...
+
+
+def digest_splits(splits: Mapping[str, Columns], facts: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over every column of every split, in name order, and over the facts."""
+    sha = hashlib.sha256(canonical_json(facts))
+    for split in sorted(splits):
+        for name in sorted(splits[split]):
+            array = np.ascontiguousarray(splits[split][name])
+            sha.update(canonical_json([split, name, array.dtype.str, list(array.shape)]))
+            sha.update(memoryview(array).cast("B") if array.size else b"")
+    return sha.hexdigest()

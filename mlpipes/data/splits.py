@@ -1,0 +1,136 @@
+"""Splitting: disjoint by content, stratified and seeded; what was dropped, and why, is reported."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlpipes.data.dataset import Columns, Dataset
+from mlpipes.errors import DataError
+
+SOURCE_INDEX = "source_index"
+"""Column added to each split: the row's number in the source split that it came from."""
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How a data set is divided. Everything in here is part of the snapshot's digest."""
+
+    validation_fraction: float = 0.1
+    test_fraction: float | None = None
+    """Share of the whole for a test split where the source brings none; must be None where it does."""
+    seed: int = 0
+    stratify_by: str | None = "label"
+    content: tuple[str, ...] = ("image",)
+    """The columns whose bytes make two samples the same sample."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self) | {"content": list(self.content)}
+
+
+def content_hashes(columns: Columns, names: tuple[str, ...]) -> list[bytes]:
+    """One SHA-256 per row over the bytes of the named columns."""
+    arrays = [np.ascontiguousarray(columns[name]) for name in names]
+    hashes = []
+    for row in range(len(arrays[0])):
+        sha = hashlib.sha256()
+        for array in arrays:
+            sha.update(array[row].tobytes())
+        hashes.append(sha.digest())
+    return hashes
+
+
+def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """Disjoint `train`, `validation` and `test` columns, and a report of the duplicates found.
+
+    The source's test split is left as it is. A training sample whose content is also in the test split is dropped, and
+    of several equal training samples the first is kept, so no content is in two splits. Raises DataError if the plan
+    does not fit the data.
+    """
+    train = dict(dataset.splits["train"])
+    train[SOURCE_INDEX] = np.arange(len(next(iter(train.values()))), dtype=np.int64)
+    test = dict(dataset.splits["test"]) if "test" in dataset.splits else None
+    if (test is None) == (plan.test_fraction is None):
+        raise DataError(
+            f"{dataset.provenance.name}: the source brings {'no' if test is None else 'a'} test split, "
+            f"but the split plan's test_fraction is {plan.test_fraction}"
+        )
+    train_hashes = content_hashes(train, plan.content)
+    test_hashes: list[bytes] = []
+    if test is not None:
+        test[SOURCE_INDEX] = np.arange(len(next(iter(test.values()))), dtype=np.int64)
+        test_hashes = content_hashes(test, plan.content)
+    keep, report = _without_duplicates(train_hashes, test_hashes, train.get(plan.stratify_by or ""))
+    train = _rows(train, keep)
+
+    splits: dict[str, dict[str, np.ndarray]] = {}
+    if test is None:
+        assert plan.test_fraction is not None  # noqa: S101 - narrowed above
+        train, splits["test"] = _stratified(train, plan.test_fraction, plan, "test")
+    else:
+        splits["test"] = test
+    total = len(next(iter(train.values()))) + (len(splits["test"][SOURCE_INDEX]) if test is None else 0)
+    share = plan.validation_fraction * total / len(train[SOURCE_INDEX])
+    splits["train"], splits["validation"] = _stratified(train, share, plan, "validation")
+    _assert_disjoint(splits, plan.content)
+    return splits, report
+
+
+def _without_duplicates(
+    train: list[bytes], test: list[bytes], labels: np.ndarray | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    in_test = set(test)
+    first: dict[bytes, int] = {}
+    keep, leaked, repeated, conflicts = [], [], [], []
+    for row, content in enumerate(train):
+        if content in in_test:
+            leaked.append(row)
+        elif content in first:
+            repeated.append(row)
+            if labels is not None and labels[row] != labels[first[content]]:
+                conflicts.append([first[content], row])
+        else:
+            first[content] = row
+            keep.append(row)
+    report = {
+        "train_rows_dropped_because_also_in_test": len(leaked),
+        "train_rows_dropped_because_repeated": len(repeated),
+        "repeated_with_another_label": len(conflicts),
+        "test_rows_repeated": len(test) - len(in_test),
+        "first_leaked_rows": leaked[:_SHOWN],
+        "first_repeated_rows": repeated[:_SHOWN],
+        "first_label_conflicts": conflicts[:_SHOWN],
+    }
+    return np.asarray(keep, dtype=np.int64), report
+
+
+def _rows(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(array[rows]) for name, array in columns.items()}
+
+
+def _stratified(
+    columns: dict[str, np.ndarray], fraction: float, plan: SplitPlan, name: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    from sklearn.model_selection import train_test_split
+
+    labels = columns[plan.stratify_by] if plan.stratify_by else None
+    try:
+        rest, part = train_test_split(
+            np.arange(len(columns[SOURCE_INDEX])), test_size=fraction, random_state=plan.seed, stratify=labels
+        )
+    except ValueError as error:
+        raise DataError(f"cannot set a {name} split of {fraction:.1%} aside: {error}") from error
+    return _rows(columns, np.sort(rest)), _rows(columns, np.sort(part))
+
+
+def _assert_disjoint(splits: Mapping[str, Columns], content: tuple[str, ...]) -> None:
+    seen: dict[bytes, str] = {}
+    for split, columns in splits.items():
+        for row_hash in set(content_hashes(columns, content)):
+            if seen.setdefault(row_hash, split) != split:
+                raise DataError(f"a sample is in both {seen[row_hash]} and {split}; report this as a defect of mlpipes")

@@ -1,0 +1,111 @@
+"""Determinism: seeds as pure functions of a position, the data order, digests of weights, precision and environment."""
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlpipes.files import canonical_json
+
+
+def mixed_seed(*parts: Any) -> int:
+    """A 63-bit seed from any JSON values. Random numbers depend on where training is, never on how it got there."""
+    return int.from_bytes(hashlib.sha256(canonical_json(parts)).digest()[:8], "big") >> 1
+
+
+def prepare_process(threads: int, seed: int) -> None:
+    """Make this process compute the same bits every time: fixed threads, deterministic kernels, seeded RNG."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.manual_seed(mixed_seed(seed, "model"))
+
+
+class DataOrder:
+    """Which rows each step reads: a pure function of (seed, epoch, step), the same for every worker and after a crash.
+
+    Each epoch is a fresh permutation of all rows; the remainder that does not fill a global batch is left out, another
+    one every epoch.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.steps_per_epoch = rows // batch_size
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, epoch: int, step: int) -> Tensor:
+        """Rows (global batch size,) int64 of a step of an epoch, in order."""
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, "order", epoch))
+            self._permutation = torch.randperm(self.rows, generator=generator)
+            self._epoch = epoch
+        return self._permutation[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of a state dict, in name order."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; without that, bf16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """`bf16` or `fp32`: `auto` takes bf16 where the hardware has it."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if has_native_bf16(device) else "fp32"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What could make the same recipe give other bits: versions, hardware, threads, and the code's commit."""
+    libraries = ("torch", "torchvision", "numpy", "ray", "mlflow", "dagster")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version(name) for name in libraries},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "git": _git_state(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_state() -> dict[str, Any] | None:
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit, status = (
+            subprocess.run(  # noqa: S603
+                ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10, check=True  # noqa: S607
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "clean": not status}

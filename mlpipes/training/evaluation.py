@@ -1,0 +1,56 @@
+"""Running a model over a whole split, shared between workers, with results that do not depend on who computed them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlpipes.training.parallel import Workers, shares
+from mlpipes.workloads.base import Workload
+
+BATCH_SIZE = 500
+"""Samples per forward pass. Fixed, because the bits of a convolution may depend on the size of its batch."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which forward passes run at `bf16` or `fp32`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def predictions_of(
+    workload: Workload,
+    model: nn.Module,
+    columns: Mapping[str, Tensor],
+    hp: Any,
+    workers: Workers,
+    precision: str,
+) -> dict[str, np.ndarray]:
+    """The model's predictions for every row of `columns`, in row order, on every worker.
+
+    The batches are the same for any number of workers; each worker computes a consecutive share of them.
+    """
+    rows = len(next(iter(columns.values())))
+    device = next(model.parameters()).device
+    batches = torch.arange(rows).split(BATCH_SIZE)
+    mine = shares(len(batches), workers.size)[workers.rank]
+    was_training = model.training
+    model.eval()
+    outputs: list[dict[str, Tensor]] = []
+    # A worker without a batch of its own still needs the outputs' shapes to take part in the exchange.
+    for number in mine or range(1):
+        batch = workload.batch(columns, batches[number], hp, augment=False)
+        with autocast(device, precision):
+            outputs.append({name: value.float() for name, value in workload.predict(model, batch, hp).items()})
+    model.train(was_training)
+    bounds = [len(torch.cat([batches[n] for n in share])) if share else 0 for share in shares(len(batches), workers.size)]
+    result = {}
+    for name in outputs[0]:
+        own = torch.cat([output[name] for output in outputs])[: bounds[workers.rank]]
+        padded = own.new_zeros(max(bounds), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = workers.gather(padded)
+        result[name] = torch.cat([part[:count] for part, count in zip(parts, bounds, strict=True)]).cpu().numpy()
+    return result

@@ -1,0 +1,94 @@
+"""The recipe: everything that a trained model depends on, and the fingerprint that names it."""
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mlpipes.files import digest_of
+from mlpipes.scales import RayScaleConfig
+
+ENGINE_MODULES = ("mlpipes.training.loop", "mlpipes.training.parallel", "mlpipes.training.determinism")
+"""Engine code that numbers depend on. The rest (checkpoints, messages, tracking) may change without retraining."""
+
+
+class Recipe(BaseModel):
+    """The inputs of a training's fingerprint. Two trainings with equal recipes end in the same model, bit for bit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workload: str
+    implementation: str
+    """`module:attribute` of the workload instance."""
+    snapshot: str
+    """Digest of the snapshot."""
+    scale: RayScaleConfig
+    hyperparameters: dict[str, Any]
+    """All of them, defaults included, so that a changed default is a different training."""
+    seed: int
+    code: str
+    """Digest of the code that the numbers depend on; see `code_version`."""
+    generation: str = ""
+    """Empty, or the name of a deliberate fresh start."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all fields: the name of the training's folder, Ray job and MLflow run."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+@cache
+def code_version(implementation: str) -> str:
+    """Digest (16 hex digits) of the code that training `module:attribute` runs, without importing any of it.
+
+    Covers the workload's module, the modules of its own package that it imports, and the engine's numeric modules.
+    Comments, docstrings and formatting do not count, so tidying up never makes a finished model stale.
+    """
+    module = implementation.partition(":")[0]
+    package = module.rpartition(".")[0]
+    modules = _reachable(module, package) | set(ENGINE_MODULES)
+    return digest_of({name: _normalised(name) for name in sorted(modules)})[:16]
+
+
+def _source(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _reachable(module: str, package: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if name in found or path is None:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            waiting += [n for n in names if package and n.startswith(package + ".")]
+    return found
+
+
+def _normalised(module: str) -> str:
+    path = _source(module)
+    if path is None:
+        return ""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            # Docstrings; `pass` keeps a body that held nothing else valid and costs nothing.
+            body[0] = ast.Pass()
+    return ast.dump(tree)

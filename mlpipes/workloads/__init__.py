@@ -1,0 +1,1 @@
+"""Workloads: what is trained. Pure PyTorch; nothing in here knows Dagster, Ray or MLflow."""
