@@ -1,0 +1,120 @@
+"""Figures: curves, confusion matrices, calibration, mistakes and scaling, each returned as the bytes of a PNG."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_DPI = 80
+_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    # The object interface of matplotlib: pyplot would keep global state in a long-lived code server.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def training_curves(history: Sequence[Sequence[Any]], steps_per_epoch: int, best_step: int, metric: str) -> bytes:
+    """Loss of training and validation, and the primary validation metric, over epochs; the chosen checkpoint marked.
+
+    `history` holds rows of (key, value, step, time in ms).
+    """
+    figure, (losses, scores) = _new(9, 3.4, columns=2)
+    for colour, key, label in ((_COLOURS[0], "train/loss", "train"), (_COLOURS[1], "validation/loss", "validation")):
+        points = [(step / steps_per_epoch, value) for name, value, step, _ in history if name == key]
+        if points:
+            losses.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.3)
+    losses.set(xlabel="epoch", ylabel="loss", title="Loss", yscale="log")
+    losses.legend(frameon=False)
+    points = [(step / steps_per_epoch, value) for name, value, step, _ in history if name == f"validation/{metric}"]
+    if points:
+        scores.plot(*zip(*points, strict=True), color=_COLOURS[1], marker="o", markersize=3, linewidth=1.3)
+    scores.axvline(best_step / steps_per_epoch, color=_COLOURS[2], linestyle="--", label="chosen by validation")
+    scores.set(xlabel="epoch", title=f"Validation {metric}")
+    scores.legend(frameon=False)
+    for axes in (losses, scores):
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
+    """Counts by true (rows) and predicted (columns) class; `matrix` int (C, C)."""
+    side = max(3.6, min(12.0, 0.42 * len(names) + 1.4))
+    figure, axes = _new(side, side)
+    rates = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 30:
+        axes.set_xticks(range(len(names)), names, rotation=60 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            colour = "white" if rates[row, column] > 0.5 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion, n={int(matrix.sum()):,}")
+    return _png(figure)
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, ece: float, bins: int) -> bytes:
+    """Accuracy against confidence in equal-width bins; `confidence` float (N,), `correct` bool (N,)."""
+    figure, axes = _new(3.8, 3.6)
+    edges = np.linspace(0, 1, bins + 1)
+    which = np.clip(np.digitize(confidence, edges[1:-1]), 0, bins - 1)
+    for number in range(bins):
+        inside = which == number
+        if inside.any():
+            axes.bar(
+                (edges[number] + edges[number + 1]) / 2, correct[inside].mean(), width=0.9 / bins, color=_COLOURS[0]
+            )
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"Calibration, ECE {ece:.3f}")
+    return _png(figure)
+
+
+def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: str) -> bytes:
+    """Pictures with captions; `images` uint8 (N, C, H, W) with values up to `maximum`, C = 1 or 3."""
+    columns = min(8, max(1, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    figure, grid = _new(1.3 * columns, 1.55 * rows + 0.4, rows=rows, columns=columns)
+    for number, axes in enumerate(np.atleast_1d(grid).reshape(-1)):
+        axes.axis("off")
+        if number < len(images):
+            picture = images[number].transpose(1, 2, 0).astype(float) / maximum
+            axes.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
+            axes.set_title(captions[number], fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return _png(figure)
+
+
+def scaling(rows: Sequence[Mapping[str, Any]], metric: str) -> bytes:
+    """Test metric with its interval, training seconds and efficiency by scale.
+
+    Each row has `scale`, `value`, `low`, `high`, `train_seconds` and `efficiency` (None where there is no baseline).
+    """
+    figure, (scores, seconds, efficiencies) = _new(11, 1.6 + 0.4 * len(rows), columns=3)
+    names = [row["scale"] for row in rows]
+    places = np.arange(len(rows))
+    values = np.array([row["value"] for row in rows])
+    errors = np.abs(np.array([[row["low"], row["high"]] for row in rows]).T - values)
+    scores.errorbar(values, places, xerr=errors, fmt="o", color=_COLOURS[0], capsize=3)
+    scores.set(yticks=places, yticklabels=names, title=f"test {metric}, 95 % interval")
+    seconds.barh(places, [row["train_seconds"] for row in rows], color=_COLOURS[1], height=0.6)
+    seconds.set(yticks=places, yticklabels=[], title="training seconds (no start-up)")
+    efficiencies.barh(places, [row["efficiency"] or 0 for row in rows], color=_COLOURS[2], height=0.6)
+    efficiencies.axvline(1, color="grey", linestyle="--", linewidth=1)
+    efficiencies.set(yticks=places, yticklabels=[], title="parallel efficiency")
+    for axes in (scores, seconds, efficiencies):
+        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)

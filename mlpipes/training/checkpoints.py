@@ -1,0 +1,149 @@
+"""Checkpoints: everything needed to go on as if nothing had happened, published crash-safe and found by step.
+
+A checkpoint is a published directory `step-00000120` with `model.safetensors`, `optimizers.pt` (tensors and plain
+containers only) and, in its manifest, the progress. Random numbers and learning rates are pure functions of the position
+(`determinism.mixed_seed`, `Workload.learning_rate_factor`), so position and seed stand for the state of both.
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mlpipes.errors import CorruptionError
+from mlpipes.files import Published, open_published, publishing, set_aside
+
+KIND = "checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Progress:
+    """Where a training is and what it has seen; JSON, so that it can be read without torch."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    seed: int = 0
+    precision: str = "fp32"
+    history: list[list[Any]] = field(default_factory=list)
+    """Rows of (key, value, step, Unix time in ms): every curve so far, and so all metrics still to be tracked."""
+    interval_losses: list[float] = field(default_factory=list)
+    """Losses since the last logged point."""
+    epoch_loss: float = 0.0
+    """Sum of the losses of the current epoch's steps so far."""
+    best: dict[str, Any] | None = None
+    """Step and metrics of the best checkpoint by validation."""
+    train_seconds: float = 0.0
+    """Seconds spent in steps: no start-up, no evaluation, no checkpoints."""
+    order_digest: str = ""
+    """Chained SHA-256 of the rows that every step read."""
+    loss_digest: str = ""
+    """Chained SHA-256 of the loss of every step."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    published: Published
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps that it has behind it."""
+        return self.published.meta["progress"]["step"]
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training was."""
+        return Progress(**self.published.meta["progress"])
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The model's state dict, on the CPU."""
+        return load_file(self.published.path / "model.safetensors")
+
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """One state dict per optimizer, on the CPU."""
+        return torch.load(self.published.path / "optimizers.pt", map_location="cpu", weights_only=True)
+
+
+class Checkpoints:
+    """The checkpoints of one training."""
+
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        self.folder, self.keep_last = folder, keep_last
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after a step."""
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in numeric order; corrupt ones that were set aside do not count."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+    def save(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], progress: Progress) -> Path:
+        """Publish a checkpoint and prune: the last `keep_last` and the best stay. Returns its folder."""
+        target = self.path(progress.step)
+        with publishing(target, kind=KIND, version=VERSION) as draft:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            save_file(state, draft.path / "model.safetensors")
+            torch.save([optimizer.state_dict() for optimizer in optimizers], draft.path / "optimizers.pt")
+            draft.meta["progress"] = asdict(progress)
+        self.prune(progress)
+        return target
+
+    def prune(self, progress: Progress) -> None:
+        """Remove all but the last `keep_last` checkpoints and the best one."""
+        keep = set(self.steps()[-self.keep_last :]) | ({progress.best["step"]} if progress.best else set())
+        for step in self.steps():
+            if step not in keep:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def load(self, step: int) -> Checkpoint:
+        """The verified checkpoint after a step. Raises FileNotFoundError or CorruptionError."""
+        checkpoint = Checkpoint(open_published(self.path(step), kind=KIND, versions=frozenset({VERSION})))
+        try:
+            progress = checkpoint.progress
+        except (KeyError, TypeError) as error:
+            raise CorruptionError(f"{self.path(step)} has no usable progress in its manifest: {error}") from error
+        if progress.step != step:
+            raise CorruptionError(f"{self.path(step)} says that it is of step {progress.step}: it was renamed")
+        return checkpoint
+
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The latest usable checkpoint, or None if there never was one, and messages about unusable ones.
+
+        A checkpoint is usable if it verifies and so does the best one that it refers to. Corrupt ones are set aside as
+        evidence. Raises CorruptionError if there are checkpoints and none is usable: starting over is the user's call.
+        """
+        messages = []
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                checkpoint = self.load(step)
+            except CorruptionError as error:
+                messages.append(f"{error}; set aside as {set_aside(self.path(step)).name}")
+                continue
+            best = checkpoint.progress.best
+            if best is not None and best["step"] != step:
+                try:
+                    self.load(best["step"])
+                except (CorruptionError, FileNotFoundError) as error:
+                    messages.append(f"step {step} is passed over, because its best checkpoint is unusable: {error}")
+                    continue
+            return checkpoint, messages
+        # Also when an earlier attempt set them aside: a retry must not start over behind the user's back.
+        if steps or (self.folder.is_dir() and any(".corrupt-" in path.name for path in self.folder.iterdir())):
+            raise CorruptionError(
+                f"no checkpoint in {self.folder} is usable: {'; '.join(messages) or 'all were set aside'}. They are kept as "
+                "evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
+            )
+        return None, messages

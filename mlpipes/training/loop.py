@@ -1,0 +1,262 @@
+"""The training loop: the same for every workload, any number of workers, and before and after a crash."""
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlpipes.data.dataset import Columns
+from mlpipes.errors import TrainingFailedError
+from mlpipes.scales import RayScaleConfig
+from mlpipes.training.checkpoints import Checkpoints, Progress
+from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
+from mlpipes.training.evaluation import autocast, predictions_of
+from mlpipes.training.parallel import ShardedGradient, Workers
+from mlpipes.workloads.base import DataInfo, Workload
+
+LOGGED_POINTS = 1000
+"""Points of a loss curve, whatever the length of the training, so that a checkpoint can carry the whole curve."""
+
+
+@dataclass(frozen=True)
+class CheckpointPolicy:
+    """When checkpoints are written, besides the one at the end of each epoch, and how many are kept."""
+
+    every_steps: int | None = None
+    every_seconds: float | None = 60.0
+    keep_last: int = 2
+
+
+class Trainer:
+    """One worker's part of a training. All workers hold equal models; rank 0 writes and reports."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        hp: Any,
+        scale: RayScaleConfig,
+        info: DataInfo,
+        train: Columns,
+        validation: Columns,
+        *,
+        seed: int,
+        workers: Workers,
+        device: torch.device,
+        checkpoints: Checkpoints,
+        policy: CheckpointPolicy,
+        notify: Callable[..., None],
+    ) -> None:
+        self.workload, self.hp, self.scale, self.workers = workload, hp, scale, workers
+        self.checkpoints, self.policy, self.notify = checkpoints, policy, notify
+        self.train_columns, self.validation, self.validation_columns = _on(train, device), _on(validation, device), validation
+        self.order = DataOrder(len(next(iter(train.values()))), scale.batch_size, seed)
+        if self.order.steps_per_epoch == 0:
+            raise TrainingFailedError(
+                f"the global batch size {scale.batch_size} is larger than the training split ({self.order.rows} samples)"
+            )
+        self.total_steps = self.order.steps_per_epoch * scale.epochs
+        self.log_every = max(1, self.total_steps // LOGGED_POINTS)
+        torch.manual_seed(mixed_seed(seed, "model"))
+        self.model: nn.Module = workload.build_model(hp, info)
+        workload.initialize(self.model, hp, train)
+        self.model.to(device=device, memory_format=torch.channels_last)
+        self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
+        for group in self._groups():
+            group["peak_lr"] = group["lr"]
+        self.gradient = ShardedGradient(self.model, workers, hp.logical_shards, hp.reduction)
+        self.progress = Progress(seed=seed, precision=resolve_precision(hp.precision, device))
+        self._undrained: list[Tensor] = []
+        self._told = 0
+        self._last_message = self._last_save = self._segment = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go back to the latest usable checkpoint, if there is one.
+
+        Rank 0 looks for it, so that all workers take the same one, and only one of them sets corrupt ones aside.
+        """
+        found = None
+        if self.workers.rank == 0:
+            found, messages = self.checkpoints.latest()
+            for message in messages:
+                self._tell("warning", text=message)
+        chosen = torch.tensor(found.step if found else -1, device=next(self.model.parameters()).device)
+        step = int(self.workers.gather(chosen)[0])
+        if step < 0:
+            return
+        checkpoint = found or self.checkpoints.load(step)
+        self.progress = checkpoint.progress
+        self.model.load_state_dict(checkpoint.model_state())
+        for optimizer, state in zip(self.optimizers, checkpoint.optimizer_states(), strict=True):
+            optimizer.load_state_dict(state)
+        self._tell("resumed", step=self.progress.step, total_steps=self.total_steps)
+        self._tell("metrics", rows=self.progress.history)
+        self._told = len(self.progress.history)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the outcome (the same on every worker but for timings), all JSON."""
+        first_step = self.progress.step
+        self._segment = self._last_save = time.perf_counter()
+        self._tell("started", step=first_step, total_steps=self.total_steps, precision=self.progress.precision)
+        while self.progress.step < self.total_steps:
+            self._step()
+            step = self.progress.step
+            if step % self.log_every == 0 or step == self.total_steps:
+                self._log()
+            if step % self.order.steps_per_epoch == 0:
+                self._finish_epoch()
+            elif self._checkpoint_is_due():
+                self._save()
+        digest = weights_digest(self.model.state_dict())
+        progress = self.progress
+        assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
+        samples = self.total_steps * self.scale.batch_size
+        return {
+            "steps": self.total_steps,
+            "steps_per_epoch": self.order.steps_per_epoch,
+            "best": progress.best,
+            "weights_digest": digest,
+            "order_digest": progress.order_digest,
+            "loss_digest": progress.loss_digest,
+            "history": progress.history,
+            "precision": progress.precision,
+            "train_seconds": progress.train_seconds,
+            "samples": samples,
+            "samples_per_second": samples / progress.train_seconds,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "resumed_from_step": first_step,
+        }
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+    def _step(self) -> None:
+        step = self.progress.step
+        epoch, step_in_epoch = divmod(step, self.order.steps_per_epoch)
+        rows = self.order.batch(epoch, step_in_epoch)
+        factor = self.workload.learning_rate_factor(step / self.total_steps, self.hp)
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * factor
+        self._undrained.append(self.gradient.compute(rows, self._shard_loss).clone())
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.progress.order_digest = _chained(self.progress.order_digest, rows.numpy().tobytes())
+        self.progress.step += 1
+
+    def _shard_loss(self, shard: int, rows: Tensor) -> Tensor:
+        # Augmentation and dropout draw from a generator that only the position determines.
+        torch.manual_seed(mixed_seed(self.progress.seed, "shard", self.progress.step, shard))
+        batch = self.workload.batch(self.train_columns, rows, self.hp, augment=True)
+        with autocast(rows_device(batch), self.progress.precision):
+            return self.workload.loss(self.model, batch, self.hp)
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------------
+    def _drain(self) -> None:
+        """Move losses from the device into the progress; waits for the device, so the clock is right afterwards."""
+        if self._undrained:
+            losses = torch.stack(self._undrained).float().cpu()
+            self._undrained.clear()
+            for number, loss in enumerate(losses.tolist(), start=self.progress.step - len(losses) + 1):
+                if not math.isfinite(loss):
+                    raise TrainingFailedError(
+                        f"the loss became {loss} at step {number} of {self.total_steps}. Lower the learning rate or set "
+                        "`precision: fp32`, and look at the loss curve in MLflow."
+                    )
+                self.progress.interval_losses.append(loss)
+                self.progress.epoch_loss += loss
+            self.progress.loss_digest = _chained_each(self.progress.loss_digest, losses)
+        now = time.perf_counter()
+        self.progress.train_seconds += now - self._segment
+        self._segment = now
+
+    def _log(self) -> None:
+        self._drain()
+        progress = self.progress
+        loss = sum(progress.interval_losses) / len(progress.interval_losses)
+        progress.interval_losses.clear()
+        self._record({"train/loss": loss, "train/learning_rate": self._groups()[0]["lr"]})
+        now = time.perf_counter()
+        if now - self._last_message >= 0.5 or progress.step == self.total_steps:
+            self._last_message = now
+            speed = progress.step * self.scale.batch_size / max(progress.train_seconds, 1e-9)
+            self._tell(
+                "progress",
+                step=progress.step,
+                total_steps=self.total_steps,
+                epoch=progress.step / self.order.steps_per_epoch,
+                loss=loss,
+                samples_per_second=speed,
+                eta_seconds=(self.total_steps - progress.step) * self.scale.batch_size / speed,
+            )
+
+    def _finish_epoch(self) -> None:
+        self._drain()
+        progress = self.progress
+        epoch = progress.step // self.order.steps_per_epoch
+        predictions = predictions_of(
+            self.workload, self.model, self.validation, self.hp, self.workers, progress.precision
+        )
+        metrics = self.workload.validate(predictions, self.validation_columns)
+        self._record(
+            {f"validation/{name}": value for name, value in metrics.items()}
+            | {"train/epoch_loss": progress.epoch_loss / self.order.steps_per_epoch, "train/epoch": float(epoch)}
+        )
+        progress.epoch_loss = 0.0
+        if progress.best is None or self.workload.rank(metrics) > self.workload.rank(progress.best["metrics"]):
+            progress.best = {"step": progress.step, "epoch": epoch, "metrics": metrics}
+        self._tell("epoch", epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics)
+        self._save()
+
+    def _checkpoint_is_due(self) -> bool:
+        policy = self.policy
+        by_steps = policy.every_steps is not None and self.progress.step % policy.every_steps == 0
+        elapsed = time.perf_counter() - self._last_save
+        return by_steps or (policy.every_seconds is not None and elapsed >= policy.every_seconds)
+
+    def _save(self) -> None:
+        # Only rank 0 decides and writes: all workers hold the same state, so nobody needs to be asked.
+        if self.workers.rank == 0:
+            self._drain()
+            path = self.checkpoints.save(self.model, self.optimizers, self.progress)
+            self._tell("checkpoint", step=self.progress.step, path=str(path))
+            # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
+            self._tell("metrics", rows=self.progress.history[self._told :])
+            self._told = len(self.progress.history)
+        self._segment = self._last_save = time.perf_counter()
+
+    def _record(self, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        self.progress.history += [[name, value, self.progress.step, now] for name, value in metrics.items()]
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        if self.workers.rank == 0:
+            self.notify(kind, **fields)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def rows_device(batch: Mapping[str, Tensor]) -> torch.device:
+    """The device that a batch is on."""
+    return next(iter(batch.values())).device
+
+
+def _on(columns: Columns, device: torch.device) -> dict[str, Tensor]:
+    """Whole columns on the device. On the CPU they stay memory-mapped, so workers of a node share one copy."""
+    with warnings.catch_warnings():
+        # torch cannot mark a tensor as read-only and warns of it; nothing in here writes to the data.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return {name: torch.from_numpy(array).to(device) for name, array in columns.items()}
+
+
+def _chained(digest: str, data: bytes) -> str:
+    return hashlib.sha256(digest.encode() + data).hexdigest()
+
+
+def _chained_each(digest: str, values: Tensor) -> str:
+    for value in values.numpy():
+        digest = _chained(digest, value.tobytes())
+    return digest

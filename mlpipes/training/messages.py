@@ -1,0 +1,29 @@
+"""Messages: lines of JSON that a training appends to a file for whoever watches; for display, never the truth."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MessageWriter:
+    """Appends messages to a file. Each is one `write` call, so several processes may append to the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        """Append one message with the current Unix time; an unwritable disk is not the training's problem."""
+        line = json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n"
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError:
+            return
+        try:
+            os.write(descriptor, line.encode())
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)

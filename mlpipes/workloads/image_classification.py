@@ -1,0 +1,173 @@
+"""Image classification: the task family, and its workloads `digits` and `cifar10`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlpipes.data.dataset import Columns, Source
+from mlpipes.data.sources import Cifar10Source, DigitsSource
+from mlpipes.data.splits import SplitPlan
+from mlpipes.reporting import figures
+from mlpipes.reporting.classification import classification_report
+from mlpipes.reporting.report import Report
+from mlpipes.workloads import networks
+from mlpipes.workloads.augmentation import affine, crop_and_flip
+from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
+from mlpipes.workloads.optimization import adamw, muon, sgd, trapezoid
+
+
+class ImageHyperparameters(Hyperparameters):
+    """What can be set about training an image classifier."""
+
+    network: Literal["digits", "airbench", "resnet18"] = "airbench"
+    width: int = Field(32, ge=1, description="channels of the first convolutions; the others follow")
+    optimizer: Literal["adamw", "muon", "sgd"] = "muon"
+    learning_rate: float = Field(0.24, gt=0)
+    head_learning_rate: float = Field(0.67, gt=0, description="of the last layer, with muon only")
+    bias_learning_rate: float = Field(0.053, gt=0, description="of biases, with muon only")
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    crop_padding: int = Field(0, ge=0, description="pixels of random translation")
+    flip: bool = Field(False, description="random horizontal flips, and their average at prediction")
+    affine: bool = Field(False, description="small random rotation, scaling, shear and translation")
+
+
+class ImageClassification(Workload):
+    """Classifies images: columns `image` uint8 (N, C, H, W) and `label` int64 (N,), facts `class_names`."""
+
+    primary_metric = "accuracy"
+
+    def __init__(self, source: Source, split: SplitPlan, hyperparameters: type[ImageHyperparameters]) -> None:
+        self.source, self.split, self.Hyperparameters = source, split, hyperparameters
+
+    def statistics(self, train: Columns) -> dict[str, Any]:
+        """Mean and standard deviation of each channel over the training split."""
+        pixels = np.asarray(train["image"], dtype=np.float64)
+        std = pixels.std(axis=(0, 2, 3))
+        return {"mean": pixels.mean(axis=(0, 2, 3)).tolist(), "std": np.where(std > 0, std, 1).tolist()}
+
+    def build_model(self, hp: ImageHyperparameters, info: DataInfo) -> nn.Module:
+        """The chosen network behind the normalization of the training split."""
+        mean, std = info.statistics["mean"], info.statistics["std"]
+        channels, classes = len(mean), len(info.facts["class_names"])
+        if hp.network == "digits":
+            network = networks.digits_network(channels, classes, hp.width)
+        elif hp.network == "airbench":
+            network = networks.AirNetwork(channels, classes, (hp.width, 3 * hp.width, 3 * hp.width))
+        else:
+            network = networks.resnet18(channels, classes)
+        return networks.Normalized(network, mean, std)
+
+    def initialize(self, model: nn.Module, hp: ImageHyperparameters, train: Columns) -> None:
+        """Fit the whitening layer, where there is one, to the first 5,000 training images."""
+        assert isinstance(model, networks.Normalized)  # noqa: S101 - built above
+        if isinstance(model.network, networks.AirNetwork):
+            images = torch.from_numpy(np.array(train["image"][:5000]))
+            model.network.whiten.fit((images.float() - model.mean) * model.scale)
+
+    def optimizers(self, model: nn.Module, hp: ImageHyperparameters) -> Sequence[torch.optim.Optimizer]:
+        """AdamW or SGD over everything, or Muon for the convolutions and SGD for the rest."""
+        if hp.optimizer == "adamw":
+            return [adamw(model, hp.learning_rate, hp.weight_decay)]
+        if hp.optimizer == "sgd":
+            return [sgd(model, hp.learning_rate, hp.weight_decay)]
+        return muon(model, hp.learning_rate, hp.head_learning_rate, hp.bias_learning_rate, hp.weight_decay)
+
+    def learning_rate_factor(self, progress: float, hp: ImageHyperparameters) -> float:
+        """Linear warm-up, then linear decay to zero."""
+        return trapezoid(progress, hp.warmup)
+
+    def batch(self, columns: Mapping[str, Tensor], rows: Tensor, hp: ImageHyperparameters, *, augment: bool) -> Batch:
+        """`image` (B, C, H, W) raw pixels and `label` (B,)."""
+        labels = columns["label"][rows.to(columns["label"].device)]
+        images = columns["image"]
+        if not augment:
+            picked = images[rows.to(images.device)]
+            return {"image": picked.contiguous(memory_format=torch.channels_last), "label": labels}
+        picked = crop_and_flip(images, rows, hp.crop_padding, hp.flip)
+        if hp.affine:
+            picked = affine(picked.float(), degrees=10, scale=0.1, shear=0.1, shift=0.12)
+        return {"image": picked, "label": labels}
+
+    def loss(self, model: nn.Module, batch: Batch, hp: ImageHyperparameters) -> Tensor:
+        """Cross-entropy with label smoothing, summed."""
+        logits = model(batch["image"]).float()
+        return F.cross_entropy(logits, batch["label"], reduction="sum", label_smoothing=hp.label_smoothing)
+
+    def predict(self, model: nn.Module, batch: Batch, hp: ImageHyperparameters) -> dict[str, Tensor]:
+        """`logits` (B, classes); with flips, the mean over the image and its mirror image."""
+        return {"logits": _mirrored_logits(model, batch["image"], hp.flip)}
+
+    def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
+        """Accuracy and mean cross-entropy."""
+        logits, labels = torch.from_numpy(predictions["logits"]), torch.from_numpy(np.array(columns["label"]))
+        return {
+            "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
+            "loss": float(F.cross_entropy(logits.double(), labels)),
+        }
+
+    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """By accuracy; the loss decides between equals, which a small validation split has often."""
+        return metrics["accuracy"], -metrics["loss"]
+
+    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
+        """The report of a classifier with its worst mistakes as pictures."""
+        maximum = info.facts["pixel_maximum"]
+
+        def picture(rows: np.ndarray, captions: Sequence[str]) -> bytes:
+            return figures.gallery(np.asarray(columns["image"][rows]), captions, maximum, "Most confident mistakes")
+
+        labels = np.asarray(columns["label"])
+        return classification_report(predictions["logits"], labels, info.facts["class_names"], picture)
+
+    def serving_model(self, model: nn.Module, hp: ImageHyperparameters) -> nn.Module:
+        """Raw pixels uint8 (B, C, H, W) in, logits (B, classes) out."""
+        return _Serving(model, hp.flip)
+
+    def serving_example(self, columns: Columns) -> np.ndarray:
+        """Four raw images."""
+        return np.array(columns["image"][:4])
+
+
+def _mirrored_logits(model: nn.Module, images: Tensor, mirror: bool) -> Tensor:
+    return (model(images) + model(images.flip(3))) / 2 if mirror else model(images)
+
+
+class _Serving(nn.Module):
+    def __init__(self, model: nn.Module, mirror: bool) -> None:
+        super().__init__()
+        self.model, self.mirror = model, mirror
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _mirrored_logits(self.model, images, self.mirror)
+
+
+class DigitsHyperparameters(ImageHyperparameters):
+    """The recipe for 8×8 digits."""
+
+    network: Literal["digits", "airbench", "resnet18"] = "digits"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    warmup: float = Field(0.2, ge=0, lt=1)
+    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    affine: bool = True
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+
+
+class Cifar10Hyperparameters(ImageHyperparameters):
+    """The airbench-style recipe for CIFAR-10."""
+
+    label_smoothing: float = Field(0.2, ge=0, lt=1)
+    crop_padding: int = Field(2, ge=0)
+    flip: bool = True
+
+
+digits = ImageClassification(DigitsSource(), SplitPlan(0.1, test_fraction=0.2), DigitsHyperparameters)
+cifar10 = ImageClassification(Cifar10Source(), SplitPlan(0.1), Cifar10Hyperparameters)
