@@ -62,14 +62,20 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _read_batch(path: Path) -> dict[bytes, Any]:
+def _read_batch(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
-            return _ArrayUnpickler(stream, encoding="bytes").load()
+            content = _ArrayUnpickler(stream, encoding="bytes").load()
+        # Written by Python 2, the original's keys are bytes; copies made since then have text.
+        return {_text(key): value for key, value in content.items()}
     except FileNotFoundError as error:
         raise DataError(f"CIFAR-10: {path} is missing; the folder must hold data_batch_1..5, test_batch, batches.meta") from error
     except Exception as error:
         raise DataError(f"CIFAR-10: {path} is not a readable batch: {error}") from error
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,9 @@ class Cifar10Source:
     def load(self) -> Dataset:
         """Splits `train` and `test` with `image` uint8 (N, 3, 32, 32) and `label` int64 (N,)."""
         folder = self.folder()
-        names = [name.decode() for name in _read_batch(folder / "batches.meta")[b"label_names"]]
+        names = [_text(name) for name in _read_batch(folder / "batches.meta").get("label_names", [])]
+        if not names:
+            raise DataError(f"CIFAR-10: {folder / 'batches.meta'} has no label_names; it is not the standard file")
         splits = {
             "train": _stack(folder, [f"data_batch_{number}" for number in range(1, 6)], len(names)),
             "test": _stack(folder, ["test_batch"], len(names)),
@@ -120,7 +128,7 @@ def _stack(folder: Path, batches: list[str], classes: int) -> dict[str, np.ndarr
     for name in batches:
         batch = _read_batch(folder / name)
         try:
-            pixels, targets = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"], dtype=np.int64)
+            pixels, targets = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
             if pixels.dtype != np.uint8 or pixels.shape != (len(targets), 3072):
                 raise ValueError(f"data is {pixels.dtype}{pixels.shape}, expected uint8({len(targets)}, 3072)")
             if len(targets) and not (targets.min() >= 0 and targets.max() < classes):

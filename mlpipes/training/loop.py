@@ -5,7 +5,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +17,11 @@ from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
 from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.parallel import ShardedGradient, Workers
+from mlpipes.training.specification import Checkpointing
 from mlpipes.workloads.base import DataInfo, Workload
 
 LOGGED_POINTS = 1000
 """Points of a loss curve, whatever the length of the training, so that a checkpoint can carry the whole curve."""
-
-
-@dataclass(frozen=True)
-class CheckpointPolicy:
-    """When checkpoints are written, besides the one at the end of each epoch, and how many are kept."""
-
-    every_steps: int | None = None
-    every_seconds: float | None = 60.0
-    keep_last: int = 2
 
 
 class Trainer:
@@ -49,7 +40,7 @@ class Trainer:
         workers: Workers,
         device: torch.device,
         checkpoints: Checkpoints,
-        policy: CheckpointPolicy,
+        policy: Checkpointing,
         notify: Callable[..., None],
     ) -> None:
         self.workload, self.hp, self.scale, self.workers = workload, hp, scale, workers

@@ -56,12 +56,15 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._through_host = dist.get_backend() == "gloo"
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every worker's tensor, by rank."""
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor)
-        return gathered
+        # gloo gathers in host memory only; it is also what workers that share one GPU use.
+        sent = tensor.cpu() if self._through_host else tensor
+        gathered = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(gathered, sent)
+        return [part.to(tensor.device) for part in gathered]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over workers, in place."""
@@ -121,11 +124,11 @@ class ShardedGradient:
     def _fill(self, row: Tensor, mean_loss: Tensor) -> None:
         offset = 0
         for parameter in self.parameters:
-            part = row[offset : offset + parameter.numel()]
+            part = _shaped(row, offset, parameter)
             if parameter.grad is None:
                 part.zero_()
             else:
-                part.copy_(parameter.grad.reshape(-1))
+                part.copy_(parameter.grad)
             offset += parameter.numel()
         for buffer in self.averaged:
             torch.div(buffer.reshape(-1), self.shards, out=row[offset : offset + buffer.numel()])
@@ -147,8 +150,17 @@ class ShardedGradient:
     def _spread(self, total: Tensor) -> None:
         offset = 0
         for parameter in self.parameters:
-            parameter.grad = total[offset : offset + parameter.numel()].view_as(parameter)
+            parameter.grad = _shaped(total, offset, parameter)
             offset += parameter.numel()
         for buffer in self.averaged:
             buffer.copy_(total[offset : offset + buffer.numel()].view_as(buffer))
             offset += buffer.numel()
+
+
+def _shaped(flat: Tensor, offset: int, like: Tensor) -> Tensor:
+    """A view into a flat tensor with the shape *and the strides* of another.
+
+    Fused optimizers walk parameter and gradient in memory order, so the gradient of a channels_last weight must be
+    channels_last too; with the wrong strides they update the wrong elements without a word.
+    """
+    return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + offset)

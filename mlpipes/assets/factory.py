@@ -1,0 +1,139 @@
+"""The five assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import dagster as dg
+
+from mlpipes.assets.judgement import materialize_evaluation, materialize_model
+from mlpipes.assets.metadata import mapping_table, user_errors
+from mlpipes.assets.scaling import scaling_report_asset
+from mlpipes.assets.training import TrainingConfig, materialize_training
+from mlpipes.resources import MlflowResource, RayResource, StoreResource
+from mlpipes.training.recipe import code_version
+from mlpipes.workloads.catalog import Entry
+
+OWNERS = ["team:ml-platform"]
+TRAINING_POOL = "training"
+EVALUATION_POOL = "evaluation"
+
+
+def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition]:
+    """The asset chain of one workload, and its report over all scales."""
+    partitions = dg.StaticPartitionsDefinition([scale.key for scale in entry.scales])
+
+    def common(name: str, description: str, kinds: set[str]) -> dict[str, Any]:
+        return {
+            "key": [entry.name, name],
+            "group_name": entry.name,
+            "partitions_def": partitions,
+            # One run per scale: a scale that fails or is killed takes no other with it.
+            "backfill_policy": dg.BackfillPolicy.multi_run(max_partitions_per_run=1),
+            "owners": OWNERS,
+            "kinds": kinds,
+            "tags": {"workload": entry.name},
+            "description": description,
+        }
+
+    def upstream(name: str) -> dg.AssetIn:
+        return dg.AssetIn(key=[entry.name, name])
+
+    @dg.asset(**common("dataset", f"{entry.summary}: the source, verified, with licence and fidelity.", {"python"}))
+    def dataset() -> dg.MaterializeResult:
+        with user_errors():
+            loaded = entry.load().source.load()
+        digest = loaded.digest()
+        return dg.MaterializeResult(
+            value={"digest": digest, "provenance": loaded.provenance.as_dict(), "counts": loaded.counts},
+            data_version=dg.DataVersion(digest),
+            metadata={
+                "provenance": mapping_table(loaded.provenance.as_dict()),
+                "counts": mapping_table(loaded.counts),
+                "digest": digest,
+            },
+        )
+
+    @dg.asset(
+        **common(
+            "snapshot",
+            "The data set split (disjoint by content, stratified, seeded) and stored under its digest; scales that need "
+            "the same data share the bytes.",
+            {"numpy"},
+        ),
+        ins={"source": upstream("dataset")},
+    )
+    def snapshot(
+        context: dg.AssetExecutionContext, source: dict[str, Any], store: StoreResource
+    ) -> dg.MaterializeResult:
+        from mlpipes.data.snapshot import snapshot_of
+
+        with user_errors():
+            made, warnings = snapshot_of(store.store, source["digest"], entry.load())
+        for warning in warnings:
+            context.log.warning(warning)
+        return dg.MaterializeResult(
+            value={"digest": made.digest},
+            data_version=dg.DataVersion(made.digest),
+            metadata={
+                "digest": made.digest,
+                "counts": mapping_table(made.counts),
+                "duplicates": mapping_table(made.meta["duplicates"]),
+                "split_plan": dg.MetadataValue.json(made.meta["plan"]),
+                "provenance": mapping_table(made.meta["provenance"]),
+                "bytes": made.published.size,
+                "folder": dg.MetadataValue.path(str(made.path)),
+                "set_aside": len(warnings),
+            },
+        )
+
+    @dg.asset(
+        **common(
+            "checkpoints",
+            "The training on Ray: exactly resumable, found again by its fingerprint. Materialized when it has finished.",
+            {"ray", "pytorch"},
+        ),
+        ins={"snapshot": upstream("snapshot")},
+        code_version=code_version(entry.implementation),
+        pool=TRAINING_POOL,
+    )
+    def checkpoints(
+        context: dg.AssetExecutionContext,
+        snapshot: dict[str, Any],
+        config: TrainingConfig,
+        store: StoreResource,
+        ray: RayResource,
+        mlflow: MlflowResource,
+    ) -> dg.MaterializeResult:
+        with user_errors():
+            return materialize_training(context, entry, snapshot, config, store, ray, mlflow)
+
+    @dg.asset(
+        **common(
+            "model",
+            "The best checkpoint by validation (never by test), exported, registered in MLflow, with its card.",
+            {"pytorch", "mlflow"},
+        ),
+        ins={"checkpoints": upstream("checkpoints")},
+    )
+    def model(
+        context: dg.AssetExecutionContext, checkpoints: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+    ) -> dg.MaterializeResult:
+        with user_errors():
+            return materialize_model(context, entry, checkpoints, store, mlflow)
+
+    @dg.asset(
+        **common(
+            "eval_report",
+            "The model judged on the held-out test split: estimates with 95 % intervals, confusion, calibration, mistakes.",
+            {"scikitlearn", "mlflow"},
+        ),
+        ins={"model": upstream("model")},
+        pool=EVALUATION_POOL,
+    )
+    def eval_report(
+        context: dg.AssetExecutionContext, model: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+    ) -> dg.MaterializeResult:
+        with user_errors():
+            return materialize_evaluation(context, entry, model, store, mlflow)
+
+    return [dataset, snapshot, checkpoints, model, eval_report, scaling_report_asset(entry, OWNERS)]

@@ -1,0 +1,54 @@
+"""What people see in the Dagster UI: figures, tables, links and user errors turned into Dagster's terms."""
+
+import base64
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+
+from mlpipes.errors import UserError
+from mlpipes.reporting.report import Report, Table, escaped
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns an error that the user can mend into a failure with a clear message that no retry policy repeats."""
+    try:
+        yield
+    except UserError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+
+
+def picture(png: bytes, alternative: str) -> dg.MarkdownMetadataValue:
+    """A PNG shown inline."""
+    return dg.MetadataValue.md(f"![{alternative}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def table(content: Table) -> dg.MarkdownMetadataValue:
+    """A table shown inline."""
+    return dg.MetadataValue.md(content.markdown())
+
+
+def mapping_table(content: Mapping[str, Any]) -> dg.MarkdownMetadataValue:
+    """Names and values shown as a table of two columns."""
+    lines = [f"| {escaped(key)} | {escaped(value)} |" for key, value in content.items()]
+    return dg.MetadataValue.md("\n".join(["| | |", "| --- | --- |", *lines]))
+
+
+def link(address: str | None, otherwise: str) -> dg.MetadataValue:
+    """A link where there is an address, and otherwise the command that would make one."""
+    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(otherwise)
+
+
+def report_metadata(report: Report) -> dict[str, Any]:
+    """Estimates as numbers (for Dagster's plots) with their intervals, tables and pictures."""
+    metadata: dict[str, Any] = {}
+    for name, estimate in report.estimates.items():
+        metadata[name] = estimate.value
+        metadata[f"{name}_95"] = str(estimate)
+    for content in report.tables:
+        metadata[content.title.lower().replace(" ", "_")] = table(content)
+    for name, png in report.figures.items():
+        metadata[name] = picture(png, name)
+    return metadata

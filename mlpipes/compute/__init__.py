@@ -1,0 +1,1 @@
+"""Compute: where training runs. Gives a Ray address for a scale, checks that it fits, submits jobs and follows them."""

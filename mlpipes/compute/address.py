@@ -1,0 +1,39 @@
+"""The address of a Ray cluster, and the choice between a given one and this machine's private one."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mlpipes.errors import ConfigError
+
+ADDRESS_VARIABLE = "MLPIPES_RAY_ADDRESS"
+
+
+@dataclass(frozen=True)
+class RayAddress:
+    """A cluster that jobs can be submitted to."""
+
+    dashboard: str
+    """`http://host:port` of the head's dashboard, which serves the Jobs API."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that every client of this cluster needs, such as where its token is."""
+    local: bool = False
+    """Whether it is this machine's own private cluster."""
+
+    def enter(self) -> None:
+        """Make this process a client of the cluster."""
+        os.environ.update(self.environment)
+
+
+def resolve(address: str | None = None) -> RayAddress:
+    """The cluster at an address (default `$MLPIPES_RAY_ADDRESS`), or this machine's private one, started if need be."""
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    if not address:
+        from mlpipes.compute.local import LocalRay
+
+        return LocalRay().ensure()
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{ADDRESS_VARIABLE}={address}: give the address of the head's dashboard, such as http://ray-head:8265"
+        )
+    return RayAddress(address.rstrip("/"))

@@ -1,0 +1,187 @@
+"""This machine's private Ray: on loopback, with its own ports, token and folder; it outlives the step that started it."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from mlpipes.compute.address import RayAddress
+from mlpipes.errors import CorruptionError, PreflightError
+from mlpipes.files import read_record, write_atomic, write_record
+from mlpipes.store import home
+
+_MARK = "MLPIPES_RAY_HEAD"
+"""Environment variable that every process of a head inherits, so that exactly these can be found and ended."""
+_START_SECONDS = 90
+_OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
+
+
+class LocalRay:
+    """The private cluster of one home folder; at most one runs at a time."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or home() / "ray"
+        self._state = self.folder / "head.json"
+
+    def ensure(self) -> RayAddress:
+        """The address of the running cluster; starts it if it does not run. Raises PreflightError if it cannot start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.folder / "lock"), timeout=2 * _START_SECONDS):
+            state = self._read()
+            if state is not None and self._answers(state):
+                return self._address(state)
+            if state is not None:
+                self._end(state)
+            return self._address(self._start())
+
+    def status(self) -> dict[str, Any] | None:
+        """What is known of the running cluster (`pid`, `dashboard`, …), or None if none runs."""
+        state = self._read()
+        return state if state is not None and self._answers(state) else None
+
+    def stop(self) -> bool:
+        """End the cluster and everything that runs in it; returns whether there was one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(self.folder / "lock"), timeout=2 * _START_SECONDS):
+            state = self._read()
+            if state is None:
+                return False
+            self._end(state)
+            return True
+
+    # -- start --------------------------------------------------------------------------------------------------------
+    def _start(self) -> dict[str, Any]:
+        token = self.folder / "token"
+        if not token.is_file():
+            write_atomic(token, secrets.token_hex(32).encode())
+        token.chmod(0o600)
+        # Ray puts Unix sockets in here, whose paths may have 107 characters: the home folder could be too deep.
+        temporary = Path(tempfile.mkdtemp(prefix="mlpipes-ray-"))
+        dashboard, mark = _free_port(), secrets.token_hex(8)
+        names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+        names += ("metrics-export-port", "ray-client-server-port")
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+            *(f"--{name}={_free_port()}" for name in names),
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            *(f"--num-cpus={os.cpu_count()}", f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={temporary}"),
+        ]
+        environment = {
+            **os.environ,
+            **self._client_environment(),
+            _MARK: mark,
+            # Despite its name, 0 makes Ray bind every port to loopback on Linux too, as it does on a laptop elsewhere.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        log = self.folder / "head.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        state = {
+            "pid": process.pid,
+            "created": psutil.Process(process.pid).create_time(),
+            "mark": mark,
+            "dashboard": f"http://127.0.0.1:{dashboard}",
+            "temporary": str(temporary),
+        }
+        # Written before it answers: if we die now, the next caller finds the half-started head and ends it.
+        write_record(self._state, state)
+        deadline = time.monotonic() + _START_SECONDS
+        try:
+            while not self._answers(state):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    tail = log.read_text(errors="replace")[-2000:]
+                    raise PreflightError(f"the local Ray did not start; its log {log} ends with:\n{tail}")
+                time.sleep(0.1)
+        except BaseException:
+            self._end(state)
+            raise
+        return state
+
+    def _client_environment(self) -> dict[str, str]:
+        # Both explicit: without a mode, a stray ~/.ray/auth_token would switch tokens on for one side only.
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
+
+    def _address(self, state: dict[str, Any]) -> RayAddress:
+        return RayAddress(state["dashboard"], self._client_environment(), local=True)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return read_record(self._state)
+        except (FileNotFoundError, CorruptionError):
+            return None
+
+    def _answers(self, state: dict[str, Any]) -> bool:
+        """Whether it is our head that runs there (a port may be someone else's by now) and its Jobs API answers."""
+        import requests
+
+        if not _is_alive(state):
+            return False
+        token = (self.folder / "token").read_text()
+        try:
+            reply = requests.get(
+                f"{state['dashboard']}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=5
+            )
+        except requests.RequestException:
+            return False
+        return reply.ok
+
+    # -- end ----------------------------------------------------------------------------------------------------------
+    def _end(self, state: dict[str, Any]) -> None:
+        """End every process that carries the head's mark: first gently, then for good."""
+        for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            processes = _marked(state["mark"])
+            if not processes:
+                break
+            for process in processes:
+                _signal(process, number)
+            psutil.wait_procs(processes, timeout=seconds)
+        shutil.rmtree(state["temporary"], ignore_errors=True)
+        self._state.unlink(missing_ok=True)
+
+
+def _is_alive(state: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(state["pid"])
+        return process.create_time() == state["created"] and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.Error:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

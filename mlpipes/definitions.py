@@ -1,0 +1,38 @@
+"""The Dagster definitions: explicit lists composed, nothing else."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from mlpipes.assets.factory import workload_assets
+from mlpipes.automation import jobs_of
+from mlpipes.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
+from mlpipes.workloads.catalog import Entry, configured
+
+
+def build_defs(
+    *, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None
+) -> dg.Definitions:
+    """All definitions of a catalog (default: the project's, with the scales of `$MLPIPES_SCALES`).
+
+    `resources` replaces resources by key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
+    """
+    entries = configured() if catalog is None else tuple(catalog)
+    store = StoreResource()
+    return dg.Definitions(
+        assets=[asset for entry in entries for asset in workload_assets(entry)],
+        jobs=jobs_of(entries),
+        # One process a run: when it dies, no step process is left behind that could train on beside the retry.
+        executor=dg.in_process_executor,
+        resources={
+            "store": store,
+            "ray": RayResource(),
+            "mlflow": MlflowResource(),
+            "io_manager": ReferenceIOManager(store=store),
+            **(resources or {}),
+        },
+    )
+
+
+defs = build_defs()

@@ -1,0 +1,72 @@
+"""Dagster resources: they hold configuration and hand out objects of the layers below."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from mlpipes.errors import ConfigError
+from mlpipes.store import Store, home
+
+if TYPE_CHECKING:
+    from mlpipes.compute.address import RayAddress
+    from mlpipes.tracking.runs import Tracker
+
+
+class StoreResource(dg.ConfigurableResource):
+    """The folder of all results."""
+
+    root: str | None = Field(None, description="default: `store` in the home folder ($MLPIPES_HOME)")
+
+    @property
+    def store(self) -> Store:
+        """The store itself."""
+        return Store(Path(self.root).absolute() if self.root else home() / "store")
+
+
+class RayResource(dg.ConfigurableResource):
+    """The Ray cluster that trains."""
+
+    address: str | None = Field(
+        None, description="http://host:8265 of the head's dashboard; default $MLPIPES_RAY_ADDRESS, else a private local Ray"
+    )
+
+    def connect(self) -> "RayAddress":
+        """The cluster's address; starts the private local Ray if that is meant and it does not run."""
+        from mlpipes.compute.address import resolve
+
+        return resolve(self.address)
+
+
+class MlflowResource(dg.ConfigurableResource):
+    """Where runs are tracked and models registered."""
+
+    tracking_uri: str | None = Field(None, description="default $MLFLOW_TRACKING_URI, else SQLite in the home folder")
+
+    def tracker(self) -> "Tracker":
+        """MLflow at that address."""
+        from mlpipes.tracking.runs import Tracker, default_uri
+
+        return Tracker(self.tracking_uri or default_uri())
+
+
+class ReferenceIOManager(dg.ConfigurableIOManager):
+    """Hands small JSON references from asset to asset; what they refer to lies in the store, verified when opened."""
+
+    store: StoreResource
+
+    def handle_output(self, context: dg.OutputContext, obj: dict[str, Any]) -> None:
+        """Record what this partition of the asset now points to."""
+        workload, asset = context.asset_key.path
+        self.store.store.write_reference(workload, asset, context.partition_key, obj)
+
+    def load_input(self, context: dg.InputContext) -> dict[str, Any]:
+        """What the upstream asset's partition points to."""
+        workload, asset = context.asset_key.path
+        reference = self.store.store.read_reference(workload, asset, context.partition_key)
+        if reference is None:
+            raise ConfigError(
+                f"{workload}/{asset} was never materialized for {context.partition_key}; materialize it first"
+            )
+        return reference

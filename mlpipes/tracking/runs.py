@@ -1,0 +1,184 @@
+"""MLflow runs: one per training fingerprint, found again after a crash, fed from the training's message file.
+
+Nothing in here may stop a training. The message file and the checkpoints hold every metric, so what could not be sent
+while a server was away is sent later; a row sent twice is identical, and the SQL stores keep it once.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from mlpipes.errors import ConfigError
+from mlpipes.store import home, read_messages
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FINGERPRINT_TAG = "mlpipes.fingerprint"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+UI_VARIABLE = "MLPIPES_MLFLOW_UI"
+_BATCH = 1000  # MLflow's limit of metrics per request
+
+
+def default_uri() -> str:
+    """`$MLFLOW_TRACKING_URI`, else an SQLite file in the home folder. Raises ConfigError for a `file:` store."""
+    uri = os.environ.get(URI_VARIABLE) or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
+    if uri.startswith("file:") or "://" not in uri:
+        raise ConfigError(f"{URI_VARIABLE}={uri}: MLflow has dropped file stores; use sqlite:///… or a server's http://…")
+    return uri
+
+
+def _client(uri: str) -> "MlflowClient":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The first client creates the schema, and two at once would trip over each other.
+        with FileLock(str(path) + ".lock", timeout=120):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_experiments(max_results=1)
+        return client
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@dataclass
+class Tracker:
+    """MLflow at one address."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        self.client = _client(self.uri)
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, made if it is not there; with an SQLite store, its artifacts lie beside the file."""
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        location = None
+        if self.uri.startswith("sqlite:///"):
+            location = (Path(self.uri.removeprefix("sqlite:///")).parent / "artifacts" / name).as_uri()
+        try:
+            return self.client.create_experiment(name, artifact_location=location)
+        except Exception:  # another process was faster
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def run_of(
+        self, experiment: str, fingerprint: str, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> str:
+        """The id of the one run of a fingerprint: the one that is there, set to RUNNING, or a new one."""
+        experiment_id = self.experiment(experiment)
+        with FileLock(str(home() / "mlflow-runs.lock"), timeout=120):
+            found = self.client.search_runs(
+                [experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'", order_by=["attributes.start_time ASC"]
+            )
+            if found:
+                run_id = found[0].info.run_id
+                self.set_tags(run_id, tags)
+                return run_id
+            run = self.client.create_run(experiment_id, run_name=name, tags={FINGERPRINT_TAG: fingerprint, **tags})
+            from mlflow.entities import Param
+
+            parameters = [Param(key, str(value)[:6000]) for key, value in parameters.items()]
+            self.client.log_batch(run.info.run_id, params=parameters)
+            return run.info.run_id
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Add or change tags."""
+        for key, value in tags.items():
+            self.client.set_tag(run_id, key, value)
+
+    def set_status(self, run_id: str, status: str) -> None:
+        """RUNNING, FINISHED, FAILED or KILLED."""
+        if status == "RUNNING":
+            self.client.update_run(run_id, status)
+        else:
+            self.client.set_terminated(run_id, status)
+
+    def log_history(self, run_id: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Log rows of (key, value, step, Unix time in ms); rows that are there already stay single."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, float(value), int(at), int(step)) for key, value, step, at in rows]
+        for start in range(0, len(metrics), _BATCH):
+            self.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+
+    def log_values(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
+        """Log figures of now."""
+        self.log_history(run_id, [[key, value, step, int(time.time() * 1000)] for key, value in values.items()])
+
+    def log_files(self, run_id: str, folder: str, files: Iterable[Path]) -> None:
+        """Attach files to the run under an artifact folder."""
+        for path in files:
+            self.client.log_artifact(run_id, str(path), folder)
+
+    def link(self, run_id: str) -> str | None:
+        """The address of a run in the MLflow UI, where one is known: a server's own, or `$MLPIPES_MLFLOW_UI`."""
+        base = self.uri if self.uri.startswith("http") else os.environ.get(UI_VARIABLE)
+        if not base:
+            return None
+        experiment = self.client.get_run(run_id).info.experiment_id
+        return f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+class MetricFollower:
+    """Sends a training's metrics from its message file to MLflow, in a thread of the driver."""
+
+    def __init__(self, uri: str, run_id: str, messages: Path, notify: Callable[..., None]) -> None:
+        self.uri, self.run_id, self.messages, self.notify = uri, run_id, messages, notify
+        self._thread: threading.Thread | None = None
+
+    def start(self, stop: threading.Event) -> None:
+        """Begin; when `stop` is set, what is left is sent and the thread ends."""
+        self._thread = threading.Thread(target=self._run, args=(stop,), daemon=True, name="metrics")
+        self._thread.start()
+
+    def join(self, timeout: float = 60) -> None:
+        """Wait until all is sent, or for `timeout` seconds: the `model` asset sends what is missing then."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self, stop: threading.Event) -> None:
+        offset, pending, tracker, monitor, warned = 0, [], None, None, False
+        while True:
+            last = stop.is_set()
+            messages, offset = read_messages(self.messages, offset)
+            pending += [row for message in messages if message.get("kind") == "metrics" for row in message["rows"]]
+            try:
+                if tracker is None:
+                    tracker = Tracker(self.uri)
+                    tracker.set_status(self.run_id, "RUNNING")
+                    monitor = _system_metrics(self.uri, self.run_id)
+                if pending:
+                    tracker.log_history(self.run_id, pending)
+                    pending = []
+                warned = False
+            except Exception as error:
+                if not warned:
+                    self.notify("warning", text=f"MLflow at {self.uri} does not take metrics ({error}); trying again")
+                warned = True
+            if last:
+                if monitor is not None:
+                    monitor.finish()
+                return
+            stop.wait(1.0)
+
+
+def _system_metrics(uri: str, run_id: str) -> Any:
+    """MLflow's own monitor of CPU, memory, disk, network and GPU of the node that the driver is on."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor

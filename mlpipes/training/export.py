@@ -1,0 +1,95 @@
+"""The model: the best checkpoint by validation as a verified file, and its evaluation on a split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mlpipes.data.snapshot import Snapshot
+from mlpipes.files import open_published, publishing
+from mlpipes.reporting.report import Report
+from mlpipes.store import TrainingFolder
+from mlpipes.training.checkpoints import Checkpoints
+from mlpipes.training.determinism import weights_digest
+from mlpipes.training.evaluation import predictions_of
+from mlpipes.training.parallel import SingleWorker
+from mlpipes.training.recipe import Recipe
+from mlpipes.workloads.base import DataInfo, Workload
+from mlpipes.workloads.catalog import load_workload
+
+KIND = "model"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with all that is needed to use it."""
+
+    recipe: Recipe
+    workload: Workload
+    hp: Any
+    network: nn.Module
+    meta: dict[str, Any]
+    """`step`, `epoch`, validation `metrics`, `weights_digest`, `precision`."""
+
+
+def _info(snapshot: Snapshot) -> DataInfo:
+    return DataInfo(snapshot.facts, snapshot.meta["statistics"])
+
+
+def export_best(folder: TrainingFolder, recipe: Recipe, outcome: dict[str, Any]) -> Path:
+    """Publish the weights of the best checkpoint by validation as `model/`; returns the folder.
+
+    Raises CorruptionError if the checkpoint does not verify.
+    """
+    best = outcome["best"]
+    state = Checkpoints(folder.checkpoints).load(best["step"]).model_state()
+    with publishing(folder.model, kind=KIND, version=VERSION) as draft:
+        save_file(state, draft.path / "model.safetensors")
+        draft.meta.update(
+            recipe=recipe.model_dump(mode="json"),
+            step=best["step"],
+            epoch=best["epoch"],
+            metrics=best["metrics"],
+            weights_digest=weights_digest(state),
+            precision=outcome["precision"],
+        )
+    return folder.model
+
+
+def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
+    """A published model on the best device of this machine. Raises CorruptionError if a byte has changed."""
+    published = open_published(folder, kind=KIND, versions=frozenset({VERSION}))
+    recipe = Recipe.model_validate(published.meta["recipe"])
+    workload = load_workload(recipe.implementation)
+    hp = workload.Hyperparameters.model_validate(recipe.hyperparameters)
+    network = workload.build_model(hp, _info(snapshot))
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device=device, memory_format=torch.channels_last).eval()
+    return TrainedModel(recipe, workload, hp, network, published.meta)
+
+
+def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> Report:
+    """The report of a model on a split of a snapshot."""
+    columns = snapshot.columns(split)
+    device = next(model.network.parameters()).device
+    tensors = {name: torch.from_numpy(np.array(array)).to(device) for name, array in columns.items()}
+    predictions = predictions_of(
+        model.workload, model.network, tensors, model.hp, SingleWorker(), model.meta["precision"]
+    )
+    return model.workload.report(predictions, columns, _info(snapshot))
+
+
+def serving_module(model: TrainedModel, snapshot: Snapshot) -> tuple[nn.Module, np.ndarray, np.ndarray]:
+    """The module to deploy on a CPU, a batch of example inputs from the training split, and its outputs for them."""
+    example = model.workload.serving_example(snapshot.columns("train"))
+    # A contiguous copy: exported programs carry memory layouts, and servers send plain arrays.
+    module = model.workload.serving_model(model.network, model.hp).to("cpu", memory_format=torch.contiguous_format).eval()
+    with torch.no_grad():
+        outputs = module(torch.from_numpy(example)).float().numpy()
+    return module, example, outputs

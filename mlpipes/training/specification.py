@@ -1,0 +1,62 @@
+"""What one attempt's driver and workers are told: the recipe, the places, and how to behave."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from mlpipes.files import read_record, write_record
+from mlpipes.store import Store, TrainingFolder
+from mlpipes.training.recipe import Recipe
+
+
+class Checkpointing(BaseModel):
+    """When checkpoints are written besides the end of each epoch, and how many are kept. Does not change any number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every_steps: int | None = None
+    every_seconds: float | None = 60.0
+    keep_last: int = 2
+
+
+class Tracking(BaseModel):
+    """Where the training's curve goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    run_id: str
+
+
+class TrainingJob(BaseModel):
+    """One attempt at a training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    store: str
+    attempt: int
+    checkpointing: Checkpointing = Checkpointing()
+    tracking: Tracking | None = None
+    max_worker_failures: int = 3
+
+    @property
+    def folder(self) -> TrainingFolder:
+        """The training's folder."""
+        return Store(Path(self.store)).training(self.recipe.fingerprint)
+
+    @property
+    def snapshot(self) -> Path:
+        """The snapshot's folder."""
+        return Store(Path(self.store)).snapshots / self.recipe.snapshot
+
+    def write(self) -> Path:
+        """Store it where the driver reads it; returns the file."""
+        path = self.folder.specification(self.attempt)
+        write_record(path, self.model_dump(mode="json"))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "TrainingJob":
+        """What `write` stored. Raises CorruptionError or FileNotFoundError."""
+        return cls.model_validate(read_record(path))

@@ -1,0 +1,80 @@
+"""One worker's process: what Ray Train runs on every rank."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlpipes.data.snapshot import open_snapshot
+from mlpipes.errors import UserError
+from mlpipes.files import write_record
+from mlpipes.training.checkpoints import Checkpoints
+from mlpipes.training.determinism import environment, prepare_process
+from mlpipes.training.loop import Trainer
+from mlpipes.training.messages import MessageWriter
+from mlpipes.training.parallel import ProcessGroup, SingleWorker, Workers
+from mlpipes.training.specification import TrainingJob
+from mlpipes.workloads.base import DataInfo
+from mlpipes.workloads.catalog import load_workload
+
+
+def train_on_ray(config: dict[str, Any]) -> None:
+    """Ray Train's entry point: train with the process group that Ray has set up."""
+    from ray.train.torch import get_device
+
+    job = TrainingJob.read(Path(config["job"]))
+    device = get_device()
+    assert isinstance(device, torch.device)  # noqa: S101 - a list only if more than one GPU a worker is asked for
+    workers: Workers = ProcessGroup() if torch.distributed.is_initialized() else SingleWorker()
+    try:
+        train(job, workers, device)
+    except UserError as error:
+        # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
+        MessageWriter(job.folder.messages(job.attempt))("failed", error=str(error), rank=workers.rank)
+
+
+def train(job: TrainingJob, workers: Workers, device: torch.device) -> None:
+    """Train from the latest checkpoint to the end; rank 0 writes the result.
+
+    Raises a UserError for what a restart would not mend.
+    """
+    recipe = job.recipe
+    notify = MessageWriter(job.folder.messages(job.attempt))
+    prepare_process(recipe.scale.threads, recipe.seed)
+    workload = load_workload(recipe.implementation)
+    hp = workload.Hyperparameters.model_validate(recipe.hyperparameters)
+    snapshot = open_snapshot(job.snapshot)
+    trainer = Trainer(
+        workload,
+        hp,
+        recipe.scale,
+        DataInfo(snapshot.facts, snapshot.meta["statistics"]),
+        snapshot.columns("train"),
+        snapshot.columns("validation"),
+        seed=recipe.seed,
+        workers=workers,
+        device=device,
+        checkpoints=Checkpoints(job.folder.checkpoints, job.checkpointing.keep_last),
+        policy=job.checkpointing,
+        notify=notify,
+    )
+    trainer.resume()
+    outcome = trainer.run()
+    peaks = workers.gather(torch.tensor(_peak_memory(device), dtype=torch.float64, device=device))
+    if workers.rank == 0:
+        outcome |= {
+            "fingerprint": recipe.fingerprint,
+            "attempt": job.attempt,
+            "environment": environment(device),
+            "peak_memory_bytes": [float(peak) for peak in peaks],
+        }
+        write_record(job.folder.result, outcome)
+        notify("finished", step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"])
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the device's memory on a GPU, of the process's resident memory otherwise."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

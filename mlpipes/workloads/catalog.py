@@ -1,0 +1,77 @@
+"""The catalog: the explicit list of workloads and the scales each is offered at. Adding one is one entry here.
+
+Nothing in here imports torch, so that the Dagster definitions load fast; `Entry.load` imports the implementation.
+"""
+
+import importlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlpipes.errors import ConfigError
+from mlpipes.scales import SCALES_VARIABLE, RayScaleConfig, load_scale_file, scales_of
+
+if TYPE_CHECKING:
+    from mlpipes.workloads.base import Workload
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One workload as the asset layer sees it."""
+
+    name: str
+    summary: str
+    implementation: str
+    """`module:attribute` of the workload instance."""
+    scales: tuple[RayScaleConfig, ...]
+    kind: str = "pytorch"
+
+    def load(self) -> "Workload":
+        """The workload itself; imports torch."""
+        return load_workload(self.implementation)
+
+    def scale(self, key: str) -> RayScaleConfig:
+        """One of its scales by partition key. Raises ScaleError for a key that is none."""
+        return RayScaleConfig.from_key(key)
+
+
+def entry(name: str, summary: str, implementation: str, scales: Iterable[str]) -> Entry:
+    """A catalog entry with its scales given as keys."""
+    return Entry(name, summary, implementation, scales_of(scales, f"catalog, workload {name}"))
+
+
+CATALOG = (
+    entry(
+        "digits",
+        "Handwritten digits (scikit-learn, 1,797 images of 8×8 pixels), embedded and offline",
+        "mlpipes.workloads.image_classification:digits",
+        ["w1-b128-e30-g0", "w2-b128-e30-g0", "w4-b128-e30-g0-c0.5"],
+    ),
+    entry(
+        "cifar10",
+        "CIFAR-10 photographs (32×32 pixels, 10 classes), airbench-style network with Muon",
+        "mlpipes.workloads.image_classification:cifar10",
+        ["w1-b256-e12-g0", "w2-b256-e12-g0", "w4-b256-e12-g0", "w1-b2048-e8-g1", "w4-b2048-e8-g1"],
+    ),
+)
+
+
+def load_workload(implementation: str) -> "Workload":
+    """The workload instance at `module:attribute`. Raises ConfigError if there is none."""
+    module, _, attribute = implementation.partition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"workload {implementation!r} cannot be loaded: {error}") from error
+    return found
+
+
+def configured(entries: Iterable[Entry] = CATALOG) -> tuple[Entry, ...]:
+    """The catalog with the scales of the file that `$MLPIPES_SCALES` names, where it names one."""
+    entries = tuple(entries)
+    if not (path := os.environ.get(SCALES_VARIABLE)):
+        return entries
+    replaced = load_scale_file(Path(path), [e.name for e in entries])
+    return tuple(replace(e, scales=replaced.get(e.name, e.scales)) for e in entries)
