@@ -1,13 +1,14 @@
 """Jobs: the whole chain of a workload's scale, and its evaluation alone."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import dagster as dg
 
 from mlpipes.workloads.catalog import Entry
 
 
-def jobs_of(entries: Iterable[Entry]) -> list[dg.UnresolvedAssetJobDefinition]:
+def jobs_of(entries: Iterable[Entry]) -> list[Any]:
     """For each workload, `<name>_chain` (dataset to eval_report) and `<name>_evaluation` (eval_report only)."""
     jobs = []
     for entry in entries:

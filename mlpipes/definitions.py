@@ -1,5 +1,6 @@
 """The Dagster definitions: explicit lists composed, nothing else."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +12,15 @@ from mlpipes.resources import MlflowResource, RayResource, ReferenceIOManager, S
 from mlpipes.workloads.catalog import Entry, configured
 
 
-def build_defs(
-    *, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None
-) -> dg.Definitions:
+def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     """All definitions of a catalog (default: the project's, with the scales of `$MLPIPES_SCALES`).
 
     `resources` replaces resources by key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
     """
     entries = configured() if catalog is None else tuple(catalog)
     store = StoreResource()
+    # One run per partition is what keeps scales apart; Dagster calls the parameter beta and says so for every asset.
+    warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],
         jobs=jobs_of(entries),

@@ -79,7 +79,9 @@ def read_record(path: Path) -> dict[str, Any]:
         envelope = json.loads(path.read_bytes())
         content, expected = envelope["content"], envelope["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptionError(f"{path} is not a readable record ({error}). Move it away to have it made again.") from error
+        raise CorruptionError(
+            f"{path} is not a readable record ({error}). Move it away to have it made again."
+        ) from error
     if digest_of(content) != expected:
         raise CorruptionError(f"{path} does not match its checksum. Move it away to have it made again.")
     return content

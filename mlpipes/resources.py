@@ -29,7 +29,8 @@ class RayResource(dg.ConfigurableResource):
     """The Ray cluster that trains."""
 
     address: str | None = Field(
-        None, description="http://host:8265 of the head's dashboard; default $MLPIPES_RAY_ADDRESS, else a private local Ray"
+        None,
+        description="http://host:8265 of the head's dashboard; default $MLPIPES_RAY_ADDRESS, else a private local Ray",
     )
 
     def connect(self) -> "RayAddress":

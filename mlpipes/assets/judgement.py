@@ -25,7 +25,9 @@ def _open(store: StoreResource, reference: dict[str, Any]) -> tuple[TrainingFold
         recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
         return folder, recipe, open_snapshot(store.store.snapshots / recipe.snapshot), outcome
     except FileNotFoundError as error:
-        raise ConfigError(f"{error.filename or error} is gone from the store; materialize `checkpoints` again") from error
+        raise ConfigError(
+            f"{error.filename or error} is gone from the store; materialize `checkpoints` again"
+        ) from error
 
 
 def materialize_model(

@@ -26,7 +26,9 @@ class TrainingConfig(dg.Config):
     """What can be set when a training is launched."""
 
     seed: int = Field(0, description="seed of initialization, data order and augmentation; part of the fingerprint")
-    hyperparameters: dict[str, Any] = Field({}, description="changes to the workload's defaults, e.g. network: resnet18")
+    hyperparameters: dict[str, Any] = Field(
+        {}, description="changes to the workload's defaults, e.g. network: resnet18"
+    )
     fresh: bool = Field(False, description="train again from the beginning, beside what is there")
     checkpoint_every_seconds: float = Field(60.0, gt=0, description="besides the checkpoint at the end of each epoch")
     keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")
@@ -130,7 +132,8 @@ def materialize_training(
     return dg.MaterializeResult(
         value=reference,
         data_version=dg.DataVersion(outcome["weights_digest"]),
-        metadata=_metadata(entry, recipe, outcome, folder) | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},
+        metadata=_metadata(entry, recipe, outcome, folder)
+        | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},
     )
 
 
@@ -161,7 +164,11 @@ def _follow(
         return shlex.join(["exec", python, "-m", "mlpipes.training.job", str(job.write())])
 
     earlier = [int(path.stem[1:]) for path in folder.messages(0).parent.glob("a*.jsonl")]
-    environment = {"MLPIPES_HOME": str(store.store.root.parent), "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "MLPIPES_HOME": str(store.store.root.parent),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
     if address.local:
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     handle = jobs.attach_or_submit(
@@ -189,6 +196,9 @@ def _follow(
             elif kind == "failed":
                 failure = message["error"]
                 break
+            elif kind == "finished" and folder.result.is_file():
+                # The outcome is in the store; how long the driver takes to clean up after itself does not matter.
+                return
             elif kind == "ended":
                 status = message["status"]
     except BaseException:
@@ -201,9 +211,11 @@ def _follow(
     if failure is not None:
         jobs.stop(handle.submission_id)
         raise TrainingFailedError(f"{failure} (Ray job {handle.submission_id})")
-    if status != "SUCCEEDED":
+    if not folder.result.is_file():
         tail = "" if status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
-        raise TrainingFailedError(f"Ray job {handle.submission_id} ended as {status} without a result. Its log ends:\n{tail}")
+        raise TrainingFailedError(
+            f"Ray job {handle.submission_id} ended as {status} without a result. Its log ends:\n{tail}"
+        )
 
 
 def _observe(context: dg.AssetExecutionContext, message: dict[str, Any]) -> None:

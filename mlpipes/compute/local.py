@@ -16,6 +16,7 @@ import psutil
 from filelock import FileLock
 
 from mlpipes.compute.address import RayAddress
+from mlpipes.compute.preflight import nodes_of
 from mlpipes.errors import CorruptionError, PreflightError
 from mlpipes.files import read_record, write_atomic, write_record
 from mlpipes.store import home
@@ -75,7 +76,11 @@ class LocalRay:
             *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
             *(f"--{name}={_free_port()}" for name in names),
             *("--min-worker-port=0", "--max-worker-port=0"),
-            *(f"--num-cpus={os.cpu_count()}", f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={temporary}"),
+            *(
+                f"--num-cpus={os.cpu_count()}",
+                f"--object-store-memory={_OBJECT_STORE_BYTES}",
+                f"--temp-dir={temporary}",
+            ),
         ]
         environment = {
             **os.environ,
@@ -102,7 +107,8 @@ class LocalRay:
         write_record(self._state, state)
         deadline = time.monotonic() + _START_SECONDS
         try:
-            while not self._answers(state):
+            # The API answers a little before the node has registered; a preflight in between would see no CPU.
+            while not (self._answers(state) and nodes_of(self._address(state))):
                 if process.poll() is not None or time.monotonic() > deadline:
                     tail = log.read_text(errors="replace")[-2000:]
                     raise PreflightError(f"the local Ray did not start; its log {log} ends with:\n{tail}")
@@ -144,7 +150,7 @@ class LocalRay:
     # -- end ----------------------------------------------------------------------------------------------------------
     def _end(self, state: dict[str, Any]) -> None:
         """End every process that carries the head's mark: first gently, then for good."""
-        for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
             processes = _marked(state["mark"])
             if not processes:
                 break

@@ -65,7 +65,9 @@ def open_snapshot(path: Path) -> Snapshot:
     """Open a snapshot and verify every byte. Raises FileNotFoundError, or CorruptionError naming the bad file."""
     snapshot = Snapshot(open_published(path, kind=KIND, versions=frozenset({VERSION})))
     if snapshot.meta.get("digest") != path.name:
-        raise CorruptionError(f"{path} holds the snapshot {snapshot.meta.get('digest')}: it was renamed or copied wrongly")
+        raise CorruptionError(
+            f"{path} holds the snapshot {snapshot.meta.get('digest')}: it was renamed or copied wrongly"
+        )
     return snapshot
 
 
@@ -124,7 +126,9 @@ def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapsh
     except FileNotFoundError:
         pass
     except CorruptionError as error:
-        evidence = set_aside(pointer if str(pointer) in str(error) else store.snapshots / read_record(pointer)["digest"])
+        evidence = set_aside(
+            pointer if str(pointer) in str(error) else store.snapshots / read_record(pointer)["digest"]
+        )
         warnings.append(f"{error}. Kept as {evidence.name}; the snapshot is built again.")
     dataset = workload.source.load()
     if dataset.digest() != source_digest:

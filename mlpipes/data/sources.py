@@ -69,7 +69,9 @@ def _read_batch(path: Path) -> dict[str, Any]:
         # Written by Python 2, the original's keys are bytes; copies made since then have text.
         return {_text(key): value for key, value in content.items()}
     except FileNotFoundError as error:
-        raise DataError(f"CIFAR-10: {path} is missing; the folder must hold data_batch_1..5, test_batch, batches.meta") from error
+        raise DataError(
+            f"CIFAR-10: {path} is missing; the folder must hold data_batch_1..5, test_batch, batches.meta"
+        ) from error
     except Exception as error:
         raise DataError(f"CIFAR-10: {path} is not a readable batch: {error}") from error
 
@@ -110,7 +112,11 @@ class Cifar10Source:
             "test": _stack(folder, ["test_batch"], len(names)),
         }
         counts = {split: len(columns["label"]) for split, columns in splits.items()}
-        fidelity = "complete, original bytes" if _is_original(folder) else "subset or modified: md5 sums differ from the archive's"
+        fidelity = (
+            "complete, original bytes"
+            if _is_original(folder)
+            else "subset or modified: md5 sums differ from the archive's"
+        )
         return Dataset(
             splits=splits,
             provenance=Provenance(

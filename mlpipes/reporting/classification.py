@@ -84,7 +84,13 @@ def classification_report(
             Table(
                 "Calibration",
                 ["expected calibration error", "mean confidence", "negative log-likelihood"],
-                [[ece, float(confidence.mean()), float(metrics.log_loss(labels, probabilities, labels=range(len(names))))]],
+                [
+                    [
+                        ece,
+                        float(confidence.mean()),
+                        float(metrics.log_loss(labels, probabilities, labels=range(len(names)))),
+                    ]
+                ],
             ),
         ],
         figures=pictures,

@@ -25,15 +25,19 @@ def model_card(
 {summary}.
 
 ## Model
-{_rows({
-    "weights": model["weights_digest"],
-    "parameters": f"{outcome['parameters']:,}",
-    "chosen": f"epoch {model['epoch']} of {recipe.scale.epochs}, the best by validation",
-    "precision of training": outcome["precision"],
-    "seed": recipe.seed,
-    "fingerprint of training": recipe.fingerprint,
-    "code version": recipe.code,
-})}
+{
+        _rows(
+            {
+                "weights": model["weights_digest"],
+                "parameters": f"{outcome['parameters']:,}",
+                "chosen": f"epoch {model['epoch']} of {recipe.scale.epochs}, the best by validation",
+                "precision of training": outcome["precision"],
+                "seed": recipe.seed,
+                "fingerprint of training": recipe.fingerprint,
+                "code version": recipe.code,
+            }
+        )
+    }
 
 ## Data
 {_rows(provenance | {"snapshot": snapshot.digest, **{f"{k} samples": f"{v:,}" for k, v in snapshot.counts.items()}})}
@@ -45,14 +49,18 @@ unbiased figures, with intervals, are in the evaluation report on the test split
 {_rows(figures)}
 
 ## Training
-{_rows({
-    "workers": recipe.scale.workers,
-    "global batch size": recipe.scale.batch_size,
-    "epochs": recipe.scale.epochs,
-    "seconds in steps (no start-up, evaluation or checkpoints)": f"{outcome['train_seconds']:.1f}",
-    "device": outcome["environment"]["device"],
-    **{f"hyperparameter {k}": v for k, v in recipe.hyperparameters.items()},
-})}
+{
+        _rows(
+            {
+                "workers": recipe.scale.workers,
+                "global batch size": recipe.scale.batch_size,
+                "epochs": recipe.scale.epochs,
+                "seconds in steps (no start-up, evaluation or checkpoints)": f"{outcome['train_seconds']:.1f}",
+                "device": outcome["environment"]["device"],
+                **{f"hyperparameter {k}": v for k, v in recipe.hyperparameters.items()},
+            }
+        )
+    }
 
 ## Limits
 Measured on data drawn like the training data, and on nothing else: other cameras, writers, languages or resolutions are

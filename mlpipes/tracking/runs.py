@@ -30,7 +30,9 @@ def default_uri() -> str:
     """`$MLFLOW_TRACKING_URI`, else an SQLite file in the home folder. Raises ConfigError for a `file:` store."""
     uri = os.environ.get(URI_VARIABLE) or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
     if uri.startswith("file:") or "://" not in uri:
-        raise ConfigError(f"{URI_VARIABLE}={uri}: MLflow has dropped file stores; use sqlite:///… or a server's http://…")
+        raise ConfigError(
+            f"{URI_VARIABLE}={uri}: MLflow has dropped file stores; use sqlite:///… or a server's http://…"
+        )
     return uri
 
 

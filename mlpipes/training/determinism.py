@@ -102,7 +102,11 @@ def _git_state() -> dict[str, Any] | None:
     try:
         commit, status = (
             subprocess.run(  # noqa: S603
-                ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10, check=True  # noqa: S607
+                ["git", "-C", str(checkout), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,  # noqa: S607
             ).stdout.strip()
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )

@@ -45,7 +45,9 @@ def predictions_of(
         with autocast(device, precision):
             outputs.append({name: value.float() for name, value in workload.predict(model, batch, hp).items()})
     model.train(was_training)
-    bounds = [len(torch.cat([batches[n] for n in share])) if share else 0 for share in shares(len(batches), workers.size)]
+    bounds = [
+        len(torch.cat([batches[n] for n in share])) if share else 0 for share in shares(len(batches), workers.size)
+    ]
     result = {}
     for name in outputs[0]:
         own = torch.cat([output[name] for output in outputs])[: bounds[workers.rank]]

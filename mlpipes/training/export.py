@@ -89,7 +89,9 @@ def serving_module(model: TrainedModel, snapshot: Snapshot) -> tuple[nn.Module, 
     """The module to deploy on a CPU, a batch of example inputs from the training split, and its outputs for them."""
     example = model.workload.serving_example(snapshot.columns("train"))
     # A contiguous copy: exported programs carry memory layouts, and servers send plain arrays.
-    module = model.workload.serving_model(model.network, model.hp).to("cpu", memory_format=torch.contiguous_format).eval()
+    module = (
+        model.workload.serving_model(model.network, model.hp).to("cpu", memory_format=torch.contiguous_format).eval()
+    )
     with torch.no_grad():
         outputs = module(torch.from_numpy(example)).float().numpy()
     return module, example, outputs

@@ -7,9 +7,9 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from mlpipes.errors import UserError
-from mlpipes.store import read_messages
 from mlpipes.tracking.runs import MetricFollower
 from mlpipes.training.messages import MessageWriter
 from mlpipes.training.specification import TrainingJob
@@ -39,11 +39,15 @@ def main(path: Path) -> int:
     return 0 if job.folder.result.is_file() else 1
 
 
+def _worker(config: dict[str, Any]) -> None:
+    from mlpipes.training.worker import train_on_ray  # in the workers only: the driver has no use for the workload
+
+    train_on_ray(config)
+
+
 def _fit(job: TrainingJob, path: Path) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from mlpipes.training.worker import train_on_ray
 
     scale = job.recipe.scale
     # Ray's own bookkeeping is not needed for recovery (our checkpoints are the truth) and is not written atomically, so
@@ -53,7 +57,7 @@ def _fit(job: TrainingJob, path: Path) -> None:
     backend = "nccl" if scale.gpus_per_worker >= 1 else "gloo"
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
     TorchTrainer(
-        train_on_ray,
+        _worker,
         train_loop_config={"job": str(path)},
         torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
@@ -66,12 +70,6 @@ def _fit(job: TrainingJob, path: Path) -> None:
         ),
     ).fit()
     shutil.rmtree(bookkeeping, ignore_errors=True)
-
-
-def failure_of(messages: Path) -> str | None:
-    """The last error that an attempt reported, or None."""
-    errors = [message["error"] for message in read_messages(messages)[0] if message.get("kind") == "failed"]
-    return errors[-1] if errors else None
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ class Trainer:
     ) -> None:
         self.workload, self.hp, self.scale, self.workers = workload, hp, scale, workers
         self.checkpoints, self.policy, self.notify = checkpoints, policy, notify
-        self.train_columns, self.validation, self.validation_columns = _on(train, device), _on(validation, device), validation
+        self.train_columns, self.validation, self.validation_columns = (
+            _on(train, device),
+            _on(validation, device),
+            validation,
+        )
         self.order = DataOrder(len(next(iter(train.values()))), scale.batch_size, seed)
         if self.order.steps_per_epoch == 0:
             raise TrainingFailedError(

@@ -54,11 +54,14 @@ def code_version(implementation: str) -> str:
 
 
 def _source(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    """A module's file. Only its top-level package is looked up: asking for more would import what lies above it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for location in (spec.submodule_search_locations if spec else None) or []:
+        path = Path(location, *rest)
+        if (file := path.with_suffix(".py")).is_file() or (file := path / "__init__.py").is_file():
+            return file
+    return Path(spec.origin) if spec and spec.origin and not rest else None
 
 
 def _reachable(module: str, package: str) -> set[str]:
@@ -88,7 +91,12 @@ def _normalised(module: str) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             # Docstrings; `pass` keeps a body that held nothing else valid and costs nothing.
             body[0] = ast.Pass()
     return ast.dump(tree)

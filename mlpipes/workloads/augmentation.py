@@ -14,7 +14,9 @@ def crop_and_flip(images: Tensor, rows: Tensor, padding: int, flip: bool) -> Ten
     flips; the result is uint8 (B, C, H, W) in channels_last memory order.
     """
     count, (height, width) = len(rows), images.shape[2:]
-    offsets = torch.randint(-padding, padding + 1, (2, count, 1)) if padding else torch.zeros(2, count, 1, dtype=torch.long)
+    offsets = (
+        torch.randint(-padding, padding + 1, (2, count, 1)) if padding else torch.zeros(2, count, 1, dtype=torch.long)
+    )
     down, across = torch.arange(height) + offsets[0], torch.arange(width) + offsets[1]
     if flip:
         across = torch.where(torch.rand(count, 1) < 0.5, across.flip(1), across)

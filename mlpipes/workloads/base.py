@@ -24,7 +24,8 @@ class Hyperparameters(BaseModel):
 
     logical_shards: int = Field(4, ge=1, description="parts of a global batch; the most workers that can share it")
     reduction: Literal["ordered", "allreduce"] = Field(
-        "ordered", description="ordered: the same bits at any number of workers; allreduce: less traffic, equal to rounding"
+        "ordered",
+        description="ordered: the same bits at any number of workers; allreduce: less traffic, equal to rounding",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
 

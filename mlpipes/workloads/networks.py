@@ -72,7 +72,9 @@ class Whitening(nn.Conv2d):
     @torch.no_grad()
     def fit(self, images: Tensor, eps: float = 5e-4) -> None:
         """Set the weights from normalized images (N, C, H, W) float."""
-        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * 4).double()
+        patches = (
+            images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * 4).double()
+        )
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         # An eigenvector's sign is arbitrary; fixing it makes the result the same on every machine and LAPACK.
         signs = torch.sign(vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)))

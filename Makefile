@@ -1,0 +1,40 @@
+# `make demo` and `make test` set themselves up: all they need is Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+PORT ?= 3000
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlpipes needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: install demo dev test format lint types benchmark clean
+install: .venv/.installed
+
+demo: install
+	$(BIN)/mlpipes demo
+
+dev: install
+	$(BIN)/mlpipes dev --port $(PORT) $(if $(MLFLOW),--mlflow)
+
+test: lint types
+	$(BIN)/dagster definitions validate -w workspace.yaml
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: install
+	$(BIN)/python -m mlpipes_tests.benchmarks.vision
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,180 @@
+"""The command line: `mlpipes demo | dev | scales | status | report | fetch | ray`."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from mlpipes.errors import ConfigError, UserError
+from mlpipes.store import Store, home
+from mlpipes.workloads.catalog import Entry, configured
+
+app = typer.Typer(
+    help="Durable ML training as Dagster assets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ray_app = typer.Typer(help="The private local Ray of this machine.", no_args_is_help=True)
+app.add_typer(ray_app, name="ray")
+console = Console()
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Show a user's error as its message, without a traceback, and exit with 1."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def entry_named(name: str) -> Entry:
+    """A workload of the catalog. Raises ConfigError listing the known ones."""
+    entries = {entry.name: entry for entry in configured()}
+    if name not in entries:
+        raise ConfigError(f"unknown workload {name!r}; known are {', '.join(entries)}")
+    return entries[name]
+
+
+def store() -> Store:
+    """The store of this installation."""
+    return Store(home() / "store")
+
+
+@app.command()
+@friendly
+def demo(
+    workload: Annotated[str, typer.Option(help="which workload")] = "digits",
+    scale: Annotated[list[str] | None, typer.Option(help="scales to train; default: the first three")] = None,
+) -> None:
+    """Train a workload at several scales on a private local Ray, and compare them."""
+    from mlpipes.demo import run_demo
+
+    entry = entry_named(workload)
+    scales = scale or [s.key for s in entry.scales][:3]
+    for key in scales:
+        entry.scale(key)
+    run_demo(console, entry, scales, store())
+
+
+@app.command()
+@friendly
+def dev(
+    port: Annotated[int, typer.Option(help="port of the Dagster UI")] = 3000,
+    mlflow: Annotated[bool, typer.Option(help="also serve the MLflow UI")] = False,
+    mlflow_port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
+) -> None:
+    """Serve the Dagster UI (and, if asked for, the MLflow UI) on this machine."""
+    from mlpipes.development import serve
+
+    sys.exit(serve(console, port, mlflow_port if mlflow else None))
+
+
+@app.command()
+@friendly
+def scales() -> None:
+    """List all workloads and their scales."""
+    table = Table("workload", "scale", "workers", "global batch", "epochs", "GPUs/worker", "CPUs/worker")
+    for entry in configured():
+        for s in entry.scales:
+            cells = (s.workers, s.batch_size, s.epochs, f"{s.gpus_per_worker:g}", f"{s.cpus_per_worker:g}")
+            table.add_row(entry.name, s.key, *map(str, cells))
+    console.print(table)
+
+
+@app.command()
+@friendly
+def status() -> None:
+    """Show all trainings of the store, the latest first."""
+    from mlpipes.status import all_statuses, progress_text
+
+    rows = [progress_text(found) for found in all_statuses(store())]
+    if not rows:
+        console.print(f"No training in {store().root} yet.")
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+@app.command()
+@friendly
+def report(workload: Annotated[str, typer.Argument(help="which workload")]) -> None:
+    """Print the latest scaling report of a workload."""
+    path = store().report(entry_named(workload).name) / "scaling_report.md"
+    if not path.is_file():
+        raise ConfigError(f"there is no scaling report of {workload} yet; materialize {workload}/scaling_report")
+    console.print(Markdown(path.read_text(encoding="utf-8")))
+    console.print(f"{path}", soft_wrap=True)
+
+
+@app.command()
+@friendly
+def fetch(dataset: Annotated[str, typer.Argument(help="cifar10")]) -> None:
+    """Download a data set that is not embedded."""
+    from mlpipes.data.sources import fetch_cifar10
+
+    if dataset != "cifar10":
+        raise ConfigError(f"unknown data set {dataset!r}; known is cifar10 (digits is embedded)")
+    console.print(f"CIFAR-10 is in {fetch_cifar10()}", soft_wrap=True)
+
+
+@ray_app.command("up")
+@friendly
+def ray_up() -> None:
+    """Start the private local Ray, if it does not run."""
+    from mlpipes.compute.local import LocalRay
+
+    address = LocalRay().ensure()
+    console.print(
+        f"Ray runs; dashboard {address.dashboard}, token in {address.environment['RAY_AUTH_TOKEN_PATH']}",
+        soft_wrap=True,
+    )
+
+
+@ray_app.command("down")
+@friendly
+def ray_down() -> None:
+    """End the private local Ray and every training in it; they go on from their checkpoints when asked for again."""
+    from mlpipes.compute.local import LocalRay
+
+    console.print("Ray ended." if LocalRay().stop() else "No local Ray runs.")
+
+
+@ray_app.command("status")
+@friendly
+def ray_status() -> None:
+    """Say whether the private local Ray runs."""
+    from mlpipes.compute.local import LocalRay
+
+    state = LocalRay().status()
+    console.print(f"Ray runs (pid {state['pid']}); dashboard {state['dashboard']}" if state else "No local Ray runs.")
+
+
+def dagster_home() -> Path:
+    """Set DAGSTER_HOME, where it is not set, to the checkout (its dagster.yaml keeps history), else to the home folder."""
+    if configured_home := os.environ.get("DAGSTER_HOME"):
+        return Path(configured_home)
+    here = Path.cwd()
+    folder = here if (here / "dagster.yaml").is_file() else home() / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["DAGSTER_HOME"] = str(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,138 @@
+"""The demo: a workload's whole chain at several scales in one process, with progress bars and one table at the end."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mlpipes.cli import dagster_home
+from mlpipes.errors import UserError
+from mlpipes.files import read_record
+from mlpipes.reporting.scaling import COLUMNS, scaling_cells
+from mlpipes.status import all_statuses
+from mlpipes.store import Store
+from mlpipes.workloads.catalog import Entry
+
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
+    """Materialize the chain of each scale and the scaling report; print the summary. Ends the Ray that it started.
+
+    Raises UserError with the cause if a scale fails.
+    """
+    import logging
+    import warnings
+
+    import dagster as dg
+
+    from mlpipes.compute.local import LocalRay
+    from mlpipes.definitions import build_defs
+    from mlpipes.tracking.runs import Tracker, default_uri
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    dagster_home()
+    started = time.monotonic()
+    ray = LocalRay()
+    ours = ray.status() is None
+    definitions = build_defs(catalog=[entry])
+    try:
+        with dg.DagsterInstance.get() as instance, ThreadPoolExecutor(2) as pool:
+            with console.status("Starting a private Ray on loopback, and MLflow's store …"):
+                for future in [pool.submit(ray.ensure), pool.submit(lambda: Tracker(default_uri()))]:
+                    future.result()
+            console.print(f"Ray and MLflow are ready after {time.monotonic() - started:.0f} s.")
+            chain = definitions.resolve_job_def(f"{entry.name}_chain")
+            with _bars(console) as bars:
+                for key in scales:
+                    _run_scale(bars, store, entry.name, key, lambda key=key: _execute(chain, instance, key))
+            report = [
+                asset for asset in definitions.resolve_all_asset_specs() if asset.key.path[-1] == "scaling_report"
+            ]
+            job = dg.define_asset_job("report", dg.AssetSelection.assets(*[spec.key for spec in report]))
+            _execute(dg.Definitions.merge(definitions, dg.Definitions(jobs=[job])).resolve_job_def("report"), instance)
+    finally:
+        if ours:
+            with console.status("Ending the Ray that was started …"):
+                ray.stop()
+    _print_summary(console, entry, scales, store)
+    console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
+
+
+def _bars(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def _execute(job: Any, instance: Any, partition: str | None = None) -> None:
+    import dagster as dg
+
+    try:
+        job.execute_in_process(instance=instance, partition_key=partition, run_config=QUIET)
+    except dg.Failure as failure:
+        raise UserError(failure.description or str(failure)) from failure
+
+
+def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) -> None:
+    """Run in a thread, and meanwhile show what the store tells of the scale's training."""
+    bar = bars.add_task(f"{workload} {key}", total=None, figures="preparing")
+    problem: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            run()
+        except BaseException as error:
+            problem.append(error)
+
+    thread, began = threading.Thread(target=target, daemon=True), time.time()
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.3)
+        for status in all_statuses(store):
+            if (status.workload, status.scale) == (workload, key) and status.last_heard >= began:
+                figures = "starting workers"
+                if status.total_steps:
+                    accuracy = status.metrics.get("validation_accuracy")
+                    figures = "exporting, judging" if status.state == "finished" else f"{status.state}"
+                    figures += f" · validation accuracy {accuracy:.4f}" if accuracy is not None else ""
+                bars.update(bar, completed=status.step, total=status.total_steps, figures=figures)
+                break
+    if problem:
+        bars.update(bar, figures="[red]failed")
+        raise problem[0]
+    total = bars.tasks[bar].total or 1
+    bars.update(bar, completed=total, total=total, figures="done")
+    bars.stop_task(bar)
+
+
+def _print_summary(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
+    report = read_record(store.report(entry.name) / "scaling_report.json")
+    table = Table(title=f"{entry.name}: {report['metric']}, best epoch by validation, judged on test")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("scale", "weights") else "right", no_wrap=True)
+    rows = [row for row in report["rows"] if row["scale"] in scales]
+    for row in rows:
+        table.add_row(*scaling_cells(row))
+    console.print(table)
+    models = len({row["weights_digest"] for row in rows})
+    if models == 1 < len(rows):
+        console.print("Equal weights: the same model, bit for bit, whatever the number of workers.")
+    console.print("train s and samples/s: time in steps only; no start-up, no evaluation, no checkpoints.")
+    console.print(f"Report:   {store.report(entry.name) / 'scaling_report.md'}", soft_wrap=True)
+    for row in rows:
+        reference = store.read_reference(entry.name, "eval_report", row["scale"])
+        if reference:
+            folder = store.training(reference["fingerprint"]).evaluation(reference["evaluation"])
+            console.print(f"Pictures: {folder}", soft_wrap=True)

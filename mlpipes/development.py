@@ -1,0 +1,63 @@
+"""`mlpipes dev`: the Dagster UI and, if asked for, the MLflow UI, as children of one process that ends them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from mlpipes.cli import dagster_home
+from mlpipes.errors import ConfigError
+from mlpipes.tracking.runs import UI_VARIABLE, default_uri
+
+HOST = "127.0.0.1"
+
+
+def serve(console: Console, port: int, mlflow_port: int | None) -> int:
+    """Serve until interrupted; returns the exit code. Raises ConfigError if a port is taken."""
+    for name, wanted in (("--port", port), ("--mlflow-port", mlflow_port)):
+        if wanted is not None and not _is_free(wanted):
+            raise ConfigError(f"port {wanted} is taken; choose another with {name}")
+    environment = {**os.environ, "DAGSTER_HOME": str(dagster_home())}
+    programs = Path(sys.executable).parent
+    commands = []
+    if mlflow_port is not None:
+        uri = default_uri()
+        if not uri.startswith("http"):
+            environment[UI_VARIABLE] = f"http://{HOST}:{mlflow_port}"
+            commands.append(
+                [programs / "mlflow", "ui", "--host", HOST, "--port", mlflow_port, "--backend-store-uri", uri]
+            )
+        console.print(f"MLflow UI:  {environment.get(UI_VARIABLE, uri)}")
+    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").is_file() else ["-m", "mlpipes.definitions"]
+    commands.append([programs / "dagster", "dev", "-h", HOST, "-p", port, *workspace])
+    console.print(f"Dagster UI: http://{HOST}:{port}")
+    console.print("Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it.")
+    # Children get sessions of their own, so that Ctrl-C reaches them once, through us.
+    children = [subprocess.Popen(list(map(str, c)), env=environment, start_new_session=True) for c in commands]
+
+    def end(number: int, _: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    code = children[-1].wait()
+    for child in children[:-1]:
+        child.terminate()
+        child.wait()
+    return code
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True

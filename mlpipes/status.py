@@ -1,0 +1,89 @@
+"""The state of all trainings, read from the store alone: it answers also when Dagster and Ray are down."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlpipes.errors import CorruptionError
+from mlpipes.files import read_record
+from mlpipes.store import Store, TrainingFolder, read_messages
+
+_SILENT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """What is known of one training."""
+
+    folder: TrainingFolder
+    workload: str
+    scale: str
+    seed: int
+    state: str
+    """finished, failed, starting, running, or silent (nothing was heard for a minute)."""
+    step: int
+    total_steps: int | None
+    metrics: dict[str, float]
+    """Latest figures: loss, samples_per_second, eta_seconds, validation metrics."""
+    last_heard: float
+    """Unix time of the last message."""
+    error: str | None = None
+
+
+def latest_attempt(folder: TrainingFolder) -> int:
+    """The number of a training's latest attempt; 0 if there is none."""
+    return max((int(path.stem[1:]) for path in folder.messages(0).parent.glob("a*.jsonl")), default=0)
+
+
+def status_of(folder: TrainingFolder) -> TrainingStatus | None:
+    """The status of one training, or None if its recipe cannot be read."""
+    try:
+        recipe = read_record(folder.recipe)
+    except (FileNotFoundError, CorruptionError):
+        return None
+    from mlpipes.scales import RayScaleConfig
+
+    messages, _ = read_messages(folder.messages(latest_attempt(folder)))
+    state, step, total, metrics, error, last = "starting", 0, None, {}, None, 0.0
+    for message in messages:
+        last = max(last, message.get("time", 0.0))
+        kind = message.get("kind")
+        if kind in ("started", "resumed", "progress", "finished"):
+            state, step, total = "running", message["step"], message["total_steps"]
+        if kind == "progress":
+            metrics |= {key: message[key] for key in ("loss", "samples_per_second", "eta_seconds", "epoch")}
+        elif kind == "epoch":
+            metrics |= {f"validation_{key}": value for key, value in message["metrics"].items()}
+        elif kind == "failed":
+            state, error = "failed", message["error"]
+    if folder.result.is_file():
+        state = "finished"
+    elif state in ("running", "starting") and time.time() - last > _SILENT_SECONDS:
+        state = "silent"
+    scale = RayScaleConfig.model_validate(recipe["scale"]).key
+    return TrainingStatus(folder, recipe["workload"], scale, recipe["seed"], state, step, total, metrics, last, error)
+
+
+def all_statuses(store: Store) -> Iterator[TrainingStatus]:
+    """The status of every training in the store, the latest heard of first."""
+    folders: list[Path] = sorted((store.root / "trainings").glob("*/"))
+    found = [status for path in folders if (status := status_of(TrainingFolder(path)))]
+    yield from sorted(found, key=lambda status: -status.last_heard)
+
+
+def progress_text(status: TrainingStatus) -> dict[str, Any]:
+    """A status as the cells of a table."""
+    metrics = status.metrics
+    return {
+        "workload": status.workload,
+        "scale": status.scale,
+        "seed": str(status.seed),
+        "state": status.state,
+        "step": f"{status.step}/{status.total_steps}" if status.total_steps else "–",
+        "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "–",
+        "samples/s": f"{metrics['samples_per_second']:,.0f}" if "samples_per_second" in metrics else "–",
+        "ETA s": f"{metrics['eta_seconds']:.0f}" if status.state == "running" and "eta_seconds" in metrics else "–",
+        "fingerprint": status.folder.fingerprint[:12],
+    }
