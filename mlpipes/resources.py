@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class StoreResource(dg.ConfigurableResource):
     """The folder of all results."""
 
-    root: str | None = Field(None, description="default: `store` in the home folder ($MLPIPES_HOME)")
+    root: str | None = Field(default=None, description="default: `store` in the home folder ($MLPIPES_HOME)")
 
     @property
     def store(self) -> Store:
@@ -29,7 +29,7 @@ class RayResource(dg.ConfigurableResource):
     """The Ray cluster that trains."""
 
     address: str | None = Field(
-        None,
+        default=None,
         description="http://host:8265 of the head's dashboard; default $MLPIPES_RAY_ADDRESS, else a private local Ray",
     )
 
@@ -43,7 +43,9 @@ class RayResource(dg.ConfigurableResource):
 class MlflowResource(dg.ConfigurableResource):
     """Where runs are tracked and models registered."""
 
-    tracking_uri: str | None = Field(None, description="default $MLFLOW_TRACKING_URI, else SQLite in the home folder")
+    tracking_uri: str | None = Field(
+        default=None, description="default $MLFLOW_TRACKING_URI, else SQLite in the home folder"
+    )
 
     def tracker(self) -> "Tracker":
         """MLflow at that address."""

@@ -1,7 +1,7 @@
 """The five assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 
@@ -136,4 +136,5 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition]:
         with user_errors():
             return materialize_evaluation(context, entry, model, store, mlflow)
 
-    return [dataset, snapshot, checkpoints, model, eval_report, scaling_report_asset(entry, OWNERS)]
+    chain = [dataset, snapshot, checkpoints, model, eval_report]
+    return [*cast("list[dg.AssetsDefinition]", chain), scaling_report_asset(entry, OWNERS)]

@@ -38,10 +38,10 @@ def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: Trai
     """The recipe of a training. Raises ConfigError naming the hyperparameter that is unknown or out of range."""
     workload = entry.load()
     try:
-        hyperparameters = workload.Hyperparameters.model_validate(config.hyperparameters)
+        hyperparameters = workload.hyperparameters.model_validate(config.hyperparameters)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors())
-        known = ", ".join(workload.Hyperparameters.model_fields)
+        known = ", ".join(workload.hyperparameters.model_fields)
         raise ConfigError(f"hyperparameters of {entry.name}: {problems}. Known: {known}.") from error
     return Recipe(
         workload=entry.name,

@@ -62,5 +62,5 @@ def digest_splits(splits: Mapping[str, Columns], facts: Mapping[str, Any]) -> st
         for name in sorted(splits[split]):
             array = np.ascontiguousarray(splits[split][name])
             sha.update(canonical_json([split, name, array.dtype.str, list(array.shape)]))
-            sha.update(memoryview(array).cast("B") if array.size else b"")
+            sha.update(array.data.cast("B") if array.size else b"")
     return sha.hexdigest()

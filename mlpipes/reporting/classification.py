@@ -1,6 +1,7 @@
 """The judgement of a classifier: accuracy with its interval, per-class table, confusion, calibration, mistakes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -48,25 +49,26 @@ def classification_report(
     """
     from sklearn import metrics
 
-    probabilities = probabilities_of(logits)
-    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    probabilities: np.ndarray = probabilities_of(logits)
+    predicted = probabilities.argmax(axis=1)
+    confidence = probabilities.max(axis=1)
     correct = predicted == labels
     n = len(labels)
     low, high, macro_f1 = _bootstrapped_macro_f1(labels, predicted, len(names))
     ece = expected_calibration_error(confidence, correct)
-    precision, recall, f1, support = metrics.precision_recall_fscore_support(
-        labels, predicted, labels=range(len(names)), zero_division=0
+    per_class: Any = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=range(len(names)), zero_division=cast(Any, 0)
     )
-    confusion = metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
-    wrong = np.flatnonzero(~correct)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    confusion: np.ndarray = metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
+    wrong = np.flatnonzero(~correct).tolist()
+    worst = sorted(wrong, key=lambda row: -confidence[row])[:MISTAKES]
     captions = [f"{names[labels[i]]} → {names[predicted[i]]} {confidence[i]:.0%}" for i in worst]
     pictures = {
         "confusion": figures.confusion_matrix(confusion, names),
         "calibration": figures.reliability(confidence, correct, ece, ECE_BINS),
     }
     if len(worst):
-        pictures["mistakes"] = picture_of_mistakes(worst, captions)
+        pictures["mistakes"] = picture_of_mistakes(np.asarray(worst), captions)
     return Report(
         estimates={
             "accuracy": wilson(int(correct.sum()), n),
@@ -78,7 +80,7 @@ def classification_report(
                 ["class", "precision", "recall", "f1", "n"],
                 [
                     [name, float(p), float(r), float(f), int(s)]
-                    for name, p, r, f, s in zip(names, precision, recall, f1, support, strict=True)
+                    for name, p, r, f, s in zip(names, *per_class, strict=True)
                 ],
             ),
             Table(

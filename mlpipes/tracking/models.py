@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def register(
     for model_version in found:
         if model_version.tags.get(FINGERPRINT) == tags[FINGERPRINT]:
             return str(model_version.version)
+    # Progress bars of a file that lies on the same disk are noise; read when MLflow is imported.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
+    from mlflow.exceptions import MlflowException
     from mlflow.models import infer_signature
 
     for noisy in ("mlflow.utils.environment", "mlflow.models.model"):
@@ -56,5 +60,9 @@ def register(
     if not np.allclose(again, outputs, rtol=1e-3, atol=1e-3):
         gap = float(np.abs(again - outputs).max())
         raise ValueError(f"the exported model's outputs differ from the trained model's by up to {gap}")
-    registered = mlflow.register_model(logged.model_uri, registered_name, tags=dict(tags))
+    with suppress(MlflowException):  # it exists: another scale was first
+        tracker.client.create_registered_model(registered_name)
+    registered = tracker.client.create_model_version(
+        registered_name, logged.model_uri, run_id=run_id, tags=dict(tags), model_id=logged.model_id
+    )
     return str(registered.version)

@@ -92,8 +92,8 @@ class Tracker:
             run = self.client.create_run(experiment_id, run_name=name, tags={FINGERPRINT_TAG: fingerprint, **tags})
             from mlflow.entities import Param
 
-            parameters = [Param(key, str(value)[:6000]) for key, value in parameters.items()]
-            self.client.log_batch(run.info.run_id, params=parameters)
+            params = [Param(key, str(value)[:6000]) for key, value in parameters.items()]
+            self.client.log_batch(run.info.run_id, params=params)
             return run.info.run_id
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:

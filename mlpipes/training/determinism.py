@@ -101,12 +101,12 @@ def _git_state() -> dict[str, Any] | None:
         return None
     try:
         commit, status = (
-            subprocess.run(  # noqa: S603
+            subprocess.run(
                 ["git", "-C", str(checkout), *arguments],
                 capture_output=True,
                 text=True,
                 timeout=10,
-                check=True,  # noqa: S607
+                check=True,
             ).stdout.strip()
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )

@@ -66,11 +66,11 @@ def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
     published = open_published(folder, kind=KIND, versions=frozenset({VERSION}))
     recipe = Recipe.model_validate(published.meta["recipe"])
     workload = load_workload(recipe.implementation)
-    hp = workload.Hyperparameters.model_validate(recipe.hyperparameters)
+    hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
     network = workload.build_model(hp, _info(snapshot))
     network.load_state_dict(load_file(folder / "model.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device=device, memory_format=torch.channels_last).eval()
+    network.to(device).to(memory_format=torch.channels_last).eval()
     return TrainedModel(recipe, workload, hp, network, published.meta)
 
 
@@ -89,9 +89,8 @@ def serving_module(model: TrainedModel, snapshot: Snapshot) -> tuple[nn.Module, 
     """The module to deploy on a CPU, a batch of example inputs from the training split, and its outputs for them."""
     example = model.workload.serving_example(snapshot.columns("train"))
     # A contiguous copy: exported programs carry memory layouts, and servers send plain arrays.
-    module = (
-        model.workload.serving_model(model.network, model.hp).to("cpu", memory_format=torch.contiguous_format).eval()
-    )
+    module = model.workload.serving_model(model.network, model.hp).cpu().eval()
+    module.to(memory_format=torch.contiguous_format)
     with torch.no_grad():
         outputs = module(torch.from_numpy(example)).float().numpy()
     return module, example, outputs

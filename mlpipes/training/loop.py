@@ -60,7 +60,7 @@ class Trainer:
         torch.manual_seed(mixed_seed(seed, "model"))
         self.model: nn.Module = workload.build_model(hp, info)
         workload.initialize(self.model, hp, train)
-        self.model.to(device=device, memory_format=torch.channels_last)
+        self.model.to(device).to(memory_format=torch.channels_last)
         self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
         for group in self._groups():
             group["peak_lr"] = group["lr"]

@@ -43,7 +43,7 @@ def train(job: TrainingJob, workers: Workers, device: torch.device) -> None:
     notify = MessageWriter(job.folder.messages(job.attempt))
     prepare_process(recipe.scale.threads, recipe.seed)
     workload = load_workload(recipe.implementation)
-    hp = workload.Hyperparameters.model_validate(recipe.hyperparameters)
+    hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
     snapshot = open_snapshot(job.snapshot)
     trainer = Trainer(
         workload,

@@ -41,10 +41,11 @@ class DataInfo:
 class Workload(ABC):
     """One kind of training. An instance is stateless: everything that changes lives in the model and the optimizers."""
 
-    Hyperparameters: ClassVar[type[Hyperparameters]] = Hyperparameters
     primary_metric: ClassVar[str]
     """The validation metric that people look at first."""
 
+    hyperparameters: type[Hyperparameters] = Hyperparameters
+    """The schema of what can be set."""
     source: Source
     split: SplitPlan
 

@@ -44,7 +44,7 @@ class ImageClassification(Workload):
     primary_metric = "accuracy"
 
     def __init__(self, source: Source, split: SplitPlan, hyperparameters: type[ImageHyperparameters]) -> None:
-        self.source, self.split, self.Hyperparameters = source, split, hyperparameters
+        self.source, self.split, self.hyperparameters = source, split, hyperparameters
 
     def statistics(self, train: Columns) -> dict[str, Any]:
         """Mean and standard deviation of each channel over the training split."""

@@ -1,5 +1,7 @@
 """Networks for images: a small one for digits, an airbench-style one and ResNet-18 for 32×32 photographs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,7 +108,7 @@ def resnet18(channels: int, classes: int) -> nn.Module:
     """torchvision's ResNet-18 with the small-image stem: a 3×3 first convolution, no pooling (He et al. 2015)."""
     from torchvision.models import resnet18 as build
 
-    network = build(num_classes=classes)
+    network: Any = build(num_classes=classes)
     network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
     return network

@@ -1,0 +1,221 @@
+import multiprocessing as mp
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlpipes.data.dataset import Dataset
+from mlpipes.data.snapshot import Snapshot, open_snapshot, snapshot_of
+from mlpipes.data.sources import Cifar10Source, DigitsSource
+from mlpipes.data.splits import SplitPlan, content_hashes, split_dataset
+from mlpipes.errors import CorruptionError, DataError
+from mlpipes.store import Store
+from mlpipes_tests.conftest import tiny_dataset
+
+PLAN = SplitPlan(0.1, test_fraction=0.2)
+
+
+class TinyWorkload:
+    """As much of a workload as a snapshot needs."""
+
+    preparation: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+    def __init__(self, dataset: Dataset, split: SplitPlan = PLAN) -> None:
+        self.dataset, self.split, self.source = dataset, split, self
+
+    def load(self) -> Dataset:
+        return self.dataset
+
+    def prepare(self, dataset: Dataset) -> Dataset:
+        return dataset
+
+    def statistics(self, train: Any) -> dict[str, Any]:
+        return {"mean": float(train["image"].mean())}
+
+
+def make(root: Path, dataset: Dataset | None = None, split: SplitPlan = PLAN) -> Snapshot:
+    dataset = dataset or tiny_dataset()
+    return snapshot_of(Store(root), dataset.digest(), TinyWorkload(dataset, split))[0]
+
+
+def test_equal_requests_share_bytes_and_different_ones_do_not(tmp_path: Path) -> None:
+    first, second = make(tmp_path), make(tmp_path)
+    assert first.path == second.path
+    dataset = tiny_dataset()
+    relabelled = {**dataset.splits["train"], "label": np.roll(dataset.splits["train"]["label"], 3).copy()}
+    relabelled["label"][0] = 2
+    digests = {
+        first.digest,
+        make(tmp_path, split=replace(PLAN, seed=1)).digest,
+        make(tmp_path, split=replace(PLAN, validation_fraction=0.15)).digest,
+        make(tmp_path, replace(dataset, splits={"train": relabelled})).digest,
+        make(tmp_path, replace(dataset, facts={**dataset.facts, "pixel_maximum": 255})).digest,
+    }
+    assert len(digests) == 5
+
+
+def test_every_column_counts_in_a_data_sets_digest() -> None:
+    dataset = tiny_dataset()
+    for column in ("image", "label"):
+        changed = {name: array.copy() for name, array in dataset.splits["train"].items()}
+        changed[column].reshape(-1)[-1] += 1
+        assert replace(dataset, splits={"train": changed}).digest() != dataset.digest()
+
+
+def test_splits_are_disjoint_stratified_seeded_and_memory_mapped(tmp_path: Path) -> None:
+    snapshot = make(tmp_path)
+    assert snapshot.counts == {"train": 84, "validation": 12, "test": 24}
+    seen: set[bytes] = set()
+    for split, count in snapshot.counts.items():
+        columns = snapshot.columns(split)
+        assert isinstance(columns["image"], np.memmap)
+        assert np.bincount(columns["label"]).tolist() == [count // 3] * 3
+        hashes = set(content_hashes(columns, ("image",)))
+        assert len(hashes) == count
+        assert not hashes & seen
+        seen |= hashes
+    with pytest.raises(ValueError, match="read-only"):
+        snapshot.columns("train")["image"][0] = 0
+    again, _ = split_dataset(tiny_dataset(), PLAN)
+    assert np.array_equal(again["test"]["source_index"], snapshot.columns("test")["source_index"])
+    other, _ = split_dataset(tiny_dataset(), replace(PLAN, seed=1))
+    assert not np.array_equal(other["test"]["source_index"], snapshot.columns("test")["source_index"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 119), max_size=30), st.integers(0, 5))
+def test_planted_duplicates_are_dropped_and_reported(sources: list[int], leaks: int) -> None:
+    train = {name: array.copy() for name, array in tiny_dataset().splits["train"].items()}
+    train = {name: np.concatenate([array, array[sources]]) for name, array in train.items()}
+    test = {name: array.copy() for name, array in tiny_dataset(30, seed=9).splits["train"].items()}
+    for row in range(leaks):  # the same picture in train and test
+        test["image"][row] = train["image"][row]
+    dataset = replace(tiny_dataset(), splits={"train": train, "test": test})
+    splits, report = split_dataset(dataset, SplitPlan(0.1))
+    leaked = set(range(leaks))
+    assert report["train_rows_dropped_because_also_in_test"] == leaks + sum(s in leaked for s in sources)
+    assert report["train_rows_dropped_because_repeated"] == sum(s not in leaked for s in sources)
+    assert len(splits["test"]["label"]) == 30
+    hashes = [set(content_hashes(columns, ("image",))) for columns in splits.values()]
+    assert sum(map(len, hashes)) == len(set.union(*hashes))
+
+
+def test_equal_pictures_with_other_labels_are_reported() -> None:
+    train = {name: array.copy() for name, array in tiny_dataset().splits["train"].items()}
+    train["image"][7] = train["image"][0]
+    _, report = split_dataset(replace(tiny_dataset(), splits={"train": train}), PLAN)
+    assert report["first_label_conflicts"] == [[0, 7]]
+
+
+@pytest.mark.parametrize("victim", ["train.image.npy", "validation.label.npy", "test.source_index.npy"])
+def test_a_flipped_byte_is_found_and_named_then_set_aside(tmp_path: Path, victim: str) -> None:
+    snapshot = make(tmp_path)
+    path = snapshot.path / victim
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptionError, match=victim):
+        open_snapshot(snapshot.path)
+    dataset = tiny_dataset()
+    again, warnings = snapshot_of(Store(tmp_path), dataset.digest(), TinyWorkload(dataset))
+    assert victim in warnings[0]
+    assert again.digest == snapshot.digest
+    assert (tmp_path / "snapshots" / f"{snapshot.digest}.corrupt-1" / victim).read_bytes() == content
+
+
+def test_a_renamed_snapshot_is_refused(tmp_path: Path) -> None:
+    snapshot = make(tmp_path)
+    snapshot.path.rename(snapshot.path.with_name("0" * 64))
+    with pytest.raises(CorruptionError, match="renamed"):
+        open_snapshot(tmp_path / "snapshots" / ("0" * 64))
+
+
+def test_a_changed_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="changed since"):
+        snapshot_of(Store(tmp_path), "0" * 64, TinyWorkload(tiny_dataset()))
+
+
+def _make_in_process(root: str) -> None:
+    make(Path(root), tiny_dataset(rows=3000))
+
+
+def test_partitions_that_write_one_snapshot_at_once_are_safe(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    writers = [context.Process(target=_make_in_process, args=(str(tmp_path),)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(100)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    folders = [p.name for p in (tmp_path / "snapshots").iterdir() if p.name != "requests"]
+    assert len(folders) == 1
+    open_snapshot(tmp_path / "snapshots" / folders[0])
+
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(DataError, match="brings no test split"):
+        split_dataset(tiny_dataset(), SplitPlan(0.1))
+    with pytest.raises(DataError, match="cannot set a test split"):
+        split_dataset(tiny_dataset(rows=4, classes=4), PLAN)
+
+
+def test_digits_are_complete() -> None:
+    dataset = DigitsSource().load()
+    assert dataset.counts == {"train": 1797}
+    assert dataset.splits["train"]["image"].shape == (1797, 1, 8, 8)
+    assert dataset.splits["train"]["image"].max() == 16
+
+
+def write_cifar(folder: Path, **changes: Any) -> Path:
+    root = folder / "cifar-10-batches-py"
+    root.mkdir(parents=True)
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
+        batch = {b"data": np.full((10, 3072), len(name), np.uint8), b"labels": list(range(10))}
+        (root / name).write_bytes(pickle.dumps(batch | changes.get(name, {})))
+    return folder
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code ran",))
+
+
+def test_cifar10_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="mlpipes fetch cifar10"):
+        Cifar10Source().load()
+    monkeypatch.setenv("MLPIPES_CIFAR10", str(tmp_path))
+    with pytest.raises(DataError, match=f"MLPIPES_CIFAR10={tmp_path} holds no"):
+        Cifar10Source().load()
+
+
+def test_cifar10_reads_the_standard_layout_and_refuses_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLPIPES_CIFAR10", str(write_cifar(tmp_path / "good")))
+    dataset = Cifar10Source().load()
+    assert dataset.counts == {"train": 50, "test": 10}
+    assert "subset or modified" in dataset.provenance.fidelity
+    bad = {
+        "shape": ({"data_batch_2": {b"data": np.zeros((10, 9), np.uint8)}}, "data_batch_2 does not have the standard"),
+        "label": ({"test_batch": {b"labels": [10] * 10}}, r"a label is outside 0\.\.9"),
+        "code": ({"data_batch_3": {b"extra": Evil()}}, "data_batch_3 is not a readable batch"),
+    }
+    for name, (change, message) in bad.items():
+        monkeypatch.setenv("MLPIPES_CIFAR10", str(write_cifar(tmp_path / name, **change)))
+        with pytest.raises(DataError, match=message):
+            Cifar10Source().load()
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_real_cifar10(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPIPES_CIFAR10", str(real_data / "cifar10"))
+    dataset = Cifar10Source().load()
+    assert dataset.counts == {"train": 5170, "test": 1017}
+    assert dataset.facts["class_names"][0] == "airplane"
+    assert "subset" in dataset.provenance.fidelity

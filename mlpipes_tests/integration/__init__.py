@@ -1,0 +1,1 @@
+"""Tests of several layers together, with real Ray, MLflow, Dagster and Chromium."""
