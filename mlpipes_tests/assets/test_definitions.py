@@ -1,0 +1,147 @@
+"""The definitions: what they hold, how fast they load, what they must not import, and what a bad setting says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from mlpipes.assets.training import TrainingConfig, make_recipe
+from mlpipes.definitions import build_defs, defs
+from mlpipes.errors import ConfigError
+from mlpipes.scales import scales_of
+from mlpipes.training.recipe import code_version
+from mlpipes.workloads.catalog import CATALOG, Entry
+
+CHAIN = ["dataset", "snapshot", "checkpoints", "model", "eval_report"]
+HEAVY = ("torch", "torchvision", "ray", "transformers", "datasets", "mlflow", "matplotlib", "sklearn", "scipy")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    found = run_python(f"import sys, mlpipes.definitions; print([m for m in {HEAVY!r} if m in sys.modules])")
+    assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_a_thousand_scales_load_fast(tmp_path: Path) -> None:
+    path = tmp_path / "scales.yaml"
+    path.write_text("digits:\n" + "".join(f"  - w1-b{n}-e3-g0\n" for n in range(1, 1001)))
+    code = (
+        "import time, resource; from mlpipes.definitions import defs; keys = len(defs.resolve_asset_graph()"
+        ".get(__import__('dagster').AssetKey(['digits', 'model'])).partitions_def.get_partition_keys());"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print(keys, used.ru_utime + used.ru_stime)"
+    )
+    found = run_python(code, MLPIPES_SCALES=str(path))
+    keys, seconds = found.stdout.split()
+    assert keys == "1000", found.stderr
+    assert float(seconds) < 3.0  # CPU seconds, imports of Dagster included
+
+
+def test_a_bad_scale_file_says_so_when_loading(tmp_path: Path) -> None:
+    path = tmp_path / "scales.yaml"
+    path.write_text("digits: [w3-b64-e1-g0]")
+    found = run_python("import mlpipes.definitions", MLPIPES_SCALES=str(path))
+    assert found.returncode != 0
+    assert f"scale file {path}, workload digits, entry 1" in found.stderr
+    assert "batch_size 64 is not divisible by workers 3" in found.stderr
+
+
+@pytest.mark.parametrize("entry", CATALOG, ids=lambda entry: entry.name)
+def test_each_workload_has_its_chain_per_scale_and_a_report(entry: Entry) -> None:
+    graph = defs.resolve_asset_graph()
+    for number, name in enumerate(CHAIN):
+        node = graph.get(dg.AssetKey([entry.name, name]))
+        assert node.group_name == entry.name
+        assert node.partitions_def is not None
+        assert list(node.partitions_def.get_partition_keys()) == [scale.key for scale in entry.scales]
+        assert node.owners
+        assert node.kinds
+        assert node.description
+        assert [key.path[-1] for key in node.parent_keys] == CHAIN[max(0, number - 1) : number]
+    report = graph.get(dg.AssetKey([entry.name, "scaling_report"]))
+    assert report.partitions_def is None
+    assert [key.path[-1] for key in report.parent_keys] == ["eval_report"]
+
+
+def test_training_and_evaluation_have_queues_of_their_own() -> None:
+    graph = defs.resolve_asset_graph()
+    pools = {name: graph.get(dg.AssetKey(["digits", name])).pools for name in CHAIN}
+    assert pools["checkpoints"] == {"training"}
+    assert pools["eval_report"] == {"evaluation"}
+    assert not pools["dataset"] | pools["snapshot"] | pools["model"]
+
+
+def test_a_backfill_runs_one_partition_a_run() -> None:
+    for node in defs.resolve_asset_graph().asset_nodes:
+        if node.partitions_def is not None:
+            assert node.backfill_policy == dg.BackfillPolicy.multi_run(max_partitions_per_run=1)
+
+
+def test_user_catalogs_can_be_composed() -> None:
+    entry = Entry("mine", "My data", CATALOG[0].implementation, scales_of(["w1-b8-e1-g0"], "mine"))
+    keys = {key.to_user_string() for key in build_defs(catalog=[entry]).resolve_asset_graph().get_all_asset_keys()}
+    assert keys == {f"mine/{name}" for name in [*CHAIN, "scaling_report"]}
+
+
+def test_the_fingerprint_depends_on_everything_that_the_model_depends_on() -> None:
+    entry, key = CATALOG[0], CATALOG[0].scales[0].key
+    base = make_recipe(entry, key, "s" * 64, TrainingConfig(), "run-1")
+    assert make_recipe(entry, key, "s" * 64, TrainingConfig(checkpoint_every_seconds=5), "run-2") == base
+    others = [
+        make_recipe(entry, entry.scales[1].key, "s" * 64, TrainingConfig(), ""),
+        make_recipe(entry, key, "t" * 64, TrainingConfig(), ""),
+        make_recipe(entry, key, "s" * 64, TrainingConfig(seed=1), ""),
+        make_recipe(entry, key, "s" * 64, TrainingConfig(hyperparameters={"width": 16}), ""),
+        make_recipe(entry, key, "s" * 64, TrainingConfig(fresh=True), "run-1"),
+        make_recipe(entry, key, "s" * 64, TrainingConfig(fresh=True), "run-2"),
+        base.model_copy(update={"code": "other"}),
+    ]
+    assert len({recipe.fingerprint for recipe in [base, *others]}) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"networc": "resnet18"}, "networc: Extra inputs are not permitted.*Known: logical_shards"),
+        ({"network": "resnet19"}, "network: Input should be 'digits', 'airbench' or 'resnet18'"),
+        ({"learning_rate": -1}, "learning_rate: Input should be greater than 0"),
+    ],
+)
+def test_a_bad_hyperparameter_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_recipe(CATALOG[0], CATALOG[0].scales[0].key, "s" * 64, TrainingConfig(hyperparameters=changes), "")
+
+
+def test_the_code_version_ignores_comments_and_notices_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "somewhere"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "helper.py").write_text("FACTOR = 2\n")
+    (package / "work.py").write_text(
+        '"""Doc."""\nfrom somewhere.helper import FACTOR\n\ndef f(x):\n    return x * FACTOR\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def version() -> str:
+        code_version.cache_clear()
+        return code_version("somewhere.work:f")
+
+    first = version()
+    (package / "work.py").write_text(
+        "from somewhere.helper import FACTOR\ndef f(x):  # c\n    'doc'\n    return x * FACTOR\n"
+    )
+    same = version()
+    (package / "helper.py").write_text("FACTOR = 3\n")
+    changed = version()
+    code_version.cache_clear()
+    assert same == first
+    assert changed != first
+    assert "somewhere.work" not in sys.modules

@@ -1,0 +1,122 @@
+"""Runs the real worker code in processes of a gloo group, without Ray, and makes it crash where a test wants it to."""
+
+import multiprocessing as mp
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlpipes.data.snapshot import snapshot_of
+from mlpipes.files import read_record
+from mlpipes.scales import RayScaleConfig
+from mlpipes.store import Store
+from mlpipes.training.loop import Trainer
+from mlpipes.training.parallel import ProcessGroup, SingleWorker
+from mlpipes.training.recipe import Recipe
+from mlpipes.training.specification import Checkpointing, TrainingJob
+from mlpipes.training.worker import train
+from mlpipes.workloads.catalog import load_workload
+
+DIGITS = "mlpipes.workloads.image_classification:digits"
+
+
+def make_job(root: Path, scale: str, implementation: str = DIGITS, seed: int = 0, **options: Any) -> TrainingJob:
+    """A job for a workload at a scale; `options` are hyperparameters and `every_steps`."""
+    store, workload = Store(root), load_workload(implementation)
+    every_steps = options.pop("every_steps", None)
+    snapshot, _ = snapshot_of(store, workload.source.load().digest(), workload)
+    recipe = Recipe(
+        workload=implementation.rpartition(":")[2],
+        implementation=implementation,
+        snapshot=snapshot.digest,
+        scale=RayScaleConfig.from_key(scale),
+        hyperparameters=workload.hyperparameters.model_validate(options).model_dump(mode="json"),
+        seed=seed,
+        code="test",
+    )
+    return TrainingJob(
+        recipe=recipe,
+        store=str(root),
+        attempt=1,
+        checkpointing=Checkpointing(every_steps=every_steps, every_seconds=None),
+    )
+
+
+class Discarding(ProcessGroup):
+    """The error of the program that this one replaces: each worker trains on its own, and all but one are discarded."""
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor] * self.size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(self.size)
+
+
+def _crash_at(step: int) -> None:
+    original = Trainer._step
+
+    def crashing(self: Trainer) -> None:
+        if self.progress.step == step:
+            os._exit(9)
+        original(self)
+
+    Trainer._step = crashing
+
+
+def worker_process(rank: int, size: int, port: int, job: str, crash: int | None, discard: bool) -> None:
+    """One rank's process."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    if crash is not None:
+        _crash_at(crash)
+    train(TrainingJob.read(Path(job)), Discarding() if discard else ProcessGroup(), torch.device("cpu"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(
+    job: TrainingJob, workers: int | None = None, crash: int | None = None, discard: bool = False
+) -> dict[str, Any]:
+    """Run a job with its scale's workers (or another number of them) in processes of their own; returns the outcome.
+
+    With `crash`, every process ends without a word before that step, and {} is returned.
+    """
+    size = workers or job.recipe.scale.workers
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path, context = job.write(), mp.get_context("spawn")
+    arguments = [(rank, size, port, str(path), crash, discard) for rank in range(size)]
+    processes = [context.Process(target=worker_process, args=a) for a in arguments]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(200)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [9 if crash is not None else 0] * size
+    return {} if crash is not None else read_record(job.folder.result)
+
+
+def run_here(job: TrainingJob) -> dict[str, Any]:
+    """Run a job with one worker in this process."""
+    job.write()
+    threads = torch.get_num_threads()
+    try:
+        train(job, SingleWorker(), torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    return read_record(job.folder.result)
+
+
+def curve(outcome: dict[str, Any]) -> list[list[Any]]:
+    """The history without its times."""
+    return [row[:3] for row in outcome["history"]]
