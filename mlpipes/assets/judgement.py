@@ -101,14 +101,14 @@ def materialize_evaluation(
         "seed": recipe.seed,
         "weights": trained.meta["weights_digest"][:12],
     }
-    target = folder.evaluation(f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{context.run_id[:8]}")
+    target = folder.evaluation(f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{context.run.run_id[:8]}")
     markdown = report.markdown(f"{entry.name} {recipe.scale.key}: evaluation", measured_on)
     with publishing(target, kind="evaluation", version=1) as draft:
         (draft.path / "report.json").write_bytes(canonical_json(report.as_dict() | {"measured_on": measured_on}))
         (draft.path / "report.md").write_text(markdown, encoding="utf-8")
         for name, png in report.figures.items():
             (draft.path / f"{name}.png").write_bytes(png)
-        draft.meta.update(measured_on=measured_on, fingerprint=recipe.fingerprint, dagster_run_id=context.run_id)
+        draft.meta.update(measured_on=measured_on, fingerprint=recipe.fingerprint, dagster_run_id=context.run.run_id)
     tracker, run_id = mlflow.tracker(), reference["mlflow_run_id"]
     estimates = {f"{SPLIT}/{name}": estimate.value for name, estimate in report.estimates.items()}
     tracker.log_values(run_id, estimates, step=outcome["steps"])

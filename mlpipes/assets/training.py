@@ -1,14 +1,12 @@
 """The `checkpoints` asset: a training submitted as a Ray job, or found again, and followed to its end."""
 
-import shlex
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from pydantic import Field, ValidationError
 
+from mlpipes.assets.following import follow_training
 from mlpipes.assets.metadata import link, mapping_table, picture
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError
@@ -16,10 +14,8 @@ from mlpipes.files import read_record, set_aside, write_record
 from mlpipes.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.store import TrainingFolder
 from mlpipes.training.recipe import Recipe, code_version
-from mlpipes.training.specification import Checkpointing, Tracking, TrainingJob
+from mlpipes.training.specification import Checkpointing, Tracking
 from mlpipes.workloads.catalog import Entry
-
-OBSERVATION_SECONDS = 5.0
 
 
 class TrainingConfig(dg.Config):
@@ -81,7 +77,7 @@ def materialize_training(
     started = time.monotonic()
     snapshot = open_snapshot(store.store.snapshots / snapshot_reference["digest"])
     # Retries of a fresh start go on with it, so it is named after the first run of the family.
-    root_run = context.run.tags.get("dagster/root_run_id", context.run_id)
+    root_run = context.run.tags.get("dagster/root_run_id", context.run.run_id)
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
     folder = store.store.training(recipe.fingerprint)
     preflight.check_shards(recipe.scale, recipe.hyperparameters["logical_shards"], snapshot.counts["train"])
@@ -97,7 +93,7 @@ def materialize_training(
             "mlpipes.scale": recipe.scale.key,
             "mlpipes.snapshot": snapshot.digest,
             "mlpipes.code": recipe.code,
-            "dagster.run_id": context.run_id,
+            "dagster.run_id": context.run.run_id,
             "dagster.partition": context.partition_key,
         },
     )
@@ -115,7 +111,14 @@ def materialize_training(
             )
         )
         try:
-            _follow(context, address, recipe, folder, config, store, Tracking(uri=tracker.uri, run_id=run_id))
+            follow_training(
+                context,
+                address,
+                recipe,
+                store.store,
+                Checkpointing(every_seconds=config.checkpoint_every_seconds, keep_last=config.keep_last),
+                Tracking(uri=tracker.uri, run_id=run_id),
+            )
         except TrainingFailedError:
             tracker.set_status(run_id, "FAILED")
             raise
@@ -134,103 +137,6 @@ def materialize_training(
         data_version=dg.DataVersion(outcome["weights_digest"]),
         metadata=_metadata(entry, recipe, outcome, folder)
         | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},
-    )
-
-
-def _follow(
-    context: dg.AssetExecutionContext,
-    address: Any,
-    recipe: Recipe,
-    folder: TrainingFolder,
-    config: TrainingConfig,
-    store: StoreResource,
-    tracking: Tracking,
-) -> None:
-    from mlpipes.compute.jobs import RayJobs
-
-    jobs = RayJobs(address)
-    checkpointing = Checkpointing(every_seconds=config.checkpoint_every_seconds, keep_last=config.keep_last)
-
-    def entrypoint(attempt: int) -> str:
-        job = TrainingJob(
-            recipe=recipe,
-            store=str(store.store.root),
-            attempt=attempt,
-            checkpointing=checkpointing,
-            tracking=tracking,
-        )
-        python = sys.executable if address.local else "python"
-        # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
-        return shlex.join(["exec", python, "-m", "mlpipes.training.job", str(job.write())])
-
-    earlier = [int(path.stem[1:]) for path in folder.messages(0).parent.glob("a*.jsonl")]
-    environment = {
-        "MLPIPES_HOME": str(store.store.root.parent),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if address.local:
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    handle = jobs.attach_or_submit(
-        recipe.fingerprint,
-        max(earlier, default=0) + 1,
-        entrypoint,
-        environment,
-        metadata={"workload": recipe.workload, "scale": recipe.scale.key, "dagster_run_id": context.run_id},
-    )
-    context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
-    status, failure, shown = "", None, 0.0
-    try:
-        for message in jobs.follow(handle, folder.messages(handle.attempt)):
-            kind = message["kind"]
-            if kind == "progress" and time.monotonic() - shown >= OBSERVATION_SECONDS:
-                shown = time.monotonic()
-                _observe(context, message)
-            elif kind == "epoch":
-                figures = ", ".join(f"{name} {value:.4f}" for name, value in message["metrics"].items())
-                context.log.info(f"epoch {message['epoch']}/{message['epochs']}: validation {figures}")
-            elif kind in ("started", "resumed"):
-                context.log.info(f"{kind} at step {message['step']} of {message['total_steps']}")
-            elif kind == "warning":
-                context.log.warning(message["text"])
-            elif kind == "failed":
-                failure = message["error"]
-                break
-            elif kind == "finished" and folder.result.is_file():
-                # The outcome is in the store; how long the driver takes to clean up after itself does not matter.
-                return
-            elif kind == "ended":
-                status = message["status"]
-    except BaseException:
-        # A cancelled run ends its training. Any other interruption (the code server goes away, say) leaves it running:
-        # the next attempt attaches to it.
-        run = context.instance.get_run_by_id(context.run_id)
-        if run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
-            jobs.stop(handle.submission_id)
-        raise
-    if failure is not None:
-        jobs.stop(handle.submission_id)
-        raise TrainingFailedError(f"{failure} (Ray job {handle.submission_id})")
-    if not folder.result.is_file():
-        tail = "" if status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
-        raise TrainingFailedError(
-            f"Ray job {handle.submission_id} ended as {status} without a result. Its log ends:\n{tail}"
-        )
-
-
-def _observe(context: dg.AssetExecutionContext, message: dict[str, Any]) -> None:
-    context.log_event(
-        dg.AssetObservation(
-            context.asset_key,
-            partition=context.partition_key,
-            description=f"step {message['step']} of {message['total_steps']}",
-            metadata={
-                "epoch": message["epoch"],
-                "loss": message["loss"],
-                "samples_per_second": message["samples_per_second"],
-                "eta_seconds": message["eta_seconds"],
-            },
-        )
     )
 
 

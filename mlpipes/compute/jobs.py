@@ -1,7 +1,7 @@
 """Ray jobs: submitted under an id that follows from the fingerprint, found again by it, followed, stopped.
 
 Submission ids are `<fingerprint>-aN`. Whoever needs a training looks for its job first and attaches to one that is
-pending, running or has succeeded; only otherwise the next attempt is submitted. What a job achieved is read from the
+pending or running; only otherwise the next attempt is submitted. What a job achieved is read from the
 store by the caller; this module only tells when it has ended.
 """
 
@@ -51,14 +51,16 @@ class RayJobs:
         environment: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> JobHandle:
-        """Attach to the latest job of a name if it is alive or has succeeded; otherwise submit the next attempt.
+        """Attach to the latest job of a name if it is alive; otherwise submit the next attempt.
+
+        A job that has succeeded is none to attach to: whoever asks has looked for its result before and found none.
 
         `entrypoint(attempt)` is the command of an attempt. Attempts start at `first_free_attempt` at least, because a
         new head has forgotten the jobs of the old one. Of two callers at once, one submits and the other attaches.
         """
         known = self._attempts(name)
         latest = max(known, default=0)
-        if latest and known[latest] in (*ALIVE, "SUCCEEDED"):
+        if latest and known[latest] in ALIVE:
             return JobHandle(f"{name}-a{latest}", latest, attached=True)
         attempt = max(latest + 1, first_free_attempt)
         submission_id = f"{name}-a{attempt}"

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mlpipes.errors import UserError
 from mlpipes.tracking.runs import MetricFollower
 from mlpipes.training.messages import MessageWriter
 from mlpipes.training.specification import TrainingJob
@@ -27,10 +26,9 @@ def main(path: Path) -> int:
         follower.start(stop)
     try:
         _fit(job, path)
-    except UserError as error:
-        notify("failed", error=str(error))
     except Exception as error:
-        notify("failed", error=f"{type(error).__name__}: {error}")
+        # Not fatal: the workers report what is; this is what is left, such as too many lost workers or a lost head.
+        notify("failed", error=f"{type(error).__name__}: {error}", fatal=False)
         raise
     finally:
         stop.set()

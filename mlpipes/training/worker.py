@@ -1,6 +1,7 @@
 """One worker's process: what Ray Train runs on every rank."""
 
 import resource
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,20 @@ def train_on_ray(config: dict[str, Any]) -> None:
     workers: Workers = ProcessGroup() if torch.distributed.is_initialized() else SingleWorker()
     try:
         train(job, workers, device)
-    except UserError as error:
+    except Exception as error:
+        if _another_worker_is_gone(error):
+            raise  # Ray Train starts the workers again, and they go on from the last checkpoint
         # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
-        MessageWriter(job.folder.messages(job.attempt))("failed", error=str(error), rank=workers.rank)
+        known = isinstance(error, UserError)
+        text = str(error) if known else f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
+        MessageWriter(job.folder.messages(job.attempt))("failed", error=text, fatal=True, rank=workers.rank)
+
+
+def _another_worker_is_gone(error: Exception) -> bool:
+    """Whether an error says that the connection to another worker broke; gloo has no exception type of its own."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "closed by peer"))
+    )
 
 
 def train(job: TrainingJob, workers: Workers, device: torch.device) -> None:
