@@ -18,6 +18,8 @@ from mlpipes.status import all_statuses
 from mlpipes.store import Store
 from mlpipes.workloads.catalog import Entry
 
+WIDE = 150
+"""Characters that the summary needs with one row a scale."""
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -119,13 +121,9 @@ def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) 
 
 def _print_summary(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
     report = read_record(store.report(entry.name) / "scaling_report.json")
-    table = Table(title=f"{entry.name}: {report['metric']}, best epoch by validation, judged on test")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("scale", "weights") else "right", no_wrap=True)
+    title = f"{entry.name}: {report['metric']}, best epoch by validation, judged on test"
     rows = [row for row in report["rows"] if row["scale"] in scales]
-    for row in rows:
-        table.add_row(*scaling_cells(row))
-    console.print(table)
+    console.print(_table(title, [scaling_cells(row) for row in rows], narrow=console.width < WIDE))
     models = len({row["weights_digest"] for row in rows})
     if models == 1 < len(rows):
         console.print("Equal weights: the same model, bit for bit, whatever the number of workers.")
@@ -136,3 +134,14 @@ def _print_summary(console: Console, entry: Entry, scales: Sequence[str], store:
         if reference:
             folder = store.training(reference["fingerprint"]).evaluation(reference["evaluation"])
             console.print(f"Pictures: {folder}", soft_wrap=True)
+
+
+def _table(title: str, rows: Sequence[Sequence[str]], narrow: bool) -> Table:
+    """One row a scale where the terminal is wide enough, else one column a scale."""
+    table = Table(title=title)
+    header, *lines = [COLUMNS, *rows] if not narrow else list(zip(COLUMNS, *rows, strict=True))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table

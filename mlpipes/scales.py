@@ -31,8 +31,10 @@ class RayScaleConfig(BaseModel):
     workers: int = Field(ge=1, le=10_000, description="Ray Train workers, one process each")
     batch_size: int = Field(ge=1, description="global batch size: samples per optimizer step over all workers")
     epochs: int = Field(ge=1, description="passes over the training split")
-    gpus_per_worker: float = Field(0, ge=0, le=1024, description="GPUs of each worker; below 1, workers share a GPU")
-    cpus_per_worker: float = Field(1, gt=0, le=1024, description="CPUs of each worker; its threads, at least 1")
+    gpus_per_worker: float = Field(
+        default=0, ge=0, le=1024, description="GPUs of each worker; below 1, workers share a GPU"
+    )
+    cpus_per_worker: float = Field(default=1, gt=0, le=1024, description="CPUs of each worker; its threads, at least 1")
 
     @field_validator("gpus_per_worker", "cpus_per_worker")
     @classmethod

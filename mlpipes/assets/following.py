@@ -38,8 +38,8 @@ def follow_training(
     """
     from mlpipes.compute.jobs import RayJobs
 
-    jobs, folder = RayJobs(address), store.training(recipe.fingerprint)
-    for _ in range(MAX_JOBS):
+    jobs, folder, died = RayJobs(address), store.training(recipe.fingerprint), 0
+    while True:
         handle = _attach_or_submit(jobs, folder, recipe, store, checkpointing, tracking, context.run.run_id)
         context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
         end = _watch(context, jobs, handle, folder)
@@ -52,12 +52,17 @@ def follow_training(
             raise TrainingFailedError(
                 f"Ray job {handle.submission_id} was stopped; materialize again to go on from there"
             )
+        if (died := died + 1) == MAX_JOBS:
+            tail = (
+                ""
+                if end.status == "LOST"
+                else f" The log of the last one ends:\n{jobs.logs(handle.submission_id)[-3000:]}"
+            )
+            raise TrainingFailedError(f"{MAX_JOBS} Ray jobs in a row died without a result.{tail}")
         context.log.warning(
             f"Ray job {handle.submission_id} ended as {end.status} without a result ({end.error or 'no error reported'}); "
             "going on from the last checkpoint"
         )
-    tail = "" if end.status == "LOST" else f" The log of the last one ends:\n{jobs.logs(handle.submission_id)[-3000:]}"
-    raise TrainingFailedError(f"{MAX_JOBS} Ray jobs in a row died without a result.{tail}")
 
 
 def _attach_or_submit(

@@ -21,13 +21,17 @@ from mlpipes.workloads.catalog import Entry
 class TrainingConfig(dg.Config):
     """What can be set when a training is launched."""
 
-    seed: int = Field(0, description="seed of initialization, data order and augmentation; part of the fingerprint")
+    seed: int = Field(
+        default=0, description="seed of initialization, data order and augmentation; part of the fingerprint"
+    )
     hyperparameters: dict[str, Any] = Field(
         {}, description="changes to the workload's defaults, e.g. network: resnet18"
     )
-    fresh: bool = Field(False, description="train again from the beginning, beside what is there")
-    checkpoint_every_seconds: float = Field(60.0, gt=0, description="besides the checkpoint at the end of each epoch")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    fresh: bool = Field(default=False, description="train again from the beginning, beside what is there")
+    checkpoint_every_seconds: float = Field(
+        default=60.0, gt=0, description="besides the checkpoint at the end of each epoch"
+    )
+    keep_last: int = Field(default=2, ge=1, description="checkpoints kept besides the best")
 
 
 def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: TrainingConfig, generation: str) -> Recipe:

@@ -22,12 +22,16 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    logical_shards: int = Field(4, ge=1, description="parts of a global batch; the most workers that can share it")
+    logical_shards: int = Field(
+        default=4, ge=1, description="parts of a global batch; the most workers that can share it"
+    )
     reduction: Literal["ordered", "allreduce"] = Field(
-        "ordered",
+        default="ordered",
         description="ordered: the same bits at any number of workers; allreduce: less traffic, equal to rounding",
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="auto: bf16 where the hardware has it"
+    )
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Workload(ABC):
     primary_metric: ClassVar[str]
     """The validation metric that people look at first."""
 
-    hyperparameters: type[Hyperparameters] = Hyperparameters
-    """The schema of what can be set."""
+    hyperparameters: type[Any] = Hyperparameters
+    """The schema of what can be set, a subclass of `Hyperparameters`."""
     source: Source
     split: SplitPlan
 

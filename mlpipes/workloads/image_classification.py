@@ -25,17 +25,17 @@ class ImageHyperparameters(Hyperparameters):
     """What can be set about training an image classifier."""
 
     network: Literal["digits", "airbench", "resnet18"] = "airbench"
-    width: int = Field(32, ge=1, description="channels of the first convolutions; the others follow")
+    width: int = Field(default=32, ge=1, description="channels of the first convolutions; the others follow")
     optimizer: Literal["adamw", "muon", "sgd"] = "muon"
-    learning_rate: float = Field(0.24, gt=0)
-    head_learning_rate: float = Field(0.67, gt=0, description="of the last layer, with muon only")
-    bias_learning_rate: float = Field(0.053, gt=0, description="of biases, with muon only")
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    crop_padding: int = Field(0, ge=0, description="pixels of random translation")
-    flip: bool = Field(False, description="random horizontal flips, and their average at prediction")
-    affine: bool = Field(False, description="small random rotation, scaling, shear and translation")
+    learning_rate: float = Field(default=0.24, gt=0)
+    head_learning_rate: float = Field(default=0.67, gt=0, description="of the last layer, with muon only")
+    bias_learning_rate: float = Field(default=0.053, gt=0, description="of biases, with muon only")
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    crop_padding: int = Field(default=0, ge=0, description="pixels of random translation")
+    flip: bool = Field(default=False, description="random horizontal flips, and their average at prediction")
+    affine: bool = Field(default=False, description="small random rotation, scaling, shear and translation")
 
 
 class ImageClassification(Workload):
@@ -153,10 +153,10 @@ class DigitsHyperparameters(ImageHyperparameters):
 
     network: Literal["digits", "airbench", "resnet18"] = "digits"
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
-    learning_rate: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(0.02, ge=0)
-    warmup: float = Field(0.2, ge=0, lt=1)
-    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.05, ge=0, lt=1)
     affine: bool = True
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
 
@@ -164,8 +164,8 @@ class DigitsHyperparameters(ImageHyperparameters):
 class Cifar10Hyperparameters(ImageHyperparameters):
     """The airbench-style recipe for CIFAR-10."""
 
-    label_smoothing: float = Field(0.2, ge=0, lt=1)
-    crop_padding: int = Field(2, ge=0)
+    label_smoothing: float = Field(default=0.2, ge=0, lt=1)
+    crop_padding: int = Field(default=2, ge=0)
     flip: bool = True
 
 

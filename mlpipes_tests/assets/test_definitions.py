@@ -73,7 +73,7 @@ def test_each_workload_has_its_chain_per_scale_and_a_report(entry: Entry) -> Non
 
 def test_training_and_evaluation_have_queues_of_their_own() -> None:
     graph = defs.resolve_asset_graph()
-    pools = {name: graph.get(dg.AssetKey(["digits", name])).pools for name in CHAIN}
+    pools = {name: graph.get(dg.AssetKey(["digits", name])).pools or set() for name in CHAIN}
     assert pools["checkpoints"] == {"training"}
     assert pools["eval_report"] == {"evaluation"}
     assert not pools["dataset"] | pools["snapshot"] | pools["model"]
