@@ -5,8 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -37,20 +37,33 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
     commands.append([programs / "dagster", "dev", "-h", HOST, "-p", port, *workspace])
     console.print(f"Dagster UI: http://{HOST}:{port}")
     console.print("Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it.")
+    # Installed before the children start: a signal that is ignored here (as in a background job of a shell) would stay
+    # ignored in them, and `dagster dev` ends its own children by SIGINT.
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.set())
     # Children get sessions of their own, so that Ctrl-C reaches them once, through us.
     children = [subprocess.Popen(list(map(str, c)), env=environment, start_new_session=True) for c in commands]
-
-    def end(number: int, _: FrameType | None) -> None:
+    try:
+        while not interrupted.wait(0.5) and all(child.poll() is None for child in children):
+            pass
+    finally:
         for child in children:
-            child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            _end(child)
+    return 0 if interrupted.is_set() else 1
 
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
-    code = children[-1].wait()
-    for child in children[:-1]:
-        child.terminate()
-        child.wait()
-    return code
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End a child and everything that it started: by interrupt, which lets it clean up, and for good after a while."""
+    for number, seconds in ((signal.SIGINT, 15), (signal.SIGKILL, 5)):
+        try:
+            if number == signal.SIGKILL:
+                os.killpg(child.pid, number)
+            else:
+                child.send_signal(number)
+            child.wait(seconds)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
 
 
 def _is_free(port: int) -> bool:

@@ -53,12 +53,10 @@ def follow_training(
                 f"Ray job {handle.submission_id} was stopped; materialize again to go on from there"
             )
         if (died := died + 1) == MAX_JOBS:
-            tail = (
-                ""
-                if end.status == "LOST"
-                else f" The log of the last one ends:\n{jobs.logs(handle.submission_id)[-3000:]}"
+            log = "" if end.status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
+            raise TrainingFailedError(
+                f"{MAX_JOBS} Ray jobs in a row died without a result. The last one's log ends:\n{log}"
             )
-            raise TrainingFailedError(f"{MAX_JOBS} Ray jobs in a row died without a result.{tail}")
         context.log.warning(
             f"Ray job {handle.submission_id} ended as {end.status} without a result ({end.error or 'no error reported'}); "
             "going on from the last checkpoint"

@@ -50,5 +50,5 @@ def report_metadata(report: Report) -> dict[str, Any]:
     for content in report.tables:
         metadata[content.title.lower().replace(" ", "_")] = table(content)
     for name, png in report.figures.items():
-        metadata[name] = picture(png, name)
+        metadata[f"{name}_plot"] = picture(png, name)
     return metadata

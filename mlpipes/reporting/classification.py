@@ -97,7 +97,8 @@ def classification_report(
         ],
         figures=pictures,
         notes=[
-            f"{len(wrong)} of {n:,} wrong. Intervals: Wilson score for accuracy, bootstrap (1,000 resamples) for macro F1.",
+            f"{len(wrong)} of {n:,} wrong. Intervals: Wilson score for accuracy, bootstrap (1,000 resamples) for macro F1, "
+            "which is degenerate where nothing was wrong.",
         ],
     )
 

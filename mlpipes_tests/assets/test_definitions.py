@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -91,17 +92,21 @@ def test_user_catalogs_can_be_composed() -> None:
     assert keys == {f"mine/{name}" for name in [*CHAIN, "scaling_report"]}
 
 
+def config(**changes: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate(changes)
+
+
 def test_the_fingerprint_depends_on_everything_that_the_model_depends_on() -> None:
     entry, key = CATALOG[0], CATALOG[0].scales[0].key
-    base = make_recipe(entry, key, "s" * 64, TrainingConfig(), "run-1")
-    assert make_recipe(entry, key, "s" * 64, TrainingConfig(checkpoint_every_seconds=5), "run-2") == base
+    base = make_recipe(entry, key, "s" * 64, config(), "run-1")
+    assert make_recipe(entry, key, "s" * 64, config(checkpoint_every_seconds=5), "run-2") == base
     others = [
-        make_recipe(entry, entry.scales[1].key, "s" * 64, TrainingConfig(), ""),
-        make_recipe(entry, key, "t" * 64, TrainingConfig(), ""),
-        make_recipe(entry, key, "s" * 64, TrainingConfig(seed=1), ""),
-        make_recipe(entry, key, "s" * 64, TrainingConfig(hyperparameters={"width": 16}), ""),
-        make_recipe(entry, key, "s" * 64, TrainingConfig(fresh=True), "run-1"),
-        make_recipe(entry, key, "s" * 64, TrainingConfig(fresh=True), "run-2"),
+        make_recipe(entry, entry.scales[1].key, "s" * 64, config(), ""),
+        make_recipe(entry, key, "t" * 64, config(), ""),
+        make_recipe(entry, key, "s" * 64, config(seed=1), ""),
+        make_recipe(entry, key, "s" * 64, config(hyperparameters={"width": 16}), ""),
+        make_recipe(entry, key, "s" * 64, config(fresh=True), "run-1"),
+        make_recipe(entry, key, "s" * 64, config(fresh=True), "run-2"),
         base.model_copy(update={"code": "other"}),
     ]
     assert len({recipe.fingerprint for recipe in [base, *others]}) == 8
@@ -117,7 +122,7 @@ def test_the_fingerprint_depends_on_everything_that_the_model_depends_on() -> No
 )
 def test_a_bad_hyperparameter_is_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_recipe(CATALOG[0], CATALOG[0].scales[0].key, "s" * 64, TrainingConfig(hyperparameters=changes), "")
+        make_recipe(CATALOG[0], CATALOG[0].scales[0].key, "s" * 64, config(hyperparameters=changes), "")
 
 
 def test_the_code_version_ignores_comments_and_notices_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
