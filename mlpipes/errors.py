@@ -27,3 +27,7 @@ class CorruptionError(UserError):
 
 class TrainingFailedError(UserError):
     """A training ended without a result; the message carries the cause that its driver reported."""
+
+
+class LeaseLostError(UserError):
+    """Another job has taken over the training; this one must not write any more."""

@@ -66,10 +66,10 @@ class Whitening(nn.Conv2d):
     """A frozen 2×2 convolution onto the principal axes of image patches, each axis with both signs."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, 2 * channels * 4, 2, bias=True)
+        # No bias, which airbench trains for its first epochs: it alone would make the backward pass reach the input of
+        # the largest convolution.
+        super().__init__(channels, 2 * channels * 4, 2, bias=False)
         self.weight.requires_grad_(False)
-        assert self.bias is not None  # noqa: S101 - asked for above
-        nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def fit(self, images: Tensor, eps: float = 5e-4) -> None:

@@ -1,0 +1,260 @@
+"""What the README says, done as a new user would: every command is run, every example is loaded, the UI is looked at."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from mlpipes_tests.conftest import missing
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+OUTPUT = CHECKOUT / "mlpipes_tests" / "output"
+CHROMIUM_FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+ELSEWHERE = {
+    "make test": "this very test runs in it",
+    "make dev": "the fixture `ui`",
+    ".venv/bin/mlpipes demo --workload digits --scale w1-b128-e30-g0": "the fixture `folder`, as part of make demo",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+class Folder:
+    """A folder like a checkout, with state of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        for name in ("Makefile", "pyproject.toml", "constraints.txt", "dagster.yaml", "workspace.yaml", ".venv"):
+            (path / name).symlink_to(CHECKOUT / name)
+        unwanted = ("MLPIPES_", "DAGSTER_", "MLFLOW_", "PYTEST_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
+        self.environment |= {"MLPIPES_HOME": str(path / ".mlpipes"), "COLUMNS": "160"}
+
+    def run(self, command: str, timeout: float = 250, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.path,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+    """A folder in which `make demo` was run."""
+    if not (CHECKOUT / ".venv" / ".installed").is_file():
+        missing("`make install` was not run in this checkout, and a test must not install into it")
+    made = Folder(tmp_path_factory.mktemp("checkout"))
+    try:
+        made.demo = made.run("make demo", timeout=290)  # type: ignore[attr-defined]
+        yield made
+    finally:
+        made.run(".venv/bin/mlpipes ray down")
+
+
+@pytest.fixture(scope="module")
+def ui(folder: Folder) -> Iterator[str]:
+    """The address of the Dagster UI that `make dev` serves there."""
+    port, mlflow = free_port(), free_port()
+    environment = folder.environment | {"MLFLOW_PORT": str(mlflow)}
+    server = subprocess.Popen(
+        [".venv/bin/mlpipes", "dev", "--port", str(port), "--mlflow", "--mlflow-port", str(mlflow)],
+        cwd=folder.path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{address}/server_info")
+        wait_for(f"http://127.0.0.1:{mlflow}/health")
+        yield address
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(40)
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(address: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if requests.get(address, timeout=2).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.3)
+    pytest.fail(f"{address} did not answer within {seconds:.0f} s")
+
+
+def graphql(address: str, query: str) -> Any:
+    return requests.post(f"{address}/graphql", json={"query": query}, timeout=30).json()["data"]
+
+
+def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Folder) -> None:
+    demo = folder.demo  # type: ignore[attr-defined]
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    for text in ("w1-b128-e30-g0", "w2-b128-e30-g0", "w4-b128-e30-g0-c0.5", "95 % interval", "speed-up", "Pictures:"):
+        assert text in demo.stdout
+    assert "the same model, bit for bit" in demo.stdout
+    rows = re.findall(r"│ w\d-b128\S* +│.*│", demo.stdout)
+    assert len(rows) == 3
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert float(cells[4]) >= 0.99, "test accuracy of digits"
+    seconds = re.search(r"Done in (\d+) s", demo.stdout)
+    assert seconds is not None
+    assert "No local Ray runs" in folder.run(".venv/bin/mlpipes ray status").stdout
+
+
+def test_every_command_of_the_readme_runs(folder: Folder) -> None:
+    commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
+    assert len(commands) > 8
+    expected = {
+        "make demo": "Done in",  # the second time, everything is found again
+        ".venv/bin/mlpipes scales": "w2-b128-e30-g0",
+        ".venv/bin/mlpipes status": "finished",
+        ".venv/bin/mlpipes report digits": "scaling report",
+        ".venv/bin/mlpipes ray up": "Ray runs; dashboard http://127.0.0.1:",
+        ".venv/bin/mlpipes ray status": "Ray runs (pid",
+        ".venv/bin/mlpipes ray down": "Ray ended.",
+    }
+    for command in commands:
+        if command in ELSEWHERE:
+            continue
+        result = folder.run(command)
+        if command.endswith("fetch cifar10"):
+            # Where there is no network, the error says what else to do; where there is, the data are there.
+            assert result.returncode == 0 or "set MLPIPES_CIFAR10 to it" in result.stderr.replace("\n", " "), (
+                result.stderr
+            )
+        else:
+            assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+            assert expected[command] in result.stdout, command
+
+
+def test_the_example_workload_of_the_readme_trains(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlpipes.workloads.catalog import entry
+    from mlpipes_tests.training.harness import make_job, run_here
+
+    workload, line = blocks("python")
+    (tmp_path / "readme_example.py").write_text(workload)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(workload.splitlines()) <= 60
+    made = eval(line, {"entry": entry})  # noqa: S307 - our own README
+    assert made.name == "shapes"
+    implementation = made.implementation.replace("mlpipes.workloads.mnist", "readme_example")
+    outcome = run_here(make_job(tmp_path / "store", made.scales[0].key, implementation))
+    assert outcome["best"]["metrics"]["accuracy"] > 0.5
+
+
+def test_the_scale_file_of_the_readme_is_valid(folder: Folder, tmp_path: Path) -> None:
+    example = next(block for block in blocks("yaml") if block.startswith("digits:"))
+    assert isinstance(yaml.safe_load(example), dict)
+    (tmp_path / "scales.yaml").write_text(example)
+    result = folder.run(".venv/bin/mlpipes scales", MLPIPES_SCALES=str(tmp_path / "scales.yaml"))
+    assert "w4-b256-e10-g0-c0.5" in result.stdout
+
+
+def test_the_launchpad_config_of_the_readme_is_valid() -> None:
+    from mlpipes.assets.training import TrainingConfig, make_recipe
+    from mlpipes.workloads.catalog import CATALOG
+
+    example = next(block for block in blocks("yaml") if block.startswith("ops:"))
+    config = yaml.safe_load(example)["ops"]["cifar10__checkpoints"]["config"]
+    entry = next(e for e in CATALOG if e.name == "cifar10")
+    recipe = make_recipe(entry, entry.scales[0].key, "s" * 64, TrainingConfig.model_validate(config), "")
+    assert recipe.hyperparameters["network"] == "resnet18"
+
+
+def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Folder) -> None:
+    result = folder.run(".venv/bin/mlpipes report nope")
+    assert result.returncode == 1
+    assert "unknown workload 'nope'; known are digits, cifar10" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_plain_dagster_dev_keeps_the_history(folder: Folder) -> None:
+    port = free_port()
+    server = subprocess.Popen(
+        [".venv/bin/dagster", "dev", "-p", str(port)],
+        cwd=folder.path,
+        env=folder.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    # A background process of a shell without job control ignores SIGINT, and `dagster dev` ends its children by it.
+    try:
+        wait_for(f"http://127.0.0.1:{port}/server_info")
+        found = graphql(f"http://127.0.0.1:{port}", "{ runsOrError { ... on Runs { results { status jobName } } } }")
+        chains = [run for run in found["runsOrError"]["results"] if run["jobName"] == "digits_chain"]
+        assert len(chains) >= 3
+        assert {run["status"] for run in chains} == {"SUCCESS"}
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        missing("no Chromium on PATH: the UI cannot be looked at")
+    from playwright.sync_api import sync_playwright
+
+    OUTPUT.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 1500, "height": 1000})
+        try:
+            page.goto(f"{ui}/locations/mlpipes.definitions/asset-groups/digits")
+            for name in ("dataset", "snapshot", "checkpoints", "model", "eval_report", "scaling_report"):
+                page.get_by_text(name, exact=True).first.wait_for(timeout=30_000)
+            page.screenshot(path=OUTPUT / "graph.png")
+
+            page.goto(f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0")
+            page.get_by_text("weights_digest").wait_for(timeout=30_000)
+            page.get_by_text("[Show Markdown]").first.click()
+            picture = page.locator("img[alt='loss and validation curves']")
+            picture.wait_for(timeout=30_000)
+            assert picture.evaluate("image => image.naturalWidth") > 300
+            page.screenshot(path=OUTPUT / "checkpoints.png")
+
+            page.goto(f"{ui}/assets/digits/scaling_report")
+            page.get_by_text("efficiency").first.wait_for(timeout=30_000)
+            page.screenshot(path=OUTPUT / "scaling_report.png")
+        finally:
+            browser.close()
