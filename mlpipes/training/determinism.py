@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from mlpipes.files import canonical_json
 
@@ -24,7 +25,7 @@ def prepare_process(threads: int, seed: int) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with deterministic algorithms and costs 7 % here: no kernel in use reads fresh memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(mixed_seed(seed, "model"))
 
