@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def prepare_process(threads: int, seed: int) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that comes with deterministic algorithms and costs 7 % here: no kernel in use reads fresh memory.
-    deterministic.fill_uninitialized_memory = False
+    cast(Any, deterministic).fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(mixed_seed(seed, "model"))
 
