@@ -9,6 +9,7 @@ import dagster as dg
 from mlpipes.assets.factory import workload_assets
 from mlpipes.automation import jobs_of
 from mlpipes.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
+from mlpipes.supervision import lost_retries
 from mlpipes.workloads.catalog import Entry, configured
 
 
@@ -24,6 +25,7 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],
         jobs=jobs_of(entries),
+        sensors=[lost_retries],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.
         executor=dg.in_process_executor,
         resources={

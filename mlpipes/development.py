@@ -22,7 +22,9 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
     for name, wanted in (("--port", port), ("--mlflow-port", mlflow_port)):
         if wanted is not None and not _is_free(wanted):
             raise ConfigError(f"port {wanted} is taken; choose another with {name}")
-    environment = {**os.environ, "DAGSTER_HOME": str(dagster_home())}
+    # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
+    environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **os.environ}
+    environment["DAGSTER_HOME"] = str(dagster_home())
     programs = Path(sys.executable).parent
     commands = []
     if mlflow_port is not None:

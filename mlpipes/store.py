@@ -62,6 +62,14 @@ class TrainingFolder:
         """What one attempt's driver is told."""
         return self.path / "jobs" / f"a{attempt}.json"
 
+    def heartbeat(self, attempt: int) -> Path:
+        """A file that one attempt's driver touches while it lives."""
+        return self.path / "jobs" / f"a{attempt}.heartbeat"
+
+    def stop_request(self, attempt: int) -> Path:
+        """A file whose presence asks one attempt for a last checkpoint, because it is about to be stopped."""
+        return self.path / "jobs" / f"a{attempt}.stop"
+
     def evaluation(self, name: str) -> Path:
         """The report of one evaluation."""
         return self.path / "evaluations" / name

@@ -1,104 +1,102 @@
-"""Supervision: who may write a training (the lease), and noticing that a run's process is gone (the run launcher)."""
+"""Supervision: noticing that a run's process is gone, and healing automatic retries that Dagster lost."""
 
-import os
-import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from filelock import FileLock, Timeout
+import dagster as dg
+from dagster import DagsterEventType
+from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
+from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
+from dagster._serdes import deserialize_value
 
-from mlpipes.errors import CorruptionError, LeaseLostError
-from mlpipes.files import read_record, set_aside, write_record
+GRACE_SECONDS = 8.0
+"""After a start, code servers need a moment; a run declared dead too early may lose its retry (see `lost_retries`)."""
+_SETTLED_SECONDS = 20.0
+_FORGOTTEN_SECONDS = 3600.0
 
-_LOCK_SECONDS = 60
 
+class SupervisedRunLauncher(DefaultRunLauncher):
+    """Dagster's own launcher with the health check that it lacks.
 
-@dataclass(frozen=True)
-class Lease:
-    """The right to write a training's folder, held by whoever took it last.
-
-    Taking the lease raises its token, so a holder that was thought dead and wakes up late (a paused process, a node that
-    was cut off) finds a greater token at its next write and stops: a fencing token (Kleppmann 2016, "How to do
-    distributed locking"). Nobody has to judge whether a holder is still alive.
+    Without one, a run whose process died together with the daemon stays STARTED for ever, and is never retried. The check
+    asks the code server that launched the run whether it still owns it. (Dagster's launchers for Kubernetes have one;
+    its base class is private, so this is the one place that touches private names.)
     """
 
-    path: Path
-    token: int
+    _first_check: float | None = None
 
-    @classmethod
-    def take(cls, folder: Path, holder: str) -> "Lease":
-        """Take the lease of a folder from whoever has it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "lease.json"
-        with _locked(path):
-            token = _token(path) + 1
-            write_record(
-                path,
-                {
-                    "token": token,
-                    "holder": holder,
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "taken": time.time(),
-                },
-            )
-        return cls(path, token)
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """True: run monitoring calls `check_run_worker_health`."""
+        return True
 
-    def check(self) -> None:
-        """Raises LeaseLostError if somebody else has taken the lease since."""
-        if (current := _token(self.path)) != self.token:
-            raise LeaseLostError(
-                f"the lease {self.path} was taken over (token {current}, ours {self.token}): another job goes on with this "
-                "training, and this one stops without writing"
-            )
-
-    def guarded(self) -> "_Guard":
-        """A context in which the lease is ours and stays so: taking it waits until the context ends."""
-        return _Guard(self)
-
-
-class _Guard:
-    def __init__(self, lease: Lease) -> None:
-        self.lease, self.lock = lease, _locked(lease.path)
-
-    def __enter__(self) -> None:
-        self.lock.__enter__()
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Whether the process of a run is alive."""
+        if self._first_check is None:
+            self._first_check = time.monotonic()
+        if time.monotonic() - self._first_check < GRACE_SECONDS:
+            return CheckRunHealthResult(WorkerStatus.RUNNING, "the session has just started")
+        client = self._get_grpc_client_for_termination(run.run_id)
+        if client is None:
+            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no code server is known that launched the run")
         try:
-            self.lease.check()
-        except BaseException:
-            self.lock.__exit__(None, None, None)
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        self.lock.__exit__(None, None, None)
-
-
-class _locked:  # noqa: N801 - used as a function
-    """A file lock beside a path that says what holds it up when it cannot be had."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, FileLock(str(path) + ".lock", timeout=_LOCK_SECONDS)
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire()
-        except Timeout as error:
-            raise LeaseLostError(
-                f"{self.lock.lock_file} is held for over {_LOCK_SECONDS} s by a process that hangs"
-            ) from error
-
-    def __exit__(self, *error: object) -> None:
-        self.lock.release()
+            answer = deserialize_value(
+                client.can_cancel_execution(CanCancelExecutionRequest(run_id=run.run_id), timeout=10),
+                CanCancelExecutionResult,
+            )
+        except DagsterUserCodeUnreachableError:
+            return CheckRunHealthResult(WorkerStatus.FAILED, "the code server that launched the run is gone")
+        if not answer.can_cancel:
+            return CheckRunHealthResult(WorkerStatus.FAILED, "its code server does not own the run any more")
+        return CheckRunHealthResult(WorkerStatus.RUNNING)
 
 
-def _token(path: Path) -> int:
-    try:
-        return int(read_record(path)["token"])
-    except FileNotFoundError:
-        return 0
-    except CorruptionError:
-        # What the token was is lost; time in ms is greater than any count of attempts, so that older holders stop.
-        set_aside(path)
-        write_record(path, {"token": (token := int(time.time() * 1000)), "holder": "restored after corruption"})
-        return token
+@dg.sensor(
+    name="lost_retries",
+    target=dg.AssetSelection.all(),
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Launches automatic retries that Dagster promised and never made.",
+)
+def lost_retries(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """Requests the retry of each failed run that was to be retried and has no child.
+
+    Dagster may see a failure before the run's row says so, pass it over, and never look at it again.
+    """
+    found = 0
+    failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": "true"})
+    for record in context.instance.get_run_records(failed, limit=50):
+        run, age = record.dagster_run, time.time() - (record.end_time or time.time())
+        if not _SETTLED_SECONDS <= age <= _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
+            continue
+        if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
+            continue
+        found += 1
+        planned = context.instance.get_records_for_run(
+            run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+        )
+        events = [record.event_log_entry.dagster_event for record in planned.records]
+        yield retry_of(run, sorted({event.asset_key for event in events if event and event.asset_key}))
+    if not found:
+        yield dg.SkipReason("no retry was lost")
+
+
+def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest:
+    """The request that goes on where a run failed; its key makes it happen once."""
+    own = {key: value for key, value in run.tags.items() if not key.startswith(("dagster/", ".dagster"))}
+    kept = {key: run.tags[key] for key in ("dagster/partition", "dagster/backfill") if key in run.tags}
+    return dg.RunRequest(
+        run_key=f"retry-{run.run_id}",
+        run_config=run.run_config,
+        partition_key=run.tags.get("dagster/partition"),
+        asset_selection=assets,
+        tags={
+            **own,
+            **kept,
+            "dagster/parent_run_id": run.run_id,
+            "dagster/root_run_id": run.tags.get("dagster/root_run_id", run.run_id),
+            "dagster/retry_number": str(int(run.tags.get("dagster/retry_number", "0")) + 1),
+        },
+    )

@@ -1,6 +1,7 @@
 """Fixtures: an isolated home, a tiny workload's data, real data where they are, one private Ray for the session."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from mlpipes.data.dataset import Dataset, Provenance
 
 REAL_DATA = "MLPIPES_REAL_DATA"
 NO_SKIPS = "MLPIPES_NO_SKIPS"
+
+
+def pytest_configure() -> None:
+    """End as on Ctrl-C when asked to terminate, so that fixtures clean up: no Ray head may outlive the tests."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def missing(what: str) -> None:

@@ -1,84 +1,67 @@
-import multiprocessing as mp
-import os
-import signal
+"""The run launcher's health check and the sensor for lost retries, against a real instance."""
+
 import time
-from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
+from dagster._core.launcher.base import WorkerStatus
 
-from mlpipes.errors import LeaseLostError
-from mlpipes.supervision import Lease
-
-
-def test_the_latest_taker_holds_the_lease(tmp_path: Path) -> None:
-    first = Lease.take(tmp_path, "first")
-    first.check()
-    second = Lease.take(tmp_path, "second")
-    assert second.token == first.token + 1
-    second.check()
-    with pytest.raises(LeaseLostError, match=r"taken over \(token 2, ours 1\)"):
-        first.check()
-    with pytest.raises(LeaseLostError), first.guarded():
-        pytest.fail("a lost lease must not open")
-    with second.guarded():
-        pass
+from mlpipes import supervision
+from mlpipes.supervision import SupervisedRunLauncher, lost_retries
 
 
-def _take_many(folder: str, count: int, queue: Any) -> None:
-    queue.put([Lease.take(Path(folder), "x").token for _ in range(count)])
+@dg.asset(partitions_def=dg.StaticPartitionsDefinition(["a", "b"]))
+def fails() -> None:
+    raise ValueError("on purpose")
 
 
-def test_no_token_is_given_twice(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    takers = [context.Process(target=_take_many, args=(str(tmp_path), 40, queue)) for _ in range(3)]
-    for taker in takers:
-        taker.start()
-    tokens = [token for _ in takers for token in queue.get(timeout=60)]
-    for taker in takers:
-        taker.join(30)
-    assert sorted(tokens) == list(range(1, 121))
+@dg.asset
+def works() -> None:
+    """An asset."""
 
 
-def _write_for_ever(folder: str, ready: Any) -> None:
-    lease = Lease.take(Path(folder), "sleeper")
-    target = Path(folder) / "target"
-    while True:
-        with lease.guarded():
-            target.write_text("sleeper")
-        ready.set()
-        time.sleep(0.01)
+DEFINITIONS = dg.Definitions([fails, works], jobs=[dg.define_asset_job("named", [fails])], sensors=[lost_retries])
 
 
-def test_a_paused_holder_that_wakes_up_late_cannot_write(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    ready = context.Event()
-    sleeper = context.Process(target=_write_for_ever, args=(str(tmp_path), ready))
-    sleeper.start()
-    assert sleeper.pid is not None
-    try:
-        assert ready.wait(30)
-        # Pause it between two writes: with the lock in its hands it would hold everybody up, which is tested by time-out.
-        from filelock import FileLock
-
-        with FileLock(str(tmp_path / "lease.json.lock")):
-            os.kill(sleeper.pid, signal.SIGSTOP)
-        lease = Lease.take(tmp_path, "awake")
-        with lease.guarded():
-            (tmp_path / "target").write_text("awake")
-        os.kill(sleeper.pid, signal.SIGCONT)
-        sleeper.join(30)
-        assert sleeper.exitcode == 1, "it ended with LeaseLostError"
-        assert (tmp_path / "target").read_text() == "awake"
-    finally:
-        sleeper.kill()
+def failed_run(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, **tags: str) -> str:
+    job = DEFINITIONS.resolve_job_def("named")
+    result = job.execute_in_process(instance=instance, partition_key="b", raise_on_error=False, tags=tags)
+    assert not result.success
+    return result.run_id
 
 
-def test_a_corrupt_lease_stops_older_holders(tmp_path: Path) -> None:
-    lease = Lease.take(tmp_path, "old")
-    lease.path.write_text("{torn")
-    with pytest.raises(LeaseLostError):
-        lease.check()
-    assert (tmp_path / "lease.json.corrupt-1").read_text() == "{torn"
-    Lease.take(tmp_path, "new").check()
+def requests(instance: dg.DagsterInstance) -> list[Any]:
+    context = dg.build_sensor_context(instance=instance, definitions=DEFINITIONS)
+    found: Any = lost_retries(context)
+    return [item for item in found if isinstance(item, dg.RunRequest)]
+
+
+def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        lost = failed_run(instance, monkeypatch, **{"dagster/will_retry": "true", "team": "mine"})
+        failed_run(instance, monkeypatch)  # nobody promised anything
+        assert requests(instance) == [], "it may still be on its way"
+        real = time.time
+        monkeypatch.setattr(supervision.time, "time", lambda: real() + 60)
+        (request,) = requests(instance)
+        assert request.run_key == f"retry-{lost}"
+        assert request.partition_key == "b"
+        assert request.asset_selection == [dg.AssetKey("fails")]
+        assert request.tags["team"] == "mine"
+        assert request.tags["dagster/root_run_id"] == lost
+        assert request.tags["dagster/retry_number"] == "1"
+        failed_run(instance, monkeypatch, **{"dagster/parent_run_id": lost})
+        assert requests(instance) == [], "it has a child now"
+
+
+def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = SupervisedRunLauncher()
+    run: Any = type("Run", (), {"run_id": "r"})()
+    monkeypatch.setattr(launcher, "_get_grpc_client_for_termination", lambda run_id: None)
+    clock = [100.0]
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: clock[0])
+    assert launcher.supports_check_run_worker_health
+    assert launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
+    clock[0] += supervision.GRACE_SECONDS
+    assert launcher.check_run_worker_health(run).status == WorkerStatus.NOT_FOUND

@@ -3,14 +3,16 @@
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.errors import TrainingFailedError
-from mlpipes.store import Store, TrainingFolder
+from mlpipes.store import Store, TrainingFolder, read_messages
 from mlpipes.training.recipe import Recipe
 from mlpipes.training.specification import Checkpointing, Tracking, TrainingJob
 
@@ -18,49 +20,71 @@ if TYPE_CHECKING:
     from mlpipes.compute.address import RayAddress
     from mlpipes.compute.jobs import JobHandle, RayJobs
 
+DEAD, STALLED = "DEAD", "STALLED"
 OBSERVATION_SECONDS = 5.0
+DEAD_SECONDS = 30.0
+"""A driver whose heartbeat stood still for so long is dead, whatever the Jobs API says (it may say RUNNING for long)."""
+FAREWELL_SECONDS = 4.0
+"""What a cancelled training gets for its last checkpoint."""
 MAX_JOBS = 5
 """Jobs that one step submits for a training that keeps dying without an error of its own."""
 
 
 def follow_training(
     context: dg.AssetExecutionContext,
-    address: "RayAddress",
+    connect: Callable[[], "RayAddress"],
     recipe: Recipe,
     store: Store,
     checkpointing: Checkpointing,
     tracking: Tracking,
+    stall_seconds: float,
 ) -> None:
     """Return when the result of a training is in the store.
 
-    Raises TrainingFailedError if the training reports an error that a restart would not mend, was stopped, or died too
-    often.
+    A training that reports nothing for `stall_seconds` is ended, its workers' stacks kept, and started again from its
+    last checkpoint. Raises TrainingFailedError if the training reports an error that a restart would not mend, was
+    stopped, or died too often.
     """
     from mlpipes.compute.jobs import RayJobs
 
-    jobs, folder, died = RayJobs(address), store.training(recipe.fingerprint), 0
+    folder, died = store.training(recipe.fingerprint), 0
     while True:
-        handle = _attach_or_submit(jobs, folder, recipe, store, checkpointing, tracking, context.run.run_id)
-        context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
-        end = _watch(context, jobs, handle, folder)
+        jobs, log = RayJobs(connect()), ""
+        try:
+            handle = _attach_or_submit(jobs, folder, recipe, store, checkpointing, tracking, context.run.run_id)
+            context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
+            end = _watch(context, jobs, handle, folder, stall_seconds)
+            if not folder.result.is_file():
+                log = _settle(context, jobs, handle, folder, end)
+        except ConnectionError as error:
+            # The head is gone for longer than its clients are patient. A private one is started again by `connect`.
+            end = _End("LOST", str(error))
         if folder.result.is_file():
             return
-        if end.fatal:
-            jobs.stop(handle.submission_id)
-            raise TrainingFailedError(f"{end.error} (Ray job {handle.submission_id})")
-        if end.status == "STOPPED":
-            raise TrainingFailedError(
-                f"Ray job {handle.submission_id} was stopped; materialize again to go on from there"
-            )
         if (died := died + 1) == MAX_JOBS:
-            log = "" if end.status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
-            raise TrainingFailedError(
-                f"{MAX_JOBS} Ray jobs in a row died without a result. The last one's log ends:\n{log}"
-            )
+            raise TrainingFailedError(f"{MAX_JOBS} Ray jobs in a row died without a result ({end.error}). Log:\n{log}")
         context.log.warning(
-            f"Ray job {handle.submission_id} ended as {end.status} without a result ({end.error or 'no error reported'}); "
-            "going on from the last checkpoint"
+            f"The Ray job ended as {end.status} without a result ({end.error or 'no error reported'}); going on from the "
+            "last checkpoint"
         )
+
+
+def _settle(
+    context: dg.AssetExecutionContext, jobs: "RayJobs", handle: "JobHandle", folder: TrainingFolder, end: "_End"
+) -> str:
+    """Deal with a job that ended without a result; returns the end of its log. Raises TrainingFailedError if it is final."""
+    from mlpipes.compute.stacks import keep_stacks
+
+    if end.status == STALLED:
+        stacks = keep_stacks(folder.fingerprint, folder.path / "jobs" / f"a{handle.attempt}.stacks.txt")
+        context.log.warning(f"Stacks of the stalled processes on this machine: {stacks}")
+    if end.fatal or end.status in (DEAD, STALLED):
+        jobs.stop(handle.submission_id)
+    if end.fatal:
+        raise TrainingFailedError(f"{end.error} (Ray job {handle.submission_id})")
+    if end.status == "STOPPED":
+        raise TrainingFailedError(f"Ray job {handle.submission_id} was stopped; materialize again to go on from there")
+    return "" if end.status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
 
 
 def _attach_or_submit(
@@ -81,7 +105,12 @@ def _attach_or_submit(
         return f"exec {shlex.join([python, '-m', 'mlpipes.training.job', str(job.write())])}"
 
     earlier = [int(path.stem[1:]) for path in folder.messages(0).parent.glob("a*.jsonl")]
-    environment = {"MLPIPES_HOME": str(store.root.parent), "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        FINGERPRINT_VARIABLE: recipe.fingerprint,
+        "MLPIPES_HOME": str(store.root.parent),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
     if jobs.address.local:
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     return jobs.attach_or_submit(
@@ -102,11 +131,28 @@ class _End:
     fatal: bool = False
 
 
-def _watch(context: dg.AssetExecutionContext, jobs: "RayJobs", handle: "JobHandle", folder: TrainingFolder) -> _End:
+def _watch(
+    context: dg.AssetExecutionContext,
+    jobs: "RayJobs",
+    handle: "JobHandle",
+    folder: TrainingFolder,
+    stall_seconds: float,
+) -> _End:
     end, shown = _End(), 0.0
+    # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
+    beat, beat_seen, heard = None, time.monotonic(), time.monotonic()
     try:
         for message in jobs.follow(handle, folder.messages(handle.attempt)):
-            kind = message["kind"]
+            kind, now = message["kind"], time.monotonic()
+            if kind == "waiting":
+                if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
+                    beat, beat_seen = current, now
+                if beat is not None and now - beat_seen > DEAD_SECONDS:
+                    return _End(DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
+                if message["status"] == "RUNNING" and now - heard > stall_seconds:
+                    return _End(STALLED, f"it reported nothing for {stall_seconds:.0f} s")
+                continue
+            heard = now
             if kind == "progress" and time.monotonic() - shown >= OBSERVATION_SECONDS:
                 shown = time.monotonic()
                 _observe(context, message)
@@ -128,11 +174,35 @@ def _watch(context: dg.AssetExecutionContext, jobs: "RayJobs", handle: "JobHandl
     except BaseException:
         # A cancelled run ends its training. Any other interruption (the code server goes away, say) leaves it running:
         # the next attempt attaches to it.
-        run = context.instance.get_run_by_id(context.run.run_id)
-        if run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
+        if is_cancelled(context):
+            _say_farewell(folder, handle.attempt)
             jobs.stop(handle.submission_id)
         raise
     return end
+
+
+def is_cancelled(context: dg.AssetExecutionContext) -> bool:
+    """Whether somebody asked for this run to end, as against its process being interrupted."""
+    run = context.instance.get_run_by_id(context.run.run_id)
+    return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+def _say_farewell(folder: TrainingFolder, attempt: int) -> None:
+    """Ask for a last checkpoint and wait for it a little."""
+    folder.stop_request(attempt).touch()
+    deadline, offset = time.monotonic() + FAREWELL_SECONDS, 0
+    while time.monotonic() < deadline:
+        found, offset = read_messages(folder.messages(attempt), offset)
+        if any(message.get("kind") == "stopping" for message in found):
+            return
+        time.sleep(0.1)
+
+
+def _modified(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _observe(context: dg.AssetExecutionContext, message: dict[str, Any]) -> None:

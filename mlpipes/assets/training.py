@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
-from mlpipes.assets.following import follow_training
+from mlpipes.assets.following import follow_training, is_cancelled
 from mlpipes.assets.metadata import link, mapping_table, picture
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError
@@ -31,6 +31,7 @@ class TrainingConfig(dg.Config):
     checkpoint_every_seconds: float = Field(
         default=60.0, gt=0, description="besides the checkpoint at the end of each epoch"
     )
+    stall_seconds: float = Field(default=900.0, gt=0, description="silence after which a training is started again")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept besides the best")
 
 
@@ -117,14 +118,17 @@ def materialize_training(
         try:
             follow_training(
                 context,
-                address,
+                ray.connect,
                 recipe,
                 store.store,
                 Checkpointing(every_seconds=config.checkpoint_every_seconds, keep_last=config.keep_last),
                 Tracking(uri=tracker.uri, run_id=run_id),
+                config.stall_seconds,
             )
-        except TrainingFailedError:
-            tracker.set_status(run_id, "FAILED")
+        except BaseException as error:
+            # An interruption that nobody asked for leaves the run RUNNING in MLflow, as the training is.
+            if isinstance(error, TrainingFailedError) or is_cancelled(context):
+                tracker.set_status(run_id, "FAILED" if isinstance(error, TrainingFailedError) else "KILLED")
             raise
         outcome = finished(folder)
         if outcome is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.store import read_messages
@@ -39,9 +39,10 @@ class JobHandle:
 class RayJobs:
     """The Jobs API of one cluster, patient with a head that is away for a while."""
 
-    def __init__(self, address: RayAddress, patience_seconds: float = 180) -> None:
+    def __init__(self, address: RayAddress, patience_seconds: float | None = None) -> None:
         address.enter()
-        self.address, self.patience_seconds = address, patience_seconds
+        # A private head that is away will not come back by itself: better to start it again soon.
+        self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
 
     def attach_or_submit(
         self,
@@ -90,7 +91,10 @@ class RayJobs:
             raise
 
     def follow(self, handle: JobHandle, messages: Path, poll_seconds: float = 0.3) -> Iterator[dict[str, Any]]:
-        """All messages of an attempt from its first, until the job has ended; the last item has kind `ended`."""
+        """All messages of an attempt from its first, until the job has ended; the last item has kind `ended`.
+
+        Between them come items of kind `waiting`, once a poll, so that the caller can look at other signs of life.
+        """
         offset, status, asked = 0, "PENDING", 0.0
         while True:
             if time.monotonic() - asked >= 1.0:
@@ -101,6 +105,7 @@ class RayJobs:
             if status not in ALIVE:
                 yield {"kind": "ended", "status": status}
                 return
+            yield {"kind": "waiting", "status": status}
             time.sleep(poll_seconds)
 
     def stop(self, submission_id: str, timeout_seconds: float = 10) -> str:
@@ -125,16 +130,29 @@ class RayJobs:
         }
 
     def _patiently(self, call: Callable[["JobSubmissionClient"], T]) -> T:
-        """Call the head; while it is unreachable, try again for `patience_seconds`."""
-        import requests
+        """Call the head; while it is unreachable or in trouble, try again. Raises ConnectionError when patience is out."""
         from ray.job_submission import JobSubmissionClient
 
-        for attempt in Retrying(
-            retry=retry_if_exception_type((ConnectionError, requests.RequestException)),
-            stop=stop_after_delay(self.patience_seconds),
-            wait=wait_exponential(multiplier=0.2, max=3),
-            reraise=True,
-        ):
-            with attempt:
-                return call(JobSubmissionClient(self.address.dashboard))
+        try:
+            for attempt in Retrying(
+                retry=retry_if_exception(_is_passing),
+                stop=stop_after_delay(self.patience_seconds),
+                wait=wait_exponential(multiplier=0.2, max=3),
+                reraise=True,
+            ):
+                with attempt:
+                    return call(JobSubmissionClient(self.address.dashboard))
+        except Exception as error:
+            if _is_passing(error):
+                raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
+            raise
         raise AssertionError("unreachable")
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether an error tells of a head that is away or in trouble, as against a wrong request."""
+    import requests
+
+    if isinstance(error, RuntimeError):  # how the client reports what the server answered
+        return "status code 5" in str(error)
+    return isinstance(error, ConnectionError | requests.RequestException)

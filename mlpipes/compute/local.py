@@ -108,7 +108,7 @@ class LocalRay:
         deadline = time.monotonic() + _START_SECONDS
         try:
             # The API answers a little before the node has registered; a preflight in between would see no CPU.
-            while not (self._answers(state) and nodes_of(self._address(state))):
+            while not (self._answers(state) and self._has_a_node(state)):
                 if process.poll() is not None or time.monotonic() > deadline:
                     tail = log.read_text(errors="replace")[-2000:]
                     raise PreflightError(f"the local Ray did not start; its log {log} ends with:\n{tail}")
@@ -117,6 +117,12 @@ class LocalRay:
             self._end(state)
             raise
         return state
+
+    def _has_a_node(self, state: dict[str, Any]) -> bool:
+        try:
+            return bool(nodes_of(self._address(state)))
+        except PreflightError:  # parts of the dashboard come up one after the other
+            return False
 
     def _client_environment(self) -> dict[str, str]:
         # Both explicit: without a mode, a stray ~/.ray/auth_token would switch tokens on for one side only.

@@ -3,15 +3,20 @@
 Run as `python -m mlpipes.training.job <specification>`. It exits with 0 only if the result is in the store.
 """
 
+import os
 import shutil
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from mlpipes.lease import Lease
+from mlpipes.store import read_messages
 from mlpipes.tracking.runs import MetricFollower
 from mlpipes.training.messages import MessageWriter
 from mlpipes.training.specification import TrainingJob
+
+HEARTBEAT_SECONDS = 1.0
 
 
 def main(path: Path) -> int:
@@ -19,13 +24,15 @@ def main(path: Path) -> int:
     job = TrainingJob.read(path)
     notify = MessageWriter(job.folder.messages(job.attempt))
     notify("driver", attempt=job.attempt, workload=job.recipe.workload, scale=job.recipe.scale.key)
+    lease = Lease.take(job.folder.path, f"job a{job.attempt}")
     stop = threading.Event()
+    threading.Thread(target=_watch_over, args=(job, stop), daemon=True, name="watch").start()
     follower = None
     if job.tracking is not None:
         follower = MetricFollower(job.tracking.uri, job.tracking.run_id, job.folder.messages(job.attempt), notify)
         follower.start(stop)
     try:
-        _fit(job, path)
+        _fit(job, path, lease)
     except Exception as error:
         # Not fatal: the workers report what is; this is what is left, such as too many lost workers or a lost head.
         notify("failed", error=f"{type(error).__name__}: {error}", fatal=False)
@@ -43,7 +50,20 @@ def _worker(config: dict[str, Any]) -> None:
     train_on_ray(config)
 
 
-def _fit(job: TrainingJob, path: Path) -> None:
+def _watch_over(job: TrainingJob, stop: threading.Event) -> None:
+    """Show that this driver lives, and end it when a worker has reported an error that a restart would not mend.
+
+    The other workers of that one may wait for it in a collective operation for ever; Ray ends them with their driver.
+    """
+    heartbeat, messages, offset = job.folder.heartbeat(job.attempt), job.folder.messages(job.attempt), 0
+    while not stop.wait(HEARTBEAT_SECONDS):
+        heartbeat.touch()
+        found, offset = read_messages(messages, offset)
+        if any(message.get("kind") == "failed" and message.get("fatal") for message in found) and not stop.wait(5):
+            os._exit(1)
+
+
+def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -56,7 +76,7 @@ def _fit(job: TrainingJob, path: Path) -> None:
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
     TorchTrainer(
         _worker,
-        train_loop_config={"job": str(path)},
+        train_loop_config={"job": str(path), "lease": lease.token},
         torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources

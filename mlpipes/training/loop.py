@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,9 +43,12 @@ class Trainer:
         checkpoints: Checkpoints,
         policy: Checkpointing,
         notify: Callable[..., None],
+        may_write: Callable[[], AbstractContextManager[None]] = nullcontext,
+        stop_is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.workload, self.hp, self.scale, self.workers = workload, hp, scale, workers
         self.checkpoints, self.policy, self.notify = checkpoints, policy, notify
+        self.may_write, self.stop_is_asked = may_write, stop_is_asked
         self.train_columns, self.validation, self.validation_columns = (
             _on(train, device),
             _on(validation, device),
@@ -68,6 +72,7 @@ class Trainer:
         self.progress = Progress(seed=seed, precision=resolve_precision(hp.precision, device))
         self._undrained: list[Tensor] = []
         self._told = 0
+        self._stopping = False
         self._last_message = self._last_save = self._segment = time.perf_counter()
 
     def resume(self) -> None:
@@ -107,6 +112,12 @@ class Trainer:
                 self._finish_epoch()
             elif self._checkpoint_is_due():
                 self._save()
+            if not self._stopping and self.workers.rank == 0 and self.stop_is_asked():
+                # Asked for because the job is about to be ended from outside; until then it trains on.
+                self._stopping = True
+                if step not in self.checkpoints.steps():
+                    self._save()
+                self._tell("stopping", step=step)
         digest = weights_digest(self.model.state_dict())
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
@@ -215,7 +226,8 @@ class Trainer:
         # Only rank 0 decides and writes: all workers hold the same state, so nobody needs to be asked.
         if self.workers.rank == 0:
             self._drain()
-            path = self.checkpoints.save(self.model, self.optimizers, self.progress)
+            with self.may_write():
+                path = self.checkpoints.save(self.model, self.optimizers, self.progress)
             self._tell("checkpoint", step=self.progress.step, path=str(path))
             # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
             self._tell("metrics", rows=self.progress.history[self._told :])

@@ -2,6 +2,7 @@
 
 import resource
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
 from mlpipes.files import write_record
+from mlpipes.lease import Lease
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
 from mlpipes.training.loop import Trainer
@@ -29,7 +31,7 @@ def train_on_ray(config: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)  # noqa: S101 - a list only if more than one GPU a worker is asked for
     workers: Workers = ProcessGroup() if torch.distributed.is_initialized() else SingleWorker()
     try:
-        train(job, workers, device)
+        train(job, workers, device, Lease(job.folder.path / "lease.json", config["lease"]))
     except Exception as error:
         if _another_worker_is_gone(error):
             raise  # Ray Train starts the workers again, and they go on from the last checkpoint
@@ -46,11 +48,12 @@ def _another_worker_is_gone(error: Exception) -> bool:
     )
 
 
-def train(job: TrainingJob, workers: Workers, device: torch.device) -> None:
-    """Train from the latest checkpoint to the end; rank 0 writes the result.
+def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease | None = None) -> None:
+    """Train from the latest checkpoint to the end; rank 0 writes the result, as long as the lease is its driver's.
 
     Raises a UserError for what a restart would not mend.
     """
+    may_write = lease.guarded if lease is not None else nullcontext
     recipe = job.recipe
     notify = MessageWriter(job.folder.messages(job.attempt))
     prepare_process(recipe.scale.threads, recipe.seed)
@@ -70,6 +73,8 @@ def train(job: TrainingJob, workers: Workers, device: torch.device) -> None:
         checkpoints=Checkpoints(job.folder.checkpoints, job.checkpointing.keep_last),
         policy=job.checkpointing,
         notify=notify,
+        may_write=may_write,
+        stop_is_asked=job.folder.stop_request(job.attempt).exists,
     )
     trainer.resume()
     outcome = trainer.run()
@@ -81,7 +86,8 @@ def train(job: TrainingJob, workers: Workers, device: torch.device) -> None:
             "environment": environment(device),
             "peak_memory_bytes": [float(peak) for peak in peaks],
         }
-        write_record(job.folder.result, outcome)
+        with may_write():
+            write_record(job.folder.result, outcome)
         notify("finished", step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"])
 
 
