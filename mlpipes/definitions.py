@@ -25,7 +25,7 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],
         jobs=jobs_of(entries),
-        sensors=[lost_retries],
+        sensors=[lost_retries(entry.name) for entry in entries],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.
         executor=dg.in_process_executor,
         resources={

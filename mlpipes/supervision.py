@@ -53,34 +53,40 @@ class SupervisedRunLauncher(DefaultRunLauncher):
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
 
-@dg.sensor(
-    name="lost_retries",
-    target=dg.AssetSelection.all(),
-    minimum_interval_seconds=15,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Launches automatic retries that Dagster promised and never made.",
-)
-def lost_retries(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Requests the retry of each failed run that was to be retried and has no child.
+def lost_retries(workload: str) -> dg.SensorDefinition:
+    """A sensor that launches a workload's automatic retries that Dagster promised and never made.
 
     Dagster may see a failure before the run's row says so, pass it over, and never look at it again.
     """
-    found = 0
-    failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": "true"})
-    for record in context.instance.get_run_records(failed, limit=50):
-        run, age = record.dagster_run, time.time() - (record.end_time or time.time())
-        if not _SETTLED_SECONDS <= age <= _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
-            continue
-        if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
-            continue
-        found += 1
-        planned = context.instance.get_records_for_run(
-            run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-        )
-        events = [record.event_log_entry.dagster_event for record in planned.records]
-        yield retry_of(run, sorted({event.asset_key for event in events if event and event.asset_key}))
-    if not found:
-        yield dg.SkipReason("no retry was lost")
+
+    @dg.sensor(
+        name=f"{workload}_lost_retries",
+        target=dg.AssetSelection.groups(workload),
+        minimum_interval_seconds=15,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=f"Launches automatic retries of {workload} that Dagster promised and never made.",
+    )
+    def sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        found = 0
+        failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": "true"})
+        for record in context.instance.get_run_records(failed, limit=50):
+            run, age = record.dagster_run, time.time() - (record.end_time or time.time())
+            if not _SETTLED_SECONDS <= age <= _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
+                continue
+            if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
+                continue
+            planned = context.instance.get_records_for_run(
+                run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+            )
+            events = [record.event_log_entry.dagster_event for record in planned.records]
+            assets = sorted({event.asset_key for event in events if event and event.asset_key})
+            if assets and assets[0].path[0] == workload:
+                found += 1
+                yield retry_of(run, assets)
+        if not found:
+            yield dg.SkipReason("no retry was lost")
+
+    return sensor
 
 
 def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest:

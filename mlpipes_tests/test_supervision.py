@@ -11,17 +11,18 @@ from mlpipes import supervision
 from mlpipes.supervision import SupervisedRunLauncher, lost_retries
 
 
-@dg.asset(partitions_def=dg.StaticPartitionsDefinition(["a", "b"]))
+@dg.asset(key=["mine", "fails"], group_name="mine", partitions_def=dg.StaticPartitionsDefinition(["a", "b"]))
 def fails() -> None:
     raise ValueError("on purpose")
 
 
-@dg.asset
+@dg.asset(key=["other", "works"], group_name="other", partitions_def=dg.StaticPartitionsDefinition(["c"]))
 def works() -> None:
     """An asset."""
 
 
-DEFINITIONS = dg.Definitions([fails, works], jobs=[dg.define_asset_job("named", [fails])], sensors=[lost_retries])
+SENSOR, OTHER = lost_retries("mine"), lost_retries("other")
+DEFINITIONS = dg.Definitions([fails, works], jobs=[dg.define_asset_job("named", [fails])], sensors=[SENSOR, OTHER])
 
 
 def failed_run(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, **tags: str) -> str:
@@ -31,9 +32,9 @@ def failed_run(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, **
     return result.run_id
 
 
-def requests(instance: dg.DagsterInstance) -> list[Any]:
+def requests(instance: dg.DagsterInstance, sensor: dg.SensorDefinition = SENSOR) -> list[Any]:
     context = dg.build_sensor_context(instance=instance, definitions=DEFINITIONS)
-    found: Any = lost_retries(context)
+    found: Any = sensor(context)
     return [item for item in found if isinstance(item, dg.RunRequest)]
 
 
@@ -45,9 +46,10 @@ def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch:
         real = time.time
         monkeypatch.setattr(supervision.time, "time", lambda: real() + 60)
         (request,) = requests(instance)
+        assert requests(instance, OTHER) == [], "another workload's sensor leaves it alone"
         assert request.run_key == f"retry-{lost}"
         assert request.partition_key == "b"
-        assert request.asset_selection == [dg.AssetKey("fails")]
+        assert request.asset_selection == [dg.AssetKey(["mine", "fails"])]
         assert request.tags["team"] == "mine"
         assert request.tags["dagster/root_run_id"] == lost
         assert request.tags["dagster/retry_number"] == "1"

@@ -1,23 +1,16 @@
 """What the README says, done as a new user would: every command is run, every example is loaded, the UI is looked at."""
 
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 import yaml
 
 from mlpipes_tests.conftest import missing
+from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, graphql, wait_for
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 OUTPUT = CHECKOUT / "mlpipes_tests" / "output"
 CHROMIUM_FLAGS = [
@@ -35,34 +28,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-class Folder:
-    """A folder like a checkout, with state of its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        for name in ("Makefile", "pyproject.toml", "constraints.txt", "dagster.yaml", "workspace.yaml", ".venv"):
-            (path / name).symlink_to(CHECKOUT / name)
-        unwanted = ("MLPIPES_", "DAGSTER_", "MLFLOW_", "PYTEST_")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
-        self.environment |= {"MLPIPES_HOME": str(path / ".mlpipes"), "COLUMNS": "160"}
-
-    def run(self, command: str, timeout: float = 250, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", "-c", command],
-            cwd=self.path,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """A folder in which `make demo` was run."""
     if not (CHECKOUT / ".venv" / ".installed").is_file():
         missing("`make install` was not run in this checkout, and a test must not install into it")
-    made = Folder(tmp_path_factory.mktemp("checkout"))
+    made = Sandbox(tmp_path_factory.mktemp("checkout"))
     try:
         made.demo = made.run("make demo", timeout=290)  # type: ignore[attr-defined]
         yield made
@@ -71,17 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
 
 
 @pytest.fixture(scope="module")
-def ui(folder: Folder) -> Iterator[str]:
+def ui(folder: Sandbox) -> Iterator[str]:
     """The address of the Dagster UI that `make dev` serves there."""
     port, mlflow = free_port(), free_port()
-    environment = folder.environment | {"MLFLOW_PORT": str(mlflow)}
-    server = subprocess.Popen(
-        [".venv/bin/mlpipes", "dev", "--port", str(port), "--mlflow", "--mlflow-port", str(mlflow)],
-        cwd=folder.path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    server = folder.start(
+        *(".venv/bin/mlpipes", "dev", "--port", str(port), "--mlflow", "--mlflow-port", str(mlflow)), log="dev.log"
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -89,36 +54,10 @@ def ui(folder: Folder) -> Iterator[str]:
         wait_for(f"http://127.0.0.1:{mlflow}/health")
         yield address
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(40)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
+        end(server)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(address: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if requests.get(address, timeout=2).ok:
-                return
-        except requests.RequestException:
-            time.sleep(0.3)
-    pytest.fail(f"{address} did not answer within {seconds:.0f} s")
-
-
-def graphql(address: str, query: str) -> Any:
-    return requests.post(f"{address}/graphql", json={"query": query}, timeout=30).json()["data"]
-
-
-def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Folder) -> None:
+def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Sandbox) -> None:
     demo = folder.demo  # type: ignore[attr-defined]
     assert demo.returncode == 0, demo.stdout + demo.stderr
     for text in ("w1-b128-e30-g0", "w2-b128-e30-g0", "w4-b128-e30-g0-c0.5", "95 % interval", "speed-up", "Pictures:"):
@@ -134,7 +73,7 @@ def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Folder) ->
     assert "No local Ray runs" in folder.run(".venv/bin/mlpipes ray status").stdout
 
 
-def test_every_command_of_the_readme_runs(folder: Folder) -> None:
+def test_every_command_of_the_readme_runs(folder: Sandbox) -> None:
     commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
     assert len(commands) > 8
     expected = {
@@ -161,7 +100,7 @@ def test_every_command_of_the_readme_runs(folder: Folder) -> None:
 
 
 def test_the_example_workload_of_the_readme_trains(
-    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlpipes.workloads.catalog import entry
     from mlpipes_tests.training.harness import make_job, run_here
@@ -177,7 +116,7 @@ def test_the_example_workload_of_the_readme_trains(
     assert outcome["best"]["metrics"]["accuracy"] > 0.5
 
 
-def test_the_scale_file_of_the_readme_is_valid(folder: Folder, tmp_path: Path) -> None:
+def test_the_scale_file_of_the_readme_is_valid(folder: Sandbox, tmp_path: Path) -> None:
     example = next(block for block in blocks("yaml") if block.startswith("digits:"))
     assert isinstance(yaml.safe_load(example), dict)
     (tmp_path / "scales.yaml").write_text(example)
@@ -196,25 +135,16 @@ def test_the_launchpad_config_of_the_readme_is_valid() -> None:
     assert recipe.hyperparameters["network"] == "resnet18"
 
 
-def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Folder) -> None:
+def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Sandbox) -> None:
     result = folder.run(".venv/bin/mlpipes report nope")
     assert result.returncode == 1
     assert "unknown workload 'nope'; known are digits, cifar10" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_plain_dagster_dev_keeps_the_history(folder: Folder) -> None:
+def test_plain_dagster_dev_keeps_the_history(folder: Sandbox) -> None:
     port = free_port()
-    server = subprocess.Popen(
-        [".venv/bin/dagster", "dev", "-p", str(port)],
-        cwd=folder.path,
-        env=folder.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    # A background process of a shell without job control ignores SIGINT, and `dagster dev` ends its children by it.
+    server = folder.start(".venv/bin/dagster", "dev", "-p", str(port), log="plain.log")
     try:
         wait_for(f"http://127.0.0.1:{port}/server_info")
         found = graphql(f"http://127.0.0.1:{port}", "{ runsOrError { ... on Runs { results { status jobName } } } }")
@@ -222,11 +152,7 @@ def test_plain_dagster_dev_keeps_the_history(folder: Folder) -> None:
         assert len(chains) >= 3
         assert {run["status"] for run in chains} == {"SUCCESS"}
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        end(server)
 
 
 def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
