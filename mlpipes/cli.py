@@ -1,4 +1,4 @@
-"""The command line: `mlpipes demo | dev | scales | status | report | fetch | ray`."""
+"""The command line: `mlpipes demo | dev | scales | status | checkpoints | report | fetch | ray`."""
 
 import os
 import sys
@@ -104,6 +104,29 @@ def status() -> None:
     rows = [progress_text(found) for found in all_statuses(store())]
     if not rows:
         console.print(f"No training in {store().root} yet.")
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+@app.command()
+@friendly
+def checkpoints(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    scale: Annotated[str, typer.Argument(help="which scale, e.g. w1-b128-e30-g0")],
+    prune: Annotated[bool, typer.Option(help="remove all but the latest and the best of each training")] = False,
+) -> None:
+    """List and verify the checkpoints of a scale's trainings."""
+    from mlpipes.status import checkpoint_rows, prune_checkpoints
+
+    key = entry_named(workload).scale(scale).key
+    if prune:
+        console.print(f"Removed {prune_checkpoints(store(), workload, key)} checkpoints.")
+    rows = list(checkpoint_rows(store(), workload, key))
+    if not rows:
+        console.print(f"No checkpoint of {workload} {key} in {store().root}.", soft_wrap=True)
         return
     table = Table(*rows[0])
     for row in rows:

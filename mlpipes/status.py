@@ -87,3 +87,49 @@ def progress_text(status: TrainingStatus) -> dict[str, Any]:
         "ETA s": f"{metrics['eta_seconds']:.0f}" if status.state == "running" and "eta_seconds" in metrics else "–",
         "fingerprint": status.folder.fingerprint[:12],
     }
+
+
+def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:
+    """The checkpoints of all trainings of a scale, each verified, as the cells of a table."""
+    from mlpipes.training.checkpoints import Checkpoints
+
+    for status in all_statuses(store):
+        if (status.workload, status.scale) != (workload, scale):
+            continue
+        checkpoints = Checkpoints(status.folder.checkpoints)
+        for step in checkpoints.steps():
+            row = {
+                "fingerprint": status.folder.fingerprint[:12],
+                "step": str(step),
+                "MiB": "",
+                "best": "",
+                "state": "good",
+            }
+            try:
+                found = checkpoints.load(step)
+            except (CorruptionError, FileNotFoundError) as error:
+                row["state"] = f"unusable: {error}"
+            else:
+                best = found.progress.best
+                row |= {
+                    "MiB": f"{found.published.size / 2**20:.1f}",
+                    "best": "yes" if best and best["step"] == step else "",
+                }
+            yield row
+
+
+def prune_checkpoints(store: Store, workload: str, scale: str) -> int:
+    """Remove all but the latest and the best checkpoint of each training of a scale; returns how many went.
+
+    Raises CorruptionError, and removes nothing, where the latest one is unusable: the others may be needed.
+    """
+    from mlpipes.training.checkpoints import Checkpoints
+
+    removed = 0
+    for status in all_statuses(store):
+        if (status.workload, status.scale) == (workload, scale):
+            checkpoints = Checkpoints(status.folder.checkpoints, keep_last=1)
+            if before := checkpoints.steps():
+                checkpoints.prune(checkpoints.load(before[-1]).progress)
+                removed += len(before) - len(checkpoints.steps())
+    return removed
