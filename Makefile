@@ -9,7 +9,7 @@ PORT ?= 3000
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test format lint types benchmark clean
+.PHONY: install demo dev test format lint types benchmark chaos clean
 install: .venv/.installed
 
 demo: install
@@ -35,6 +35,9 @@ format: install
 
 benchmark: install
 	$(BIN)/python -m mlpipes_tests.benchmarks.vision
+
+chaos: install
+	$(BIN)/python -m mlpipes_tests.chaos $(or $(N),1)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -109,7 +109,8 @@ class Session:
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
             if not trial.recovery_seconds:
-                heard = [m["time"] for m in self._messages(folder) if m["time"] > killed_at]
+                # What was under way while the kill went out does not count.
+                heard = [m["time"] for m in self._messages(folder) if m["time"] > killed_at + 0.5]
                 trial.recovery_seconds = min(heard) - killed_at if heard else 0.0
             if self.dev is None or self.dev.poll() is not None or not answers(f"{self.address}/server_info"):
                 self.up()
@@ -132,7 +133,11 @@ class Session:
         if (tracked := self.tracked_steps(folder)) != list(range(1, outcome["steps"] + 1)):
             wrong.append(f"MLflow's curve ({len(tracked)} points for {outcome['steps']} steps)")
         deadline = time.monotonic() + 30
-        while (left := processes_of(folder.fingerprint)) and time.monotonic() < deadline:
+        # Ray keeps idle workers and cluster-wide actors of its own, which carry the variables of the job that came first.
+        ours = ("mlpipes.training.job", "ray::TrainController", "ray::RayTrainWorker")
+        while (
+            left := [p for p in processes_of(folder.fingerprint) if any(word in _command(p) for word in ours)]
+        ) and time.monotonic() < deadline:
             time.sleep(0.5)
         if left:
             wrong.append(f"{len(left)} processes left behind")
