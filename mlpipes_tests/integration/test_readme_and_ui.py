@@ -80,6 +80,7 @@ def test_every_command_of_the_readme_runs(folder: Sandbox) -> None:
         "make demo": "Done in",  # the second time, everything is found again
         ".venv/bin/mlpipes scales": "w2-b128-e30-g0",
         ".venv/bin/mlpipes status": "finished",
+        ".venv/bin/mlpipes checkpoints digits w1-b128-e30-g0": "good",
         ".venv/bin/mlpipes report digits": "scaling report",
         ".venv/bin/mlpipes ray up": "Ray runs; dashboard http://127.0.0.1:",
         ".venv/bin/mlpipes ray status": "Ray runs (pid",
