@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mlpipes.assets.training import DAGSTER_UI_VARIABLE
 from mlpipes.cli import dagster_home
 from mlpipes.errors import ConfigError
 from mlpipes.tracking.runs import UI_VARIABLE, default_uri
@@ -24,7 +25,7 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
             raise ConfigError(f"port {wanted} is taken; choose another with {name}")
     # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
     environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **os.environ}
-    environment["DAGSTER_HOME"] = str(dagster_home())
+    environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: f"http://{HOST}:{port}"}
     programs = Path(sys.executable).parent
     commands = []
     if mlflow_port is not None:

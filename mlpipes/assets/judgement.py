@@ -74,7 +74,7 @@ def materialize_model(
             "epoch": trained.meta["epoch"],
             "weights_digest": trained.meta["weights_digest"],
             "folder": dg.MetadataValue.path(str(folder.model)),
-            "mlflow": link(tracker.link(reference["mlflow_run_id"]), f"mlflow ui --backend-store-uri {tracker.uri}"),
+            "mlflow": link(tracker.link(reference["mlflow_run_id"]), tracker.command(reference["mlflow_run_id"])),
         },
     )
 
@@ -120,6 +120,6 @@ def materialize_evaluation(
         | {
             "measured_on": mapping_table(measured_on),
             "report": dg.MetadataValue.path(str(target / "report.md")),
-            "mlflow": link(tracker.link(run_id), f"mlflow ui --backend-store-uri {tracker.uri}  # run {run_id}"),
+            "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
         },
     )

@@ -1,5 +1,6 @@
 """The `checkpoints` asset: a training submitted as a Ray job, or found again, and followed to its end."""
 
+import os
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ from mlpipes.store import TrainingFolder
 from mlpipes.training.recipe import Recipe, code_version
 from mlpipes.training.specification import Checkpointing, Tracking
 from mlpipes.workloads.catalog import Entry
+
+DAGSTER_UI_VARIABLE = "MLPIPES_DAGSTER_UI"
 
 
 class TrainingConfig(dg.Config):
@@ -86,6 +89,10 @@ def materialize_training(
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
     folder = store.store.training(recipe.fingerprint)
     preflight.check_shards(recipe.scale, recipe.hyperparameters["logical_shards"], snapshot.counts["train"])
+    outcome = finished(folder)
+    if outcome is None:  # before anything is written: what does not fit leaves no trace
+        preflight.check_disk(store.store.root)
+        preflight.check_cluster(recipe.scale, preflight.nodes_of(ray.connect()), snapshot.published.size)
     write_record(folder.recipe, recipe.model_dump(mode="json"))
     tracker = mlflow.tracker()
     run_id = tracker.run_of(
@@ -93,28 +100,14 @@ def materialize_training(
         recipe.fingerprint,
         name=f"{recipe.scale.key}-seed{recipe.seed}",
         parameters={**recipe.scale.model_dump(), **recipe.hyperparameters, "seed": recipe.seed},
-        tags={
-            "mlpipes.workload": entry.name,
-            "mlpipes.scale": recipe.scale.key,
-            "mlpipes.snapshot": snapshot.digest,
-            "mlpipes.code": recipe.code,
-            "dagster.run_id": context.run.run_id,
-            "dagster.partition": context.partition_key,
-        },
+        tags=_tags(context, entry, recipe),
     )
-    mlflow_link = link(tracker.link(run_id), f"mlflow ui --backend-store-uri {tracker.uri}  # run {run_id}")
-    outcome = finished(folder)
+    mlflow_link = link(tracker.link(run_id), tracker.command(run_id))
     if outcome is None:
-        address = ray.connect()
-        preflight.check_cluster(recipe.scale, preflight.nodes_of(address), snapshot.published.size)
-        preflight.check_disk(store.store.root)
-        context.log_event(
-            dg.AssetObservation(
-                context.asset_key,
-                partition=context.partition_key,
-                metadata={"mlflow": mlflow_link, "fingerprint": recipe.fingerprint, "ray": address.dashboard},
-            )
-        )
+        # At once, so that the links are there while it trains.
+        metadata = {"mlflow": mlflow_link, "fingerprint": recipe.fingerprint}
+        partition = context.partition_key
+        context.log_event(dg.AssetObservation(context.asset_key, partition=partition, metadata=metadata))
         try:
             follow_training(
                 context,
@@ -146,6 +139,22 @@ def materialize_training(
         metadata=_metadata(entry, recipe, outcome, folder)
         | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},
     )
+
+
+def _tags(context: dg.AssetExecutionContext, entry: Entry, recipe: Recipe) -> dict[str, str]:
+    """What leads from the MLflow run back to Dagster; the note is what MLflow's UI shows as its description."""
+    run_id = context.run.run_id
+    tags = {
+        "mlpipes.workload": entry.name,
+        "mlpipes.scale": recipe.scale.key,
+        "mlpipes.snapshot": recipe.snapshot,
+        "mlpipes.code": recipe.code,
+        "dagster.run_id": run_id,
+        "dagster.partition": context.partition_key,
+    }
+    if base := os.environ.get(DAGSTER_UI_VARIABLE):
+        tags["mlflow.note.content"] = f"Dagster run [{run_id}]({base}/runs/{run_id}), asset {entry.name}/checkpoints"
+    return tags
 
 
 def _metadata(entry: Entry, recipe: Recipe, outcome: dict[str, Any], folder: TrainingFolder) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
@@ -125,9 +126,19 @@ class Tracker:
         for path in files:
             self.client.log_artifact(run_id, str(path), folder)
 
+    @property
+    def public_uri(self) -> str:
+        """The address without user name and password, for whatever is shown or logged."""
+        parts = urlsplit(self.uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else self.uri
+
+    def command(self, run_id: str) -> str:
+        """The command that would show a run, for where no UI is known."""
+        return f"mlflow ui --backend-store-uri {self.public_uri}  # run {run_id}"
+
     def link(self, run_id: str) -> str | None:
         """The address of a run in the MLflow UI, where one is known: a server's own, or `$MLPIPES_MLFLOW_UI`."""
-        base = self.uri if self.uri.startswith("http") else os.environ.get(UI_VARIABLE)
+        base = self.public_uri if self.uri.startswith("http") else os.environ.get(UI_VARIABLE)
         if not base:
             return None
         experiment = self.client.get_run(run_id).info.experiment_id
@@ -168,7 +179,7 @@ class MetricFollower:
                 warned = False
             except Exception as error:
                 if not warned:
-                    self.notify("warning", text=f"MLflow at {self.uri} does not take metrics ({error}); trying again")
+                    self.notify("warning", text=f"MLflow does not take metrics ({type(error).__name__}); trying again")
                 warned = True
             if last:
                 if monitor is not None:

@@ -24,6 +24,7 @@ _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $p
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
 _RUNS = "{ runsOrError(limit: 30) { ... on Runs { results { runId rootRunId status } } } }"
+_TERMINATE = """mutation($run: String!) { terminateRun(runId: $run) { __typename } }"""
 _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
   __typename ... on MessageEvent { message } } } } }"""
 DEADLINE_SECONDS = 240
@@ -87,11 +88,11 @@ class Session:
         trial, chance = Trial(victim, seed), random.Random(f"{victim}-{seed}")  # noqa: S311 - for moments, not secrets
         run_id = self.launch()
         folder = self.folder_of(run_id)
-        self._until(lambda: folder.messages(1).is_file(), "the training's driver has started")
+        self.until(lambda: folder.messages(1).is_file(), "the training's driver has started")
         if victim not in ("run worker", "dagster dev", "daemon", "code server", "webserver", "everything of Dagster"):
-            self._until(lambda: bool(self.processes(victim, run_id)), f"{victim} is there")
+            self.until(lambda: bool(self.processes(victim, run_id)), f"{victim} is there")
         time.sleep(chance.uniform(0, 25))
-        killed_at, step = time.time(), self._last_step(folder)
+        killed_at, step = time.time(), self.last_step(folder)
         trial.killed = self.kill(victim, run_id)
         try:
             self._recover(run_id, folder, trial, killed_at)
@@ -133,18 +134,27 @@ class Session:
         if (tracked := self.tracked_steps(folder)) != list(range(1, outcome["steps"] + 1)):
             wrong.append(f"MLflow's curve ({len(tracked)} points for {outcome['steps']} steps)")
         deadline = time.monotonic() + 30
-        # Ray keeps idle workers and cluster-wide actors of its own, which carry the variables of the job that came first.
-        ours = ("mlpipes.training.job", "ray::TrainController", "ray::RayTrainWorker")
-        while (
-            left := [p for p in processes_of(folder.fingerprint) if any(word in _command(p) for word in ours)]
-        ) and time.monotonic() < deadline:
+        while (left := self.training_processes(folder)) and time.monotonic() < deadline:
             time.sleep(0.5)
         if left:
             wrong.append(f"{len(left)} processes left behind")
         return f"differs in {', '.join(wrong)}" if wrong else ""
 
+    def training_processes(self, folder: TrainingFolder) -> list[psutil.Process]:
+        """Driver, controller and workers of a training.
+
+        Ray keeps idle workers and cluster-wide actors of its own, which carry the variables of the job that came first.
+        """
+        ours = ("mlpipes.training.job", "ray::TrainController", "ray::RayTrainWorker")
+        return [p for p in processes_of(folder.fingerprint) if any(word in _command(p) for word in ours)]
+
     def tracked_steps(self, folder: TrainingFolder) -> list[int]:
         """Steps of the loss curve of the training's run in MLflow."""
+        client, run = self.tracked_run(folder)
+        return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
+
+    def tracked_run(self, folder: TrainingFolder) -> tuple[Any, Any]:
+        """MLflow's client, and the one run of a training."""
         from mlpipes.tracking.runs import FINGERPRINT_TAG, Tracker
 
         client = Tracker(f"sqlite:///{self.sandbox.home / 'mlflow' / 'mlflow.db'}").client
@@ -152,22 +162,29 @@ class Session:
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{folder.fingerprint}'")
         assert len(runs) == 1, "one MLflow run per training"
-        return [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "train/loss")]
+        return client, runs[0]
 
     # -- Dagster ------------------------------------------------------------------------------------------------------
-    def launch(self) -> str:
-        """Launch the chain with a fresh training; returns the run's id."""
+    def launch(self, parent: str | None = None) -> str:
+        """Launch the chain with a fresh training, or go on with that of a parent run; returns the run's id."""
         config = {"ops": {"digits__checkpoints": {"config": {"fresh": True}}}}
+        tags = {"dagster/partition": SCALE}
+        if parent is not None:  # as the UI's button "re-execute" does
+            tags |= {"dagster/parent_run_id": parent, "dagster/root_run_id": parent}
         selector = {"repositoryLocationName": "mlpipes.definitions", "repositoryName": "__repository__"}
         parameters = {
             "selector": {**selector, "jobName": "digits_chain"},
             "runConfigData": json.dumps(config),
-            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": SCALE}]},
+            "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
         }
         answer = graphql(self.address, _LAUNCH, params=parameters)["launchRun"]
         if "run" not in answer:
             raise RuntimeError(str(answer))
         return answer["run"]["runId"]
+
+    def cancel(self, run_id: str) -> None:
+        """Terminate a run as the UI does."""
+        graphql(self.address, _TERMINATE, run=run_id)
 
     def family(self, run_id: str) -> list[str]:
         """The statuses of a run and its retries; none while the webserver is away."""
@@ -187,7 +204,7 @@ class Session:
                     found.append(TrainingFolder(path.parent))
             return bool(found)
 
-        self._until(look, "the training has a folder")
+        self.until(look, "the training has a folder")
         return found[0]
 
     # -- victims ------------------------------------------------------------------------------------------------------
@@ -245,10 +262,12 @@ class Session:
     def _messages(self, folder: TrainingFolder) -> list[dict[str, Any]]:
         return [m for path in sorted(folder.messages(0).parent.glob("a*.jsonl")) for m in read_messages(path)[0]]
 
-    def _last_step(self, folder: TrainingFolder) -> int:
+    def last_step(self, folder: TrainingFolder) -> int:
+        """The latest step that the training reported."""
         return max((m.get("step", 0) for m in self._messages(folder)), default=0)
 
-    def _until(self, condition: Any, what: str, seconds: float = 120) -> None:
+    def until(self, condition: Any, what: str, seconds: float = 120) -> None:
+        """Wait until a condition holds. Raises TimeoutError saying what did not."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:

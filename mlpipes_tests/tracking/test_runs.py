@@ -1,0 +1,49 @@
+"""MLflow runs against a real SQLite store."""
+
+from pathlib import Path
+
+import pytest
+
+from mlpipes.errors import ConfigError
+from mlpipes.tracking.runs import Tracker, default_uri
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    return Tracker(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+
+
+def run_of(tracker: Tracker, fingerprint: str) -> str:
+    return tracker.run_of("experiment", fingerprint, "name", {"a": 1}, {"tag": "x"})
+
+
+def test_a_fingerprint_has_one_run_however_often_it_is_asked_for(tracker: Tracker, isolated_home: Path) -> None:
+    first = run_of(tracker, "f" * 64)
+    assert run_of(tracker, "f" * 64) == first
+    assert run_of(tracker, "e" * 64) != first
+
+
+def test_rows_sent_twice_stay_single(tracker: Tracker, isolated_home: Path) -> None:
+    run_id = run_of(tracker, "d" * 64)
+    rows = [["train/loss", 1.0 / step, step, 1_700_000_000_000 + step] for step in range(1, 1501)]
+    tracker.log_history(run_id, rows[:900])
+    tracker.log_history(run_id, rows)
+    history = tracker.client.get_metric_history(run_id, "train/loss")
+    assert [(m.key, m.value, m.step, m.timestamp) for m in history] == [tuple(row) for row in rows]
+
+
+def test_the_default_store_is_absolute_and_file_stores_are_refused(
+    monkeypatch: pytest.MonkeyPatch, isolated_home: Path
+) -> None:
+    assert default_uri() == f"sqlite:///{isolated_home}/mlflow/mlflow.db"
+    for uri in ("file:///somewhere", "./mlruns"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ConfigError, match="dropped file stores"):
+            default_uri()
+
+
+def test_no_password_is_shown(tracker: Tracker) -> None:
+    tracker = object.__new__(Tracker)
+    tracker.uri = "https://me:secret@mlflow.example:5000/path"
+    assert tracker.public_uri == "https://mlflow.example:5000/path"
+    assert "secret" not in tracker.command("r")
