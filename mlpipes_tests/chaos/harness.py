@@ -89,9 +89,7 @@ class Session:
         run_id = self.launch()
         folder = self.folder_of(run_id)
         self.until(lambda: folder.messages(1).is_file(), "the training's driver has started")
-        if victim not in ("run worker", "dagster dev", "daemon", "code server", "webserver", "everything of Dagster"):
-            self.until(lambda: bool(self.processes(victim, run_id)), f"{victim} is there")
-        time.sleep(chance.uniform(0, 25))
+        self._random_moment(victim, run_id, folder, chance)
         killed_at, step = time.time(), self.last_step(folder)
         trial.killed = self.kill(victim, run_id)
         try:
@@ -104,6 +102,15 @@ class Session:
         resumed = [m["step"] for m in self._messages(folder) if m["kind"] == "resumed" and m["time"] > killed_at]
         trial.steps_repeated = max(0, step - resumed[0]) if resumed else 0
         return trial
+
+    def _random_moment(self, victim: str, run_id: str, folder: TrainingFolder, chance: random.Random) -> None:
+        """Wait for a moment at which the victim is there: while things start, or at some step of the training."""
+        self.until(lambda: bool(self.processes(victim, run_id)), f"{victim} is there")
+        if victim != "train worker" and chance.random() < 0.3:
+            time.sleep(chance.uniform(0, 8))
+            return
+        step = chance.uniform(0, 0.8) * self.expected["steps"]
+        self.until(lambda: self.last_step(folder) >= step, f"the training is at step {step:.0f}")
 
     def _recover(self, run_id: str, folder: TrainingFolder, trial: Trial, killed_at: float) -> None:
         statuses: list[str] = []
