@@ -85,7 +85,7 @@ def materialize_training(
     started = time.monotonic()
     snapshot = open_snapshot(store.store.snapshots / snapshot_reference["digest"])
     # Retries of a fresh start go on with it, so it is named after the first run of the family.
-    root_run = context.run.tags.get("dagster/root_run_id", context.run.run_id)
+    root_run = context.run.tags.get("dagster/root_run_id") or context.run.root_run_id or context.run.run_id
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
     folder = store.store.training(recipe.fingerprint)
     preflight.check_shards(recipe.scale, recipe.hyperparameters["logical_shards"], snapshot.counts["train"])

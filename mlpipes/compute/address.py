@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mlpipes.errors import ConfigError
 
@@ -23,6 +24,18 @@ class RayAddress:
     def enter(self) -> None:
         """Make this process a client of the cluster."""
         os.environ.update(self.environment)
+
+    def headers(self) -> dict[str, str]:
+        """What each request to the dashboard must carry.
+
+        Given explicitly, because Ray's own clients remember the first token, or its absence, for the whole process.
+        """
+        known = {**os.environ, **self.environment}
+        if path := known.get("RAY_AUTH_TOKEN_PATH"):
+            token = Path(path).read_text(encoding="utf-8").strip()
+        else:
+            token = known.get("RAY_AUTH_TOKEN", "")
+        return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def resolve(address: str | None = None) -> RayAddress:

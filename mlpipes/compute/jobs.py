@@ -141,7 +141,7 @@ class RayJobs:
                 reraise=True,
             ):
                 with attempt:
-                    return call(JobSubmissionClient(self.address.dashboard))
+                    return call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers()))
         except Exception as error:
             if _is_passing(error):
                 raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error

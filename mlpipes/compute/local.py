@@ -144,11 +144,9 @@ class LocalRay:
 
         if not _is_alive(state):
             return False
-        token = (self.folder / "token").read_text()
+        address = self._address(state)
         try:
-            reply = requests.get(
-                f"{state['dashboard']}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=5
-            )
+            reply = requests.get(f"{address.dashboard}/api/jobs/", headers=address.headers(), timeout=5)
         except requests.RequestException:
             return False
         return reply.ok

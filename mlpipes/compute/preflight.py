@@ -32,28 +32,28 @@ class Node:
 
 def nodes_of(address: RayAddress) -> list[Node]:
     """The living nodes of a cluster. Raises PreflightError if its dashboard does not answer within seconds."""
-    address.enter()
-    from ray.util.state import list_nodes
+    import requests
 
     try:
-        listed: Any = list_nodes(
-            address=address.dashboard, detail=True, timeout=_SECONDS, raise_on_missing_output=False
+        reply = requests.get(
+            f"{address.dashboard}/api/v0/nodes",
+            params={"detail": "true", "timeout": _SECONDS, "limit": 10_000},
+            headers=address.headers(),
+            timeout=_SECONDS,
         )
-    except Exception as error:
+        reply.raise_for_status()
+        listed: list[dict[str, Any]] = reply.json()["data"]["result"]["result"]
+    except (requests.RequestException, OSError, KeyError, TypeError, ValueError) as error:
         raise PreflightError(
             f"the Ray cluster at {address.dashboard} does not answer ({error}). Check the address and its token, or unset "
             "MLPIPES_RAY_ADDRESS to use this machine."
         ) from error
-    return [
-        Node(
-            node.node_ip,
-            node.resources_total.get("CPU", 0),
-            node.resources_total.get("GPU", 0),
-            node.resources_total.get("memory", 0),
-        )
-        for node in listed
-        if node.state == "ALIVE"
-    ]
+    found = []
+    for node in listed:
+        if node["state"] == "ALIVE":
+            total = node.get("resources_total") or {}
+            found.append(Node(node["node_ip"], total.get("CPU", 0), total.get("GPU", 0), total.get("memory", 0)))
+    return found
 
 
 def workers_that_fit(scale: RayScaleConfig, nodes: Sequence[Node], data_bytes: int) -> int:

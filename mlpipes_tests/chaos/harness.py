@@ -175,14 +175,14 @@ class Session:
     def launch(self, parent: str | None = None) -> str:
         """Launch the chain with a fresh training, or go on with that of a parent run; returns the run's id."""
         config = {"ops": {"digits__checkpoints": {"config": {"fresh": True}}}}
-        tags = {"dagster/partition": SCALE}
+        metadata: dict[str, Any] = {"tags": [{"key": "dagster/partition", "value": SCALE}]}
         if parent is not None:  # as the UI's button "re-execute" does
-            tags |= {"dagster/parent_run_id": parent, "dagster/root_run_id": parent}
+            metadata |= {"parentRunId": parent, "rootRunId": parent}
         selector = {"repositoryLocationName": "mlpipes.definitions", "repositoryName": "__repository__"}
         parameters = {
             "selector": {**selector, "jobName": "digits_chain"},
             "runConfigData": json.dumps(config),
-            "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+            "executionMetadata": metadata,
         }
         answer = graphql(self.address, _LAUNCH, params=parameters)["launchRun"]
         if "run" not in answer:
