@@ -1,6 +1,5 @@
 """The Dagster definitions: explicit lists composed, nothing else."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,6 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     """
     entries = configured() if catalog is None else tuple(catalog)
     store = StoreResource()
-    # One run per partition is what keeps scales apart; Dagster calls the parameter beta and says so for every asset.
-    warnings.filterwarnings("ignore", message="Parameter `backfill_policy`", category=dg.BetaWarning)
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],
         jobs=jobs_of(entries),

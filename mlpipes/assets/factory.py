@@ -27,8 +27,6 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition]:
             "key": [entry.name, name],
             "group_name": entry.name,
             "partitions_def": partitions,
-            # One run per scale: a scale that fails or is killed takes no other with it.
-            "backfill_policy": dg.BackfillPolicy.multi_run(max_partitions_per_run=1),
             "owners": OWNERS,
             "kinds": kinds,
             "tags": {"workload": entry.name},
