@@ -114,7 +114,7 @@ def test_the_example_workload_of_the_readme_trains(
     assert len(workload.splitlines()) <= 60
     made = eval(line, {"entry": entry})  # noqa: S307 - our own README
     assert made.name == "shapes"
-    implementation = made.implementation.replace("mlpipes.workloads.mnist", "readme_example")
+    implementation = made.implementation.replace("mlpipes.workloads.shapes", "readme_example")
     outcome = run_here(make_job(tmp_path / "store", made.scales[0].key, implementation))
     assert outcome["best"]["metrics"]["accuracy"] > 0.5
 
