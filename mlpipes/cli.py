@@ -1,8 +1,10 @@
-"""The command line: `mlpipes demo | dev | scales | status | checkpoints | report | fetch | ray`."""
+"""The command line: `mlpipes demo | dev | scales | status | checkpoints | replay | report | fetch | ray`."""
 
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.progress import Progress
 from rich.table import Table
 
 from mlpipes.errors import ConfigError, UserError
@@ -97,18 +100,31 @@ def scales() -> None:
 
 @app.command()
 @friendly
-def status() -> None:
-    """Show all trainings of the store, the latest first."""
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="keep showing it, until interrupted")] = False,
+) -> None:
+    """Show all trainings of the store, the latest first; also while Dagster and Ray are down."""
+    from rich.live import Live
+
+    if not watch:
+        console.print(_status_table())
+        return
+    with Live(_status_table(), console=console, refresh_per_second=2) as live, suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+            live.update(_status_table())
+
+
+def _status_table() -> Table | str:
     from mlpipes.status import all_statuses, progress_text
 
     rows = [progress_text(found) for found in all_statuses(store())]
     if not rows:
-        console.print(f"No training in {store().root} yet.")
-        return
+        return f"No training in {store().root} yet."
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())
-    console.print(table)
+    return table
 
 
 @app.command()
@@ -132,6 +148,35 @@ def checkpoints(
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+
+
+@app.command()
+@friendly
+def replay(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    scale: Annotated[str, typer.Argument(help="which scale, e.g. w1-b128-e30-g0")],
+    run: Annotated[
+        str | None, typer.Option(help="beginning of a fingerprint, an MLflow run or a Dagster run; default: the latest")
+    ] = None,
+) -> None:
+    """Train again elsewhere, from the source data on, and compare data, order, every loss and the weights."""
+    from mlpipes.compute.address import resolve
+    from mlpipes.compute.jobs import RayJobs
+    from mlpipes.replay import find_training
+    from mlpipes.replay import replay as replay_training
+
+    folder = find_training(store(), workload, entry_named(workload).scale(scale).key, run)
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+        task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
+
+        def show(message: Mapping[str, Any]) -> None:
+            if message["kind"] == "progress":
+                bar.update(task, completed=message["step"], total=message["total_steps"])
+
+        found = replay_training(store(), folder, lambda: RayJobs(resolve()), show)
+    console.print(Markdown(found.markdown()))
+    if not found.equal:
+        raise typer.Exit(1)
 
 
 @app.command()

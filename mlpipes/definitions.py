@@ -5,7 +5,8 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.assets.factory import workload_assets
+from mlpipes.assets.checks import replay_check
+from mlpipes.assets.factory import partitions_of, workload_assets
 from mlpipes.automation import jobs_of
 from mlpipes.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.supervision import lost_retries
@@ -21,6 +22,7 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     store = StoreResource()
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],
+        asset_checks=[replay_check(entry, partitions_of(entry)) for entry in entries],
         jobs=jobs_of(entries),
         sensors=[lost_retries(entry.name) for entry in entries],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.

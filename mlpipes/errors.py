@@ -25,6 +25,10 @@ class CorruptionError(UserError):
     """A stored file does not match its checksum, or a stored directory is incomplete."""
 
 
+class DiskFullError(UserError):
+    """A disk stayed full for longer than the training could wait; what it had written before is kept."""
+
+
 class TrainingFailedError(UserError):
     """A training ended without a result; the message carries the cause that its driver reported."""
 

@@ -18,9 +18,14 @@ TRAINING_POOL = "training"
 EVALUATION_POOL = "evaluation"
 
 
+def partitions_of(entry: Entry) -> dg.StaticPartitionsDefinition:
+    """One partition a scale."""
+    return dg.StaticPartitionsDefinition([scale.key for scale in entry.scales])
+
+
 def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition]:
     """The asset chain of one workload, and its report over all scales."""
-    partitions = dg.StaticPartitionsDefinition([scale.key for scale in entry.scales])
+    partitions = partitions_of(entry)
 
     def common(name: str, description: str, kinds: set[str]) -> dict[str, Any]:
         return {

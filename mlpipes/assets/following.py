@@ -1,7 +1,5 @@
 """Following a training: its Ray job is submitted or found again, shown while it runs, and submitted again if it died."""
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.errors import TrainingFailedError
-from mlpipes.store import Store, TrainingFolder, read_messages
-from mlpipes.training.recipe import Recipe
-from mlpipes.training.specification import Checkpointing, Tracking, TrainingJob
+from mlpipes.store import TrainingFolder, read_messages
+from mlpipes.training.specification import TrainingJob
 
 if TYPE_CHECKING:
     from mlpipes.compute.address import RayAddress
@@ -33,25 +29,23 @@ MAX_JOBS = 5
 def follow_training(
     context: dg.AssetExecutionContext,
     connect: Callable[[], "RayAddress"],
-    recipe: Recipe,
-    store: Store,
-    checkpointing: Checkpointing,
-    tracking: Tracking,
+    job: TrainingJob,
     stall_seconds: float,
 ) -> None:
-    """Return when the result of a training is in the store.
+    """Return when the result of a training is in the store; `job` is its first attempt, later ones differ in number.
 
     A training that reports nothing for `stall_seconds` is ended, its workers' stacks kept, and started again from its
     last checkpoint. Raises TrainingFailedError if the training reports an error that a restart would not mend, was
     stopped, or died too often.
     """
     from mlpipes.compute.jobs import RayJobs
+    from mlpipes.compute.submission import attach_or_submit
 
-    folder, died = store.training(recipe.fingerprint), 0
+    folder, died = job.folder, 0
     while True:
         jobs, log = RayJobs(connect()), ""
         try:
-            handle = _attach_or_submit(jobs, folder, recipe, store, checkpointing, tracking, context.run.run_id)
+            handle = attach_or_submit(jobs, job)
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
             end = _watch(context, jobs, handle, folder, stall_seconds)
             if not folder.result.is_file():
@@ -85,41 +79,6 @@ def _settle(
     if end.status == "STOPPED":
         raise TrainingFailedError(f"Ray job {handle.submission_id} was stopped; materialize again to go on from there")
     return "" if end.status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
-
-
-def _attach_or_submit(
-    jobs: "RayJobs",
-    folder: TrainingFolder,
-    recipe: Recipe,
-    store: Store,
-    checkpointing: Checkpointing,
-    tracking: Tracking,
-    dagster_run: str,
-) -> "JobHandle":
-    def entrypoint(attempt: int) -> str:
-        job = TrainingJob(
-            recipe=recipe, store=str(store.root), attempt=attempt, checkpointing=checkpointing, tracking=tracking
-        )
-        python = sys.executable if jobs.address.local else "python"
-        # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
-        return f"exec {shlex.join([python, '-m', 'mlpipes.training.job', str(job.write())])}"
-
-    earlier = [int(path.stem[1:]) for path in folder.messages(0).parent.glob("a*.jsonl")]
-    environment = {
-        FINGERPRINT_VARIABLE: recipe.fingerprint,
-        "MLPIPES_HOME": str(store.root.parent),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PYTHONUNBUFFERED": "1",
-    }
-    if jobs.address.local:
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    return jobs.attach_or_submit(
-        recipe.fingerprint,
-        max(earlier, default=0) + 1,
-        entrypoint,
-        environment,
-        metadata={"workload": recipe.workload, "scale": recipe.scale.key, "dagster_run_id": dagster_run},
-    )
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What people see in the Dagster UI: figures, tables, links and user errors turned into Dagster's terms."""
 
 import base64
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,11 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        text = f"the disk is full ({error.filename or error}). Make room, and materialize again."
+        raise dg.Failure(description=text, allow_retries=False) from error
 
 
 def picture(png: bytes, alternative: str) -> dg.MarkdownMetadataValue:

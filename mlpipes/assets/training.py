@@ -15,7 +15,7 @@ from mlpipes.files import read_record, set_aside, write_record
 from mlpipes.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.store import TrainingFolder
 from mlpipes.training.recipe import Recipe, code_version
-from mlpipes.training.specification import Checkpointing, Tracking
+from mlpipes.training.specification import Checkpointing, Tracking, TrainingJob
 from mlpipes.workloads.catalog import Entry
 
 DAGSTER_UI_VARIABLE = "MLPIPES_DAGSTER_UI"
@@ -36,6 +36,14 @@ class TrainingConfig(dg.Config):
     )
     stall_seconds: float = Field(default=900.0, gt=0, description="silence after which a training is started again")
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept besides the best")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="elastic: start, and go on, with as few workers as this; the model stays the same",
+    )
+    resize_seconds: float = Field(
+        default=60.0, gt=0, description="how often an elastic training looks for more workers"
+    )
 
 
 def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: TrainingConfig, generation: str) -> Recipe:
@@ -89,10 +97,12 @@ def materialize_training(
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
     folder = store.store.training(recipe.fingerprint)
     preflight.check_shards(recipe.scale, recipe.hyperparameters["logical_shards"], snapshot.counts["train"])
+    preflight.check_elastic(recipe.scale, config.min_workers, recipe.hyperparameters["reduction"])
     outcome = finished(folder)
     if outcome is None:  # before anything is written: what does not fit leaves no trace
         preflight.check_disk(store.store.root)
-        preflight.check_cluster(recipe.scale, preflight.nodes_of(ray.connect()), snapshot.published.size)
+        nodes = preflight.nodes_of(ray.connect())
+        preflight.check_cluster(recipe.scale, nodes, snapshot.published.size, config.min_workers)
     write_record(folder.recipe, recipe.model_dump(mode="json"))
     tracker = mlflow.tracker()
     run_id = tracker.run_of(
@@ -112,10 +122,18 @@ def materialize_training(
             follow_training(
                 context,
                 ray.connect,
-                recipe,
-                store.store,
-                Checkpointing(every_seconds=config.checkpoint_every_seconds, keep_last=config.keep_last),
-                Tracking(uri=tracker.uri, run_id=run_id),
+                TrainingJob(
+                    recipe=recipe,
+                    store=str(store.store.root),
+                    attempt=1,
+                    checkpointing=Checkpointing(
+                        every_seconds=config.checkpoint_every_seconds, keep_last=config.keep_last
+                    ),
+                    tracking=Tracking(uri=tracker.uri, run_id=run_id),
+                    min_workers=config.min_workers,
+                    resize_seconds=config.resize_seconds,
+                    requested_by=context.run.run_id,
+                ),
                 config.stall_seconds,
             )
         except BaseException as error:

@@ -68,17 +68,34 @@ def workers_that_fit(scale: RayScaleConfig, nodes: Sequence[Node], data_bytes: i
     return total
 
 
-def check_cluster(scale: RayScaleConfig, nodes: Sequence[Node], data_bytes: int) -> None:
-    """Raises PreflightError saying what is asked for and what is there, if the scale's workers cannot all be placed."""
-    fit = workers_that_fit(scale, nodes, data_bytes)
-    if fit >= scale.workers:
+def check_cluster(
+    scale: RayScaleConfig, nodes: Sequence[Node], data_bytes: int, min_workers: int | None = None
+) -> None:
+    """Raises PreflightError saying what is asked for and what is there, if the scale's workers cannot be placed.
+
+    All of them must fit, or `min_workers` of them where the training is elastic.
+    """
+    fit, needed = workers_that_fit(scale, nodes, data_bytes), min_workers or scale.workers
+    if fit >= needed:
         return
     wanted = f"{scale.cpus_per_worker:g} CPUs, {scale.gpus_per_worker:g} GPUs, {WORKER_BYTES / GIB:.1f} GiB"
     raise PreflightError(
-        f"scale {scale.key} needs {scale.workers} workers with {wanted} each; the cluster can place {fit}. "
+        f"scale {scale.key} needs {needed} workers with {wanted} each; the cluster can place {fit}. "
         f"It has {'; '.join(map(str, nodes)) or 'no living node'}. Choose a scale that fits, or connect a larger cluster "
         "with MLPIPES_RAY_ADDRESS. Nothing was started."
     )
+
+
+def check_elastic(scale: RayScaleConfig, min_workers: int | None, reduction: str) -> None:
+    """Raises PreflightError if a training cannot be elastic as asked for."""
+    if min_workers is None:
+        return
+    if min_workers > scale.workers:
+        raise PreflightError(f"min_workers is {min_workers}, but scale {scale.key} has at most {scale.workers} workers")
+    if reduction != "ordered":
+        raise PreflightError(
+            f"min_workers with `reduction: {reduction}` would let the number of workers change the model; use `ordered`"
+        )
 
 
 def check_shards(scale: RayScaleConfig, logical_shards: int, rows: int) -> None:

@@ -79,7 +79,10 @@ def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
         train_loop_config={"job": str(path), "lease": lease.token},
         torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
-            num_workers=scale.workers, use_gpu=scale.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(job.min_workers, scale.workers) if job.min_workers else scale.workers,
+            elastic_resize_monitor_interval_s=job.resize_seconds,
+            use_gpu=scale.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name="train",

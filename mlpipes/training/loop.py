@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
 from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.parallel import ShardedGradient, Workers
+from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import Checkpointing
 from mlpipes.workloads.base import DataInfo, Workload
 
@@ -226,13 +228,23 @@ class Trainer:
         # Only rank 0 decides and writes: all workers hold the same state, so nobody needs to be asked.
         if self.workers.rank == 0:
             self._drain()
-            with self.may_write():
-                path = self.checkpoints.save(self.model, self.optimizers, self.progress)
+            path = write_with_patience(self._publish, self.checkpoints.folder, self._checkpoint_bytes(), self._tell)
             self._tell("checkpoint", step=self.progress.step, path=str(path))
             # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
             self._tell("metrics", rows=self.progress.history[self._told :])
             self._told = len(self.progress.history)
         self._segment = self._last_save = time.perf_counter()
+
+    def _publish(self) -> Path:
+        with self.may_write():
+            return self.checkpoints.save(self.model, self.optimizers, self.progress)
+
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the weights and everything that the optimizers keep."""
+        kept = [*self.model.state_dict().values()]
+        for optimizer in self.optimizers:
+            kept += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(tensor.nbytes for tensor in kept)
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)

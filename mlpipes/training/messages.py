@@ -11,7 +11,7 @@ class MessageWriter:
     """Appends messages to a file. Each is one `write` call, so several processes may append to the same file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._torn = path, False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, kind: str, **fields: Any) -> None:
@@ -22,7 +22,10 @@ class MessageWriter:
         except OSError:
             return
         try:
-            os.write(descriptor, line.encode())
+            # On a full disk only a part may be written; the next message must then not be glued to it.
+            data = b"\n" * self._torn + line.encode()
+            self._torn = True
+            self._torn = os.write(descriptor, data) < len(data)
         except OSError:
             pass
         finally:

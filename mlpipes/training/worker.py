@@ -17,9 +17,13 @@ from mlpipes.training.determinism import environment, prepare_process
 from mlpipes.training.loop import Trainer
 from mlpipes.training.messages import MessageWriter
 from mlpipes.training.parallel import ProcessGroup, SingleWorker, Workers
+from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import TrainingJob
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
+
+RESULT_BYTES = 1 << 20
+"""More than an outcome takes."""
 
 
 def train_on_ray(config: dict[str, Any]) -> None:
@@ -86,8 +90,12 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
             "environment": environment(device),
             "peak_memory_bytes": [float(peak) for peak in peaks],
         }
-        with may_write():
-            write_record(job.folder.result, outcome)
+
+        def publish() -> None:
+            with may_write():
+                write_record(job.folder.result, outcome)
+
+        write_with_patience(publish, job.folder.path, RESULT_BYTES, notify)
         notify("finished", step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +12,39 @@ import psutil
 
 from mlpipes.compute.stacks import processes_of
 from mlpipes.store import Store, TrainingFolder, read_messages
+from mlpipes_tests.chaos.faults import (
+    AWAY_SECONDS,
+    DISK,
+    HUNG,
+    KILLED,
+    SNAPSHOT_BYTE,
+    command_of,
+    environment_of,
+    mend,
+    processes,
+    small_disk,
+    strike,
+)
 from mlpipes_tests.sandbox import Sandbox, answers, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
 
 SCALE = "w2-b128-e60-g0"
 REFERENCE_SCALE = "w1-b128-e60-g0"  # the same bits at any number of workers: one process is the cheapest reference
-VICTIMS = (
-    *("run worker", "dagster dev", "daemon", "code server", "webserver", "everything of Dagster"),
-    *("Ray driver", "Train controller", "train worker", "raylet", "Ray head", "everything"),
-)
 _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
 _RUNS = "{ runsOrError(limit: 30) { ... on Runs { results { runId rootRunId status } } } }"
 _TERMINATE = """mutation($run: String!) { terminateRun(runId: $run) { __typename } }"""
 _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
-  __typename ... on MessageEvent { message } } } } }"""
+  __typename ... on MessageEvent { message timestamp }
+  ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } }"""
 DEADLINE_SECONDS = 240
+STALL_SECONDS = 60
+"""More than the start of a training is silent for on a busy machine of two cores."""
+
+
+class UnexpectedEndError(Exception):
+    """A run ended in a way that it should not."""
 
 
 @dataclass
@@ -36,44 +53,86 @@ class Trial:
 
     victim: str
     seed: int
-    killed: int = 0
+    done: str = ""
+    """What the fault was in particular."""
     problem: str = ""
     attempts: int = 0
-    recovery_seconds: float = 0.0
-    """From the kill until the training reported something again."""
+    attached_seconds: float | None = None
+    """From the fault until a run followed the training (again), where the fault ended the one that did."""
+    training_seconds: float | None = None
+    """From the fault until the training went on, start-up included; none if it ended in the meantime."""
     total_seconds: float = 0.0
-    """From the kill until the run had succeeded."""
+    """From the fault until the run had succeeded."""
     steps_repeated: int = 0
 
     def __str__(self) -> str:
-        figures = f"{self.recovery_seconds:5.1f} s to recovery, {self.total_seconds:5.1f} s to the end"
-        jobs = f"{self.attempts} job(s), {self.steps_repeated} steps repeated"
-        return f"{self.victim:22s} seed {self.seed:4d}: {self.problem or 'same model'}; {figures}, {jobs}"
+        figures = [
+            f"{self.total_seconds:.0f} s to the end",
+            f"{self.attempts} job(s), {self.steps_repeated} steps repeated",
+        ]
+        if self.attached_seconds is not None:
+            figures.insert(0, f"{self.attached_seconds:.1f} s to re-attach")
+        if self.training_seconds is not None:
+            figures.insert(0, f"{self.training_seconds:.1f} s to training")
+        return f"{self.victim:22s} seed {self.seed}: {self.problem or 'same model'} ({self.done}); {', '.join(figures)}"
 
 
 class Session:
     """A sandbox with `mlpipes dev` in it and the outcome of an uninterrupted training to compare with."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, disk_can_be_full: bool = False) -> None:
         self.sandbox = Sandbox(path)
+        self.store = Store(self.sandbox.home / "store")
+        self.own_disk = disk_can_be_full
+        if disk_can_be_full:
+            small_disk(self.store.root)
         (path / "scales.yaml").write_text(f"digits: [{SCALE}]\n")
         self.sandbox.environment["MLPIPES_SCALES"] = str(path / "scales.yaml")
-        self.store = Store(self.sandbox.home / "store")
+        self.mlflow_port = free_port()
+        self.sandbox.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.mlflow_port}"
         self.expected = run_here(make_job(path / "reference", REFERENCE_SCALE))
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.dev = None
 
     def __enter__(self) -> "Session":
-        self.up()
+        try:
+            self.start_mlflow()
+            self.up()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.dev is not None:
             end(self.dev)
         self.sandbox.run(".venv/bin/mlpipes ray down")
-        for process in self._of_the_sandbox():
+        for process in self.of_the_sandbox():
             process.kill()
+        if self.own_disk:
+            subprocess.run(["umount", "--lazy", str(self.store.root)], check=False)
+
+    def start_mlflow(self) -> None:
+        """Start the MLflow server, if it does not run."""
+        if self.mlflow_processes():
+            return
+        folder = self.sandbox.home / "mlflow"
+        folder.mkdir(parents=True, exist_ok=True)
+        places = [
+            "--backend-store-uri",
+            f"sqlite:///{folder / 'mlflow.db'}",
+            "--artifacts-destination",
+            str(folder / "files"),
+        ]
+        address = ["--host", "127.0.0.1", "--port", str(self.mlflow_port), "--workers", "1"]
+        self.sandbox.start(".venv/bin/mlflow", "server", *places, *address, log="mlflow.log")
+        wait_for(f"http://127.0.0.1:{self.mlflow_port}/health")
+
+    def mlflow_processes(self) -> list[psutil.Process]:
+        """The processes of the MLflow server."""
+        found = [p for p in self.of_the_sandbox() if "--backend-store-uri" in command_of(p)]
+        return [q for p in found for q in [p, *p.children(recursive=True)]]
 
     def up(self) -> None:
         """Start `mlpipes dev`, as the user would after a crash; a half-dead one is ended first."""
@@ -84,49 +143,75 @@ class Session:
 
     # -- one trial ----------------------------------------------------------------------------------------------------
     def trial(self, victim: str, seed: int) -> Trial:
-        """Launch, kill, wait, compare."""
+        """Launch, let the fault happen, wait, compare."""
         trial, chance = Trial(victim, seed), random.Random(f"{victim}-{seed}")  # noqa: S311 - for moments, not secrets
-        run_id = self.launch()
+        run_id = self.launch(stall_seconds=STALL_SECONDS if victim in HUNG else 900)
         folder = self.folder_of(run_id)
         self.until(lambda: folder.messages(1).is_file(), "the training's driver has started")
         self._random_moment(victim, run_id, folder, chance)
-        killed_at, step = time.time(), self.last_step(folder)
-        trial.killed = self.kill(victim, run_id)
+        struck_at, step = time.time(), self.last_step(folder)
+        trial.done = strike(self, victim, run_id, folder, chance)
         try:
-            self._recover(run_id, folder, trial, killed_at)
+            self._recover(run_id, victim, struck_at)
             trial.problem = self.compare(folder)
-        except TimeoutError as error:
+        except (TimeoutError, UnexpectedEndError) as error:
             trial.problem = str(error)
-        trial.total_seconds = time.time() - killed_at
-        trial.attempts = len(list(folder.messages(0).parent.glob("a*.jsonl")))
-        resumed = [m["step"] for m in self._messages(folder) if m["kind"] == "resumed" and m["time"] > killed_at]
-        trial.steps_repeated = max(0, step - resumed[0]) if resumed else 0
+            for status_run in self.family(run_id):
+                if status_run not in ("SUCCESS", "FAILURE", "CANCELED"):
+                    self.cancel(run_id)
+        trial.total_seconds = time.time() - struck_at
+        self._measure(trial, run_id, folder, struck_at, step)
         return trial
 
     def _random_moment(self, victim: str, run_id: str, folder: TrainingFolder, chance: random.Random) -> None:
         """Wait for a moment at which the victim is there: while things start, or at some step of the training."""
-        self.until(lambda: bool(self.processes(victim, run_id)), f"{victim} is there")
-        if victim != "train worker" and chance.random() < 0.3:
+        self.until(lambda: victim == DISK or bool(processes(self, victim, run_id)), f"{victim} is there")
+        if victim in KILLED and victim != "train worker" and chance.random() < 0.3:
             time.sleep(chance.uniform(0, 8))
             return
-        step = chance.uniform(0, 0.8) * self.expected["steps"]
+        step = chance.uniform(0.02, 0.8) * self.expected["steps"]
         self.until(lambda: self.last_step(folder) >= step, f"the training is at step {step:.0f}")
 
-    def _recover(self, run_id: str, folder: TrainingFolder, trial: Trial, killed_at: float) -> None:
+    def _recover(self, run_id: str, victim: str, struck_at: float) -> None:
         statuses: list[str] = []
+        mended = asked_again = False
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
-            if not trial.recovery_seconds:
-                # What was under way while the kill went out does not count.
-                heard = [m["time"] for m in self._messages(folder) if m["time"] > killed_at + 0.5]
-                trial.recovery_seconds = min(heard) - killed_at if heard else 0.0
+            if not mended and time.time() - struck_at > AWAY_SECONDS.get(victim, 0):
+                mend(self, victim)
+                mended = True
             if self.dev is None or self.dev.poll() is not None or not answers(f"{self.address}/server_info"):
                 self.up()
             statuses = self.family(run_id)
             if "SUCCESS" in statuses:
                 return
+            if statuses and set(statuses) == {"FAILURE"} and self.final_failure(run_id):
+                message = self.failure(run_id)
+                if victim != SNAPSHOT_BYTE or "checksum" not in message or asked_again:
+                    raise UnexpectedEndError(f"failed: {message[:500]}")
+                asked_again = True  # what the message says: the user materializes the chain again
+                self.launch(parent=run_id)
             time.sleep(1)
         raise TimeoutError(f"not done after {DEADLINE_SECONDS} s: runs {statuses}")
+
+    def _measure(self, trial: Trial, run_id: str, folder: TrainingFolder, struck_at: float, step: int) -> None:
+        trial.attempts = len(list(folder.messages(0).parent.glob("a*.jsonl")))
+        later = [m for m in self._messages(folder) if m["time"] > struck_at]
+        begun = [m for m in later if m["kind"] in ("resumed", "started")]
+        progress = [m["time"] for m in later if m["kind"] in ("progress", "epoch") and m["time"] > struck_at + 0.5]
+        if begun:
+            progress = [at for at in progress if at > begun[-1]["time"]]
+            trial.steps_repeated = max(0, step - begun[-1]["step"])
+        if progress:
+            trial.training_seconds = min(progress) - struck_at
+        attached = [
+            int(event["timestamp"]) / 1000
+            for run in self.family_ids(run_id)
+            for event in self.events(run)
+            if (event.get("message") or "").startswith(("Attached to Ray job", "Submitted Ray job", "Training "))
+        ]
+        later_attached = [at for at in attached if at > struck_at]
+        trial.attached_seconds = min(later_attached) - struck_at if later_attached else None
 
     def compare(self, folder: TrainingFolder) -> str:
         """What differs from the uninterrupted training; empty if nothing does."""
@@ -153,7 +238,7 @@ class Session:
         Ray keeps idle workers and cluster-wide actors of its own, which carry the variables of the job that came first.
         """
         ours = ("mlpipes.training.job", "ray::TrainController", "ray::RayTrainWorker")
-        return [p for p in processes_of(folder.fingerprint) if any(word in _command(p) for word in ours)]
+        return [p for p in processes_of(folder.fingerprint) if any(word in command_of(p) for word in ours)]
 
     def tracked_steps(self, folder: TrainingFolder) -> list[int]:
         """Steps of the loss curve of the training's run in MLflow."""
@@ -164,7 +249,7 @@ class Session:
         """MLflow's client, and the one run of a training."""
         from mlpipes.tracking.runs import FINGERPRINT_TAG, Tracker
 
-        client = Tracker(f"sqlite:///{self.sandbox.home / 'mlflow' / 'mlflow.db'}").client
+        client = Tracker(self.sandbox.environment["MLFLOW_TRACKING_URI"]).client
         experiment = client.get_experiment_by_name("mlpipes/digits")
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{folder.fingerprint}'")
@@ -172,9 +257,9 @@ class Session:
         return client, runs[0]
 
     # -- Dagster ------------------------------------------------------------------------------------------------------
-    def launch(self, parent: str | None = None) -> str:
+    def launch(self, parent: str | None = None, stall_seconds: float = 900) -> str:
         """Launch the chain with a fresh training, or go on with that of a parent run; returns the run's id."""
-        config = {"ops": {"digits__checkpoints": {"config": {"fresh": True}}}}
+        config = {"ops": {"digits__checkpoints": {"config": {"fresh": True, "stall_seconds": stall_seconds}}}}
         metadata: dict[str, Any] = {"tags": [{"key": "dagster/partition", "value": SCALE}]}
         if parent is not None:  # as the UI's button "re-execute" does
             metadata |= {"parentRunId": parent, "rootRunId": parent}
@@ -195,11 +280,35 @@ class Session:
 
     def family(self, run_id: str) -> list[str]:
         """The statuses of a run and its retries; none while the webserver is away."""
+        return [run["status"] for run in self._family(run_id)]
+
+    def family_ids(self, run_id: str) -> list[str]:
+        """The ids of a run and its retries."""
+        return [run["runId"] for run in self._family(run_id)]
+
+    def _family(self, run_id: str) -> list[dict[str, Any]]:
         try:
             runs = graphql(self.address, _RUNS)["runsOrError"]["results"]
         except (OSError, RuntimeError, ValueError):
             return []
-        return [run["status"] for run in runs if run_id in (run["runId"], run["rootRunId"])]
+        return [run for run in runs if run_id in (run["runId"], run["rootRunId"])]
+
+    def final_failure(self, run_id: str) -> bool:
+        """Whether a run's failure is one of its step, which nobody repeats; a crash is repeated by Dagster."""
+        return any(event["__typename"] == "ExecutionStepFailureEvent" for event in self.events(run_id))
+
+    def failure(self, run_id: str) -> str:
+        """What the failed steps of a run and its retries said."""
+        events = [event for run in self.family_ids(run_id) for event in self.events(run)]
+        errors = [event["error"] for event in events if event["__typename"] == "ExecutionStepFailureEvent"]
+        return " ".join(error["message"] + ((error["cause"] or {}).get("message") or "") for error in errors if error)
+
+    def events(self, run_id: str) -> list[dict[str, Any]]:
+        """A run's events; none while the webserver is away."""
+        try:
+            return graphql(self.address, _EVENTS, run=run_id)["logsForRun"]["events"]
+        except (OSError, RuntimeError, ValueError, KeyError):
+            return []
 
     def folder_of(self, run_id: str) -> TrainingFolder:
         """The folder of the training that a run starts."""
@@ -214,56 +323,16 @@ class Session:
         self.until(look, "the training has a folder")
         return found[0]
 
-    # -- victims ------------------------------------------------------------------------------------------------------
-    def processes(self, victim: str, run_id: str) -> list[psutil.Process]:
-        """The processes of a victim."""
-        assert self.dev is not None
-        try:
-            dagster = psutil.Process(self.dev.pid).children(recursive=True)
-        except psutil.Error:
-            dagster = []
-        ray = [p for p in self._of_the_sandbox() if _environment(p).get("MLPIPES_RAY_HEAD")]
-        words = {
-            "dagster dev": "dagster dev",
-            "daemon": "dagster._daemon",
-            "code server": "api grpc",
-            "webserver": "dagster_webserver",
-            "Ray driver": "mlpipes.training.job",
-            "Train controller": "ray::TrainController",
-            "train worker": "ray::RayTrainWorker",
-            "raylet": "/raylet/raylet",
-        }
-        match victim:
-            case "run worker":
-                return [p for p in dagster if p.pid in self._run_worker_pids(run_id)]
-            case "everything of Dagster":
-                return dagster
-            case "Ray head":
-                return ray
-            case "everything":
-                return dagster + ray
-            case _:
-                found = [p for p in dagster + ray if words[victim] in _command(p)]
-                return found[:1] if victim == "train worker" else found
-
-    def kill(self, victim: str, run_id: str) -> int:
-        """SIGKILL a victim's processes; returns how many there were."""
-        processes = self.processes(victim, run_id)
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        return len(processes)
-
-    def _run_worker_pids(self, run_id: str) -> set[int]:
-        events = graphql(self.address, _EVENTS, run=run_id)["logsForRun"]["events"]
-        messages = [event.get("message") or "" for event in events]
+    # -- processes -------------------------------------------------------------------------------------------------------
+    def run_worker_pids(self, run_id: str) -> set[int]:
+        """Pids of the process that executes a run."""
+        messages = [event.get("message") or "" for event in self.events(run_id)]
         return {int(m.split("pid: ")[1].split(")")[0]) for m in messages if "Started process for run (pid: " in m}
 
-    def _of_the_sandbox(self) -> list[psutil.Process]:
+    def of_the_sandbox(self) -> list[psutil.Process]:
+        """All processes that work on the sandbox's state."""
         home = str(self.sandbox.home)
-        return [p for p in psutil.process_iter() if _environment(p).get("MLPIPES_HOME") == home]
+        return [p for p in psutil.process_iter() if environment_of(p).get("MLPIPES_HOME") == home]
 
     # -- the training -------------------------------------------------------------------------------------------------
     def _messages(self, folder: TrainingFolder) -> list[dict[str, Any]]:
@@ -280,17 +349,3 @@ class Session:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {seconds:.0f} s it is not so that {what}")
             time.sleep(0.2)
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except (psutil.Error, OSError):
-        return {}
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

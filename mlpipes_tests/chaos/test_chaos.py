@@ -23,7 +23,6 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 @pytest.mark.parametrize("victim", ["run worker", "everything"])
 def test_whatever_is_killed_the_same_model_comes_out(session: Session, victim: str) -> None:
     trial = session.trial(victim, seed=1)
-    assert trial.killed
     assert trial.problem == "", str(trial)
 
 

@@ -5,7 +5,16 @@ import pytest
 
 from mlpipes.compute import preflight
 from mlpipes.compute.address import RayAddress, resolve
-from mlpipes.compute.preflight import GIB, Node, check_cluster, check_disk, check_shards, nodes_of, workers_that_fit
+from mlpipes.compute.preflight import (
+    GIB,
+    Node,
+    check_cluster,
+    check_disk,
+    check_elastic,
+    check_shards,
+    nodes_of,
+    workers_that_fit,
+)
 from mlpipes.errors import ConfigError, PreflightError
 from mlpipes.scales import RayScaleConfig
 
@@ -75,3 +84,16 @@ def test_an_address_must_be_a_dashboards() -> None:
     with pytest.raises(ConfigError, match="such as http://ray-head:8265"):
         resolve("ray://head:10001")
     assert resolve("http://head:8265/").dashboard == "http://head:8265"
+
+
+def test_an_elastic_training_needs_its_least_workers_and_ordered_sums() -> None:
+    elastic = scale("w4-b8-e1-g0")
+    check_cluster(elastic, [LAPTOP], 0, min_workers=2)
+    with pytest.raises(PreflightError, match="needs 3 workers"):
+        check_cluster(elastic, [LAPTOP], 0, min_workers=3)
+    check_elastic(elastic, None, "allreduce")
+    check_elastic(elastic, 4, "ordered")
+    with pytest.raises(PreflightError, match="has at most 4 workers"):
+        check_elastic(elastic, 5, "ordered")
+    with pytest.raises(PreflightError, match="use `ordered`"):
+        check_elastic(elastic, 2, "allreduce")

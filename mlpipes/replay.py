@@ -1,0 +1,202 @@
+"""Replay: a finished training done again elsewhere, from its source data on, and compared with the first one."""
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError
+from mlpipes.files import read_record, write_record
+from mlpipes.store import Store, TrainingFolder
+from mlpipes.training.recipe import Recipe, code_version
+from mlpipes.training.specification import Checkpointing, TrainingJob
+
+if TYPE_CHECKING:
+    from mlpipes.compute.jobs import RayJobs
+
+DIGESTS = ("order_digest", "loss_digest", "weights_digest")
+
+
+@dataclass
+class Comparison:
+    """What a replay found."""
+
+    fingerprint: str
+    digests: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Name of what was compared: (recorded, replayed). Empty text: not reached."""
+    first_difference: str = ""
+    """Where the two trainings part; empty if they do not."""
+    differences: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Of code and environment: (recorded, here)."""
+    seconds: float = 0.0
+
+    @property
+    def equal(self) -> bool:
+        """Whether data, order, every loss and the weights are the same, bit for bit."""
+        return all(recorded == replayed for recorded, replayed in self.digests.values())
+
+    def markdown(self) -> str:
+        """The comparison as a table, for people."""
+        verdict = "**equal**, bit for bit" if self.equal else f"**different**: {self.first_difference}"
+        rows = [
+            f"| {name} | {old[:16]} | {new[:16] or 'not reached'} | {'equal' if old == new else 'DIFFERENT'} |"
+            for name, (old, new) in self.digests.items()
+        ]
+        changes = [f"| {name} | {old} | {new} |" for name, (old, new) in self.differences.items()]
+        return "\n".join(
+            [
+                f"Training {self.fingerprint[:12]}, replayed in {self.seconds:.0f} s (start-up included): {verdict}",
+                "",
+                "| compared | recorded | replayed | |",
+                "| --- | --- | --- | --- |",
+                *rows,
+                "",
+                *(
+                    ["| code and environment | recorded | here |", "| --- | --- | --- |", *changes]
+                    if changes
+                    else ["Code and environment are those of the first training."]
+                ),
+            ]
+        )
+
+
+def find_training(store: Store, workload: str, scale: str, run: str | None = None) -> TrainingFolder:
+    """A scale's finished training: the one materialized last, or the one that `run` names.
+
+    `run` is the beginning of a fingerprint, of an MLflow run's id or of a Dagster run's id. Raises ConfigError if there
+    is none, or more than one.
+    """
+    if run is None:
+        reference = store.read_reference(workload, "checkpoints", scale)
+        if reference is None:
+            raise ConfigError(f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first")
+        return store.training(reference["fingerprint"])
+    found = []
+    for path in sorted(store.root.glob("trainings/*/recipe.json")):
+        folder = TrainingFolder(path.parent)
+        recipe = Recipe.model_validate(read_record(path))
+        if (recipe.workload, recipe.scale.key) == (workload, scale) and any(
+            name.startswith(run) for name in _names(folder)
+        ):
+            found.append(folder)
+    if len(found) != 1:
+        listed = ", ".join(folder.fingerprint[:12] for folder in found) or "none"
+        raise ConfigError(f"{run!r} should name one training of {workload} {scale}; it names {listed}")
+    return found[0]
+
+
+def _names(folder: TrainingFolder) -> Iterator[str]:
+    yield folder.fingerprint
+    for path in folder.specification(0).parent.glob("a*.json"):
+        try:
+            job = TrainingJob.read(path)
+        except CorruptionError:
+            continue
+        yield job.requested_by
+        if job.tracking is not None:
+            yield job.tracking.run_id
+
+
+def replay(
+    store: Store,
+    folder: TrainingFolder,
+    connect: Callable[[], "RayJobs"],
+    progress: Callable[[Mapping[str, Any]], None] = lambda message: None,
+    stop_job_seconds: float = 10,
+) -> Comparison:
+    """Build the snapshot and train again, in a folder of its own that is removed afterwards, and compare everything.
+
+    Nothing in the store, in MLflow or in Dagster is touched. Raises ConfigError if the training has not finished, and
+    TrainingFailedError if the replay fails.
+    """
+    from mlpipes.compute.submission import attach_or_submit
+    from mlpipes.data.snapshot import snapshot_of
+    from mlpipes.workloads.catalog import load_workload
+
+    began = time.monotonic()
+    try:
+        recipe, first = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"the training {folder.fingerprint[:12]} has not finished; there is nothing to compare"
+        ) from error
+    found = Comparison(folder.fingerprint)
+    if (code := code_version(recipe.implementation)) != recipe.code:
+        found.differences["code"] = (recipe.code, code)
+    with _scratch(store) as scratch:
+        workload = load_workload(recipe.implementation)
+        snapshot, _ = snapshot_of(scratch, workload.source.load().digest(), workload)
+        found.digests = {"snapshot": (recipe.snapshot, snapshot.digest)} | {k: (first[k], "") for k in DIGESTS}
+        if snapshot.digest != recipe.snapshot:
+            found.first_difference = "the snapshot built from the source is another one, so nothing was trained"
+        else:
+            job = TrainingJob(
+                recipe=recipe, store=str(scratch.root), attempt=1, checkpointing=Checkpointing(every_seconds=None)
+            )
+            write_record(job.folder.recipe, recipe.model_dump(mode="json"))
+            jobs = connect()
+            handle = attach_or_submit(jobs, job, name=f"replay-{folder.fingerprint[:16]}-{secrets.token_hex(4)}")
+            try:
+                for message in jobs.follow(handle, job.folder.messages(handle.attempt)):
+                    progress(message)
+            except BaseException:
+                jobs.stop(handle.submission_id, stop_job_seconds)
+                raise
+            try:
+                second = read_record(job.folder.result)
+            except FileNotFoundError as error:
+                raise TrainingFailedError(
+                    f"the replay ended without a result. Its log:\n{jobs.logs(handle.submission_id)[-3000:]}"
+                ) from error
+            found.digests |= {name: (first[name], second[name]) for name in DIGESTS}
+            found.first_difference = _first_difference(first, second)
+            found.differences |= _differences(_environment(first), _environment(second))
+    found.seconds = time.monotonic() - began
+    return found
+
+
+@contextmanager
+def _scratch(store: Store) -> Iterator[Store]:
+    """A store of its own beside the real one, so that it is on storage that the cluster's nodes share."""
+    home = store.root.parent / "replays" / secrets.token_hex(6)
+    try:
+        yield Store(home / "store")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Where two outcomes part, as closely as their curves tell; empty if nowhere."""
+    if first["order_digest"] != second["order_digest"]:
+        return "the order of the data, at a step that the digest does not tell"
+    before = 0
+    # Times differ, and so does nothing else in equal trainings. Rows of the same key are in step order.
+    for old, new in zip(first["history"], second["history"], strict=False):
+        (key, value, step), (other_key, other_value, other_step) = old[:3], new[:3]
+        if (key, value, step) != (other_key, other_value, other_step):
+            where = f"step {step}" if step <= before + 1 else f"a step from {before + 1} to {step}"
+            return f"{where}: {key} was {value!r}, and is {other_value!r} now"
+        if key == "train/loss":
+            before = step
+    if first["loss_digest"] != second["loss_digest"]:
+        return "the loss of a step, by less than its curve shows"
+    if first["weights_digest"] != second["weights_digest"]:
+        return f"the last update, after {first['steps']} steps of equal losses"
+    return ""
+
+
+def _environment(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    return {**outcome["environment"], "precision": outcome["precision"]}
+
+
+def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Leaves of two JSON values that differ, by their path."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = {}
+        for key in [*old, *(key for key in new if key not in old)]:
+            found |= _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    return {} if old == new else {name: (old, new)}

@@ -1,0 +1,74 @@
+"""Room: a training that finds the disk full waits for room instead of losing what it has."""
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from mlpipes.errors import DiskFullError
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 5.0
+PATIENCE_SECONDS = 600.0
+"""Well below the 30 minutes after which the other workers, who wait for this one, give up."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def write_with_patience(
+    write: Callable[[], T],
+    folder: Path,
+    needed_bytes: int,
+    notify: Callable[..., None],
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> T:
+    """Call `write` until it does not fail for want of room; returns what it returns.
+
+    `write` must leave nothing behind when it fails, as all writers of `mlpipes.files` do. Raises DiskFullError when
+    patience is out, and any other error at once.
+    """
+
+    def warn(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            notify("warning", text=f"the disk of {folder} is full; training waits for room ({needed_bytes:,} bytes)")
+
+    def attempt() -> T:
+        try:
+            return write()
+        except Exception as error:
+            if not is_disk_full(error, folder, needed_bytes):
+                raise
+            raise DiskFullError(
+                f"the disk of {folder} is full, and had no room for {needed_bytes:,} bytes within {patience_seconds:.0f} s. "
+                "The last good checkpoint is kept. Make room, and materialize again to go on from there."
+            ) from error
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(DiskFullError),
+        wait=wait_fixed(RETRY_SECONDS),
+        stop=stop_after_delay(patience_seconds),
+        before_sleep=warn,
+        reraise=True,
+    )
+    return retrying(attempt)
+
+
+def is_disk_full(error: BaseException, folder: Path, needed_bytes: int) -> bool:
+    """Whether an error while writing comes from a full disk.
+
+    safetensors and torch.save report one as errors of their own without a number, so free space counts as well.
+    """
+    chain: Any = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in _FULL:
+            return True
+        chain = chain.__cause__ or chain.__context__
+    if isinstance(error, OSError):
+        return False
+    try:
+        return "os error 28" in str(error) or shutil.disk_usage(folder).free < needed_bytes
+    except OSError:
+        return False

@@ -1,0 +1,148 @@
+"""The faults: what can be killed, stopped, filled or flipped, how, and what the outside world does about it afterwards."""
+
+import random
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from mlpipes.store import TrainingFolder
+
+if TYPE_CHECKING:
+    from mlpipes_tests.chaos.harness import Session
+
+KILLED = (
+    *("run worker", "dagster dev", "daemon", "code server", "webserver", "everything of Dagster"),
+    *("Ray driver", "Train controller", "train worker", "raylet", "Ray head", "MLflow server", "everything"),
+)
+"""These get SIGKILL."""
+HUNG = ("train worker, hung", "Ray driver, hung")
+"""These get SIGSTOP: they are there, and do nothing."""
+DISK = "full disk"
+BYTE = "flipped byte"
+SNAPSHOT_BYTE = "flipped byte, snapshot"
+VICTIMS = (*KILLED, *HUNG, DISK, BYTE, SNAPSHOT_BYTE)
+AWAY_SECONDS = {"MLflow server": 10.0, "everything": 0.0, DISK: 15.0}
+"""How long what the outside world has to mend stays broken."""
+DISK_BYTES = 1300 * 2**20
+"""Size of the store's disk where it is to run full: what the preflight asks for, and some."""
+_WORDS = {
+    "dagster dev": "dagster dev",
+    "daemon": "dagster._daemon",
+    "code server": "api grpc",
+    "webserver": "dagster_webserver",
+    "Ray driver": "mlpipes.training.job",
+    "Train controller": "ray::TrainController",
+    "train worker": "ray::RayTrainWorker",
+    "raylet": "/raylet/raylet",
+}
+
+
+def processes(session: "Session", victim: str, run_id: str) -> list[psutil.Process]:
+    """The processes of a victim; of a fault that needs none, those that make the training read its files again."""
+    assert session.dev is not None
+    try:
+        dagster = psutil.Process(session.dev.pid).children(recursive=True)
+    except psutil.Error:
+        dagster = []
+    ray = [p for p in session.of_the_sandbox() if environment_of(p).get("MLPIPES_RAY_HEAD")]
+    mlflow = session.mlflow_processes()
+    match victim:
+        case "run worker":
+            return [p for p in dagster if p.pid in session.run_worker_pids(run_id)]
+        case "everything of Dagster":
+            return dagster
+        case "Ray head":
+            return ray
+        case "MLflow server":
+            return mlflow
+        case "everything":
+            return dagster + ray + mlflow
+        case "full disk":
+            return []
+        case "flipped byte" | "flipped byte, snapshot":
+            words = ("mlpipes.training.job", "ray::RayTrainWorker")
+            return [p for p in ray if any(word in command_of(p) for word in words)]
+        case _:
+            word = _WORDS[victim.removesuffix(", hung")]
+            found = [p for p in dagster + ray if word in command_of(p)]
+            return found[:1] if "train worker" in victim else found
+
+
+def strike(session: "Session", victim: str, run_id: str, folder: TrainingFolder, chance: random.Random) -> str:
+    """Let the fault happen; returns what was done."""
+    if victim == DISK:
+        return _fill(session.store.root)
+    struck = processes(session, victim, run_id)
+    for process in struck:
+        try:
+            process.send_signal(signal.SIGSTOP if victim in HUNG else signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    if victim == BYTE:
+        return _flip(folder.path, chance)
+    if victim == SNAPSHOT_BYTE:
+        return _flip(session.store.snapshots, chance)
+    assert struck, f"there is no {victim}"
+    return f"{len(struck)} processes"
+
+
+def mend(session: "Session", victim: str) -> None:
+    """What a user or a supervisor outside does: make room, start servers again."""
+    if victim == DISK:
+        (session.store.root / "ballast").unlink(missing_ok=True)
+    if victim in ("MLflow server", "everything"):
+        session.start_mlflow()
+
+
+def _fill(folder: Path) -> str:
+    written = 0
+    try:
+        with (folder / "ballast").open("wb", buffering=0) as stream:
+            while True:
+                written += stream.write(bytes(1 << 16))
+    except OSError as error:
+        return f"{written / 2**20:.0f} MiB until {error.strerror}"
+
+
+def _flip(folder: Path, chance: random.Random) -> str:
+    """Flip one bit of one file, chosen by kind first, so that many files of a kind do not crowd out the others."""
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        temporary = any(part.startswith(".tmp") or ".corrupt" in part for part in path.parts)
+        if path.is_file() and path.stat().st_size and not temporary and "ray" not in path.relative_to(folder).parts:
+            kinds.setdefault(re.sub(r"[0-9a-f]{64}|\d+", "N", str(path.relative_to(folder))), []).append(path)
+    path = chance.choice(kinds[chance.choice(sorted(kinds))])
+    data = bytearray(path.read_bytes())
+    position = chance.randrange(len(data))
+    data[position] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+    return f"byte {position} of {path.relative_to(folder)}"
+
+
+def small_disk(folder: Path) -> None:
+    """Give a folder a small disk of its own. Raises RuntimeError where that cannot be had (it takes root)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"no small disk for the fault {DISK!r}: {done.stderr.strip()}")
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """A process's variables; none if it is gone."""
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def command_of(process: psutil.Process) -> str:
+    """A process's command line; empty if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -1,0 +1,67 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mlpipes.errors import CorruptionError
+from mlpipes.files import MANIFEST
+from mlpipes.training.checkpoints import Checkpoints, Progress
+from mlpipes.training.determinism import weights_digest
+
+STEP = 7
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one checkpoint of a small model and AdamW's state."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+    checkpoints.save(model, [optimizer], Progress(step=STEP, history=[["train/loss", 0.5, 7, 1]]))
+    return checkpoints.folder
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_truncated_or_flipped_bytes_never_load_silently(written: Path, tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(written, folder)
+    checkpoints, good = Checkpoints(folder), Checkpoints(written).load(STEP)
+    victim = checkpoints.path(STEP) / data.draw(st.sampled_from([MANIFEST, "model.safetensors", "optimizers.pt"]))
+    content = bytearray(victim.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        victim.write_bytes(content[:position])
+    else:
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+        victim.write_bytes(content)
+    try:
+        found = checkpoints.load(STEP)
+    except CorruptionError as error:
+        assert str(folder) in str(error)
+        return
+    # Only white space around the manifest's JSON can go without changing what is said.
+    assert victim.name == MANIFEST
+    assert found.progress == good.progress
+    assert weights_digest(found.model_state()) == weights_digest(good.model_state())
+
+
+def test_a_checkpoint_of_another_version_is_set_aside_with_both_versions_named(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlpipes.training.checkpoints as module
+
+    folder = tmp_path / "other"
+    shutil.copytree(written, folder)
+    monkeypatch.setattr(module, "VERSION", 2)
+    with pytest.raises(CorruptionError, match=r"version 1; this program reads \[2\]"):
+        Checkpoints(folder).latest()
+    assert [path.name for path in folder.iterdir()] == [f"step-{STEP:08d}.corrupt-1"]

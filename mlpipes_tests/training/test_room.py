@@ -1,0 +1,111 @@
+import errno
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlpipes.errors import DiskFullError
+from mlpipes.store import read_messages
+from mlpipes.training import room
+from mlpipes.training.checkpoints import Checkpoints
+from mlpipes_tests.conftest import missing
+from mlpipes_tests.training.harness import curve, make_job, run_here
+
+SCALE = "w1-b128-e4-g0"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        missing("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    ballast = folder / "ballast"
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+    return ballast
+
+
+def test_a_training_waits_for_room_and_ends_in_the_same_model(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "RETRY_SECONDS", 0.2)
+    expected = run_here(make_job(tmp_path / "reference", SCALE))
+    job = make_job(small_disk / "store", SCALE)
+    original, timers = Checkpoints.save, []
+
+    def save(self: Checkpoints, *arguments: Any) -> Path:
+        if not timers:
+            timers.append(threading.Timer(1.5, fill(small_disk).unlink))
+            timers[0].start()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    outcome = run_here(job)
+    assert outcome["weights_digest"] == expected["weights_digest"]
+    assert curve(outcome) == curve(expected)
+    assert not list(small_disk.rglob(".tmp*"))
+    # The last message is whole, whatever became of those that were written while there was no room.
+    assert read_messages(job.folder.messages(1))[0][-1]["kind"] == "finished"
+
+
+def test_without_room_a_training_fails_clearly_and_keeps_its_last_checkpoint(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "RETRY_SECONDS", 0.05)
+    job = make_job(small_disk / "store", SCALE, every_steps=3)
+    original, ballasts = Checkpoints.save, []
+
+    def save(self: Checkpoints, *arguments: Any) -> Path:
+        if len(self.steps()) == 2:
+            ballasts.append(fill(small_disk))
+        return original(self, *arguments)
+
+    patience = room.write_with_patience.__defaults__
+    assert patience is not None
+    monkeypatch.setattr(room.write_with_patience, "__defaults__", (0.3,))
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(DiskFullError, match=r"is full.*last good checkpoint is kept.*Make room"):
+        run_here(job)
+    checkpoints = Checkpoints(job.folder.checkpoints)
+    assert checkpoints.load(checkpoints.steps()[-1])
+    for ballast in ballasts:
+        ballast.unlink(missing_ok=True)
+    monkeypatch.setattr(Checkpoints, "save", original)
+    assert run_here(job)["resumed_from_step"] == 6
+
+
+def test_other_errors_are_not_waited_for(tmp_path: Path) -> None:
+    def write() -> None:
+        raise PermissionError(errno.EACCES, "not yours")
+
+    with pytest.raises(PermissionError):
+        room.write_with_patience(write, tmp_path, 10**15, lambda *_, **__: None, patience_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "needed", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 0, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 0, True),
+        (OSError(errno.EIO, "broken"), 10**15, False),
+        (RuntimeError("unexpected pos 704 vs 598"), 10**15, True),
+        (RuntimeError("unexpected pos 704 vs 598"), 0, False),
+        (Exception("I/O error: No space left on device (os error 28)"), 0, True),
+    ],
+)
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path, error: Exception, needed: int, full: bool) -> None:
+    assert room.is_disk_full(error, tmp_path, needed) is full
