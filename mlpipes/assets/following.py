@@ -118,8 +118,9 @@ def _watch(
             elif kind == "epoch":
                 figures = ", ".join(f"{name} {value:.4f}" for name, value in message["metrics"].items())
                 context.log.info(f"epoch {message['epoch']}/{message['epochs']}: validation {figures}")
-            elif kind in ("started", "resumed"):
-                context.log.info(f"{kind} at step {message['step']} of {message['total_steps']}")
+            elif kind == "started":
+                where = f"step {message['step']} of {message['total_steps']}"
+                context.log.info(f"trains from {where} with {message['workers']} workers in {message['precision']}")
             elif kind == "warning":
                 context.log.warning(message["text"])
             elif kind == "failed":

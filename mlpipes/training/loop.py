@@ -104,7 +104,13 @@ class Trainer:
         """Train to the end; returns the outcome (the same on every worker but for timings), all JSON."""
         first_step = self.progress.step
         self._segment = self._last_save = time.perf_counter()
-        self._tell("started", step=first_step, total_steps=self.total_steps, precision=self.progress.precision)
+        self._tell(
+            "started",
+            step=first_step,
+            total_steps=self.total_steps,
+            precision=self.progress.precision,
+            workers=self.workers.size,
+        )
         while self.progress.step < self.total_steps:
             self._step()
             step = self.progress.step

@@ -80,17 +80,20 @@ class Trial:
 class Session:
     """A sandbox with `mlpipes dev` in it and the outcome of an uninterrupted training to compare with."""
 
-    def __init__(self, path: Path, *, disk_can_be_full: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, scale: str = SCALE, reference: str = REFERENCE_SCALE, disk_can_be_full: bool = False
+    ) -> None:
+        self.scale = scale
         self.sandbox = Sandbox(path)
         self.store = Store(self.sandbox.home / "store")
         self.own_disk = disk_can_be_full
         if disk_can_be_full:
             small_disk(self.store.root)
-        (path / "scales.yaml").write_text(f"digits: [{SCALE}]\n")
+        (path / "scales.yaml").write_text(f"digits: [{scale}]\n")
         self.sandbox.environment["MLPIPES_SCALES"] = str(path / "scales.yaml")
         self.mlflow_port = free_port()
         self.sandbox.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.mlflow_port}"
-        self.expected = run_here(make_job(path / "reference", REFERENCE_SCALE))
+        self.expected = run_here(make_job(path / "reference", reference))
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.dev = None
@@ -196,7 +199,7 @@ class Session:
 
     def _measure(self, trial: Trial, run_id: str, folder: TrainingFolder, struck_at: float, step: int) -> None:
         trial.attempts = len(list(folder.messages(0).parent.glob("a*.jsonl")))
-        later = [m for m in self._messages(folder) if m["time"] > struck_at]
+        later = [m for m in self.messages(folder) if m["time"] > struck_at]
         begun = [m for m in later if m["kind"] in ("resumed", "started")]
         progress = [m["time"] for m in later if m["kind"] in ("progress", "epoch") and m["time"] > struck_at + 0.5]
         if begun:
@@ -257,10 +260,10 @@ class Session:
         return client, runs[0]
 
     # -- Dagster ------------------------------------------------------------------------------------------------------
-    def launch(self, parent: str | None = None, stall_seconds: float = 900) -> str:
+    def launch(self, parent: str | None = None, **settings: Any) -> str:
         """Launch the chain with a fresh training, or go on with that of a parent run; returns the run's id."""
-        config = {"ops": {"digits__checkpoints": {"config": {"fresh": True, "stall_seconds": stall_seconds}}}}
-        metadata: dict[str, Any] = {"tags": [{"key": "dagster/partition", "value": SCALE}]}
+        config = {"ops": {"digits__checkpoints": {"config": {"fresh": True, **settings}}}}
+        metadata: dict[str, Any] = {"tags": [{"key": "dagster/partition", "value": self.scale}]}
         if parent is not None:  # as the UI's button "re-execute" does
             metadata |= {"parentRunId": parent, "rootRunId": parent}
         selector = {"repositoryLocationName": "mlpipes.definitions", "repositoryName": "__repository__"}
@@ -335,12 +338,13 @@ class Session:
         return [p for p in psutil.process_iter() if environment_of(p).get("MLPIPES_HOME") == home]
 
     # -- the training -------------------------------------------------------------------------------------------------
-    def _messages(self, folder: TrainingFolder) -> list[dict[str, Any]]:
+    def messages(self, folder: TrainingFolder) -> list[dict[str, Any]]:
+        """All messages of a training, attempt by attempt."""
         return [m for path in sorted(folder.messages(0).parent.glob("a*.jsonl")) for m in read_messages(path)[0]]
 
     def last_step(self, folder: TrainingFolder) -> int:
         """The latest step that the training reported."""
-        return max((m.get("step", 0) for m in self._messages(folder)), default=0)
+        return max((m.get("step", 0) for m in self.messages(folder)), default=0)
 
     def until(self, condition: Any, what: str, seconds: float = 120) -> None:
         """Wait until a condition holds. Raises TimeoutError saying what did not."""
