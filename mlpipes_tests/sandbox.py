@@ -25,7 +25,7 @@ class Sandbox:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
         self.environment |= {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
 
-    def run(self, command: str, timeout: float = 250, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, timeout: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a shell command to its end."""
         return subprocess.run(
             ["bash", "-c", command],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
+from tenacity import retry, stop_after_attempt, wait_random_exponential
 
 from mlpipes.errors import ConfigError
 from mlpipes.store import home, read_messages
@@ -115,7 +116,13 @@ class Tracker:
 
         metrics = [Metric(key, float(value), int(at), int(step)) for key, value, step, at in rows]
         for start in range(0, len(metrics), _BATCH):
-            self.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+            self._log_batch(run_id, metrics[start : start + _BATCH])
+
+    @retry(stop=stop_after_attempt(5), wait=wait_random_exponential(multiplier=0.2, max=3), reraise=True)
+    def _log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        # MLflow leaves out rows that are there already, but fails if another process adds them at the same moment, as the
+        # driver and the step may do at a training's end. A second attempt finds them.
+        self.client.log_batch(run_id, metrics=metrics)
 
     def log_values(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
         """Log figures of now."""

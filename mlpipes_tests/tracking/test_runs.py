@@ -1,8 +1,10 @@
 """MLflow runs against a real SQLite store."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from mlpipes.errors import ConfigError
 from mlpipes.tracking.runs import Tracker, default_uri
@@ -30,6 +32,23 @@ def test_rows_sent_twice_stay_single(tracker: Tracker, isolated_home: Path) -> N
     tracker.log_history(run_id, rows)
     history = tracker.client.get_metric_history(run_id, "train/loss")
     assert [(m.key, m.value, m.step, m.timestamp) for m in history] == [tuple(row) for row in rows]
+
+
+def test_rows_that_another_process_adds_at_the_same_moment_are_sent_again(
+    tracker: Tracker, isolated_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, original, calls = run_of(tracker, "c" * 64), tracker.client.log_batch, []
+
+    def log_batch(*arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
+        original(*arguments, **named)
+        if len(calls) == 1:  # as MLflow does when the driver was faster
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: metrics.key")
+
+    monkeypatch.setattr(tracker.client, "log_batch", log_batch)
+    tracker.log_history(run_id, [["train/loss", 0.5, 1, 1_700_000_000_000]])
+    assert len(calls) == 2
+    assert len(tracker.client.get_metric_history(run_id, "train/loss")) == 1
 
 
 def test_the_default_store_is_absolute_and_file_stores_are_refused(
