@@ -162,10 +162,12 @@ def replay(
     """Train again elsewhere, from the source data on, and compare data, order, every loss and the weights."""
     from mlpipes.compute.address import resolve
     from mlpipes.compute.jobs import RayJobs
+    from mlpipes.compute.local import LocalRay
     from mlpipes.replay import find_training
     from mlpipes.replay import replay as replay_training
 
     folder = find_training(store(), workload, entry_named(workload).scale(scale).key, run)
+    ours = LocalRay().status() is None
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
 
@@ -173,7 +175,11 @@ def replay(
             if message["kind"] == "progress":
                 bar.update(task, completed=message["step"], total=message["total_steps"])
 
-        found = replay_training(store(), folder, lambda: RayJobs(resolve()), show)
+        try:
+            found = replay_training(store(), folder, lambda: RayJobs(resolve()), show)
+        finally:
+            if ours:  # a private Ray that was started for this
+                LocalRay().stop()
     console.print(Markdown(found.markdown()))
     if not found.equal:
         raise typer.Exit(1)

@@ -184,6 +184,20 @@ def test_a_lost_result_comes_back_the_same_from_the_last_checkpoint(pipeline: Pi
     assert outcome["attempt"] == 2
 
 
+def test_the_replay_check_trains_again_elsewhere_and_says_nothing_unless_asked(pipeline: Pipeline) -> None:
+    scale, before = SCALES[1], sorted(pipeline.store.root.rglob("*"))
+    job = pipeline.definitions.resolve_job_def("digits_replay")
+    quiet = {"ops": {"digits__checkpoints__replay": {"config": {"enabled": False}}}}
+    result = job.execute_in_process(instance=pipeline.instance, partition_key=scale, run_config=quiet)
+    assert result.success
+    assert not result.get_asset_check_evaluations()
+    result = job.execute_in_process(instance=pipeline.instance, partition_key=scale)
+    (check,) = result.get_asset_check_evaluations()
+    assert check.passed
+    assert "equal**, bit for bit" in str(check.metadata["comparison"].value)
+    assert sorted(pipeline.store.root.rglob("*")) == before, "a replay leaves the store as it is"
+
+
 def test_a_failing_training_says_why_and_leaves_no_job(home: Path) -> None:
     from mlpipes.compute.jobs import ALIVE, RayJobs
     from mlpipes.compute.local import LocalRay

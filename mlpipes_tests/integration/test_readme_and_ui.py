@@ -84,6 +84,7 @@ def test_every_command_of_the_readme_runs(folder: Sandbox) -> None:
         ".venv/bin/mlpipes status": "finished",
         ".venv/bin/mlpipes checkpoints digits w1-b128-e30-g0": "good",
         ".venv/bin/mlpipes report digits": "scaling report",
+        ".venv/bin/mlpipes replay digits w1-b128-e30-g0": "equal, bit for bit",
         ".venv/bin/mlpipes ray up": "Ray runs; dashboard http://127.0.0.1:",
         ".venv/bin/mlpipes ray status": "Ray runs (pid",
         ".venv/bin/mlpipes ray down": "Ray ended.",
