@@ -48,7 +48,9 @@ def follow_training(
             handle = attach_or_submit(jobs, job)
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
             end = _watch(context, jobs, handle, folder, stall_seconds)
-            if not folder.result.is_file():
+            if folder.result.is_file():
+                _see_off(context, jobs, handle)
+            else:
                 log = _settle(context, jobs, handle, folder, end)
         except ConnectionError as error:
             # The head is gone for longer than its clients are patient. A private one is started again by `connect`.
@@ -61,6 +63,17 @@ def follow_training(
             f"The Ray job ended as {end.status} without a result ({end.error or 'no error reported'}); going on from the "
             "last checkpoint"
         )
+
+
+def _see_off(context: dg.AssetExecutionContext, jobs: "RayJobs", handle: "JobHandle") -> None:
+    """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
+    deadline = time.monotonic() + DEAD_SECONDS
+    while jobs.status(handle.submission_id) in ("PENDING", "RUNNING"):
+        if time.monotonic() > deadline:
+            context.log.warning(f"Ray job {handle.submission_id} does not end although its training is done; ending it")
+            jobs.stop(handle.submission_id)
+            return
+        time.sleep(0.2)
 
 
 def _settle(
@@ -128,7 +141,7 @@ def _watch(
                 if end.fatal:
                     break
             elif kind == "finished" and folder.result.is_file():
-                break  # the outcome is in the store; how long the driver takes to clean up does not matter
+                break
             elif kind == "ended":
                 end.status = message["status"]
     except BaseException:
