@@ -1,12 +1,17 @@
-"""`mlpipes dev`: the Dagster UI and, if asked for, the MLflow UI, as children of one process that ends them."""
+"""`mlpipes dev`: the Dagster UI and, if asked for, the MLflow UI, kept alive by one process and ended with it."""
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +21,14 @@ from mlpipes.errors import ConfigError
 from mlpipes.tracking.runs import UI_VARIABLE, default_uri
 
 HOST = "127.0.0.1"
+CHECK_SECONDS = 2.0
+QUICK_SECONDS, QUICK_ENDS = 30.0, 3
+"""A server that ends so soon after its start, so many times in a row, is not started again."""
+UNREACHABLE_SECONDS = 20.0
+"""How long reloading may take to bring a code server back before everything of Dagster is started again."""
+_LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries { name locationOrLoadError {
+  ... on PythonError { message } } } } } }"""
+_RELOAD = 'mutation { reloadRepositoryLocation(repositoryLocationName: "%s") { __typename } }'
 
 
 def serve(console: Console, port: int, mlflow_port: int | None) -> int:
@@ -45,28 +58,83 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
     interrupted = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())
-    # Children get sessions of their own, so that Ctrl-C reaches them once, through us.
-    children = [subprocess.Popen(list(map(str, c)), env=environment, start_new_session=True) for c in commands]
+    children = [_Child(list(map(str, command)), environment) for command in commands]
     try:
-        while not interrupted.wait(0.5) and all(child.poll() is None for child in children):
-            pass
+        while not interrupted.wait(CHECK_SECONDS):
+            for child in children:
+                if not child.keep_up():
+                    console.print(
+                        f"[red]{child.command[0]} ended {QUICK_ENDS} times right after its start; giving up.[/]"
+                    )
+                    return 1
+            _heal_code_server(f"http://{HOST}:{port}/graphql")
     finally:
         for child in children:
-            _end(child)
-    return 0 if interrupted.is_set() else 1
+            child.end()
+    return 0
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End a child and everything that it started: by interrupt, which lets it clean up, and for good after a while."""
-    for number, seconds in ((signal.SIGINT, 15), (signal.SIGKILL, 5)):
-        try:
-            if number == signal.SIGKILL:
-                os.killpg(child.pid, number)
-            else:
-                child.send_signal(number)
-            child.wait(seconds)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+class _Child:
+    """A server that is started again when it dies, unless it keeps dying at once."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
+        self.command, self.environment, self.quick_ends = command, environment, 0
+        self._start()
+
+    def _start(self) -> None:
+        # A session of its own, so that Ctrl-C reaches it once, through us; and it must not outlive us, for it would keep
+        # the port.
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, start_new_session=True, preexec_fn=_end_with_parent
+        )
+
+    def keep_up(self) -> bool:
+        """Start it again if it died; returns whether it is worth it."""
+        if self.process.poll() is None:
+            return True
+        self.quick_ends = self.quick_ends + 1 if time.monotonic() - self.started < QUICK_SECONDS else 0
+        self.end()  # what it left behind
+        if self.quick_ends == QUICK_ENDS:
+            return False
+        self._start()
+        return True
+
+    def end(self) -> None:
+        """End it and everything that it started: by interrupt, which lets it clean up, and for good after a while."""
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(15)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel interrupt this process when its parent dies, however it dies; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+
+
+def _heal_code_server(address: str) -> bool:
+    """Have Dagster start its code server again if that died: by itself it waits for somebody to press "Reload".
+
+    Returns whether the code server was there; while the webserver is busy or starting, it is taken to be.
+    """
+    import requests
+
+    def ask(query: str) -> Any:
+        return requests.post(address, json={"query": query}, timeout=5).json()["data"]
+
+    healthy = True
+    try:
+        for entry in ask(_LOCATIONS)["workspaceOrError"].get("locationEntries", []):
+            if "DagsterUserCodeUnreachableError" in (entry["locationOrLoadError"] or {}).get("message", ""):
+                healthy = False
+                ask(_RELOAD % entry["name"])
+    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
+        return healthy
+    return healthy
 
 
 def _is_free(port: int) -> bool:

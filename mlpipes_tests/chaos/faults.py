@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from mlpipes_tests.chaos.harness import Session
 
 KILLED = (
-    *("run worker", "dagster dev", "daemon", "code server", "webserver", "everything of Dagster"),
+    *(
+        "run worker",
+        "mlpipes dev",
+        "dagster dev",
+        "daemon",
+        "code server",
+        "code server and its parent",
+        "webserver",
+        "everything of Dagster",
+    ),
     *("Ray driver", "Train controller", "train worker", "raylet", "Ray head", "MLflow server", "everything"),
 )
 """These get SIGKILL."""
@@ -33,6 +42,7 @@ _WORDS = {
     "dagster dev": "dagster dev",
     "daemon": "dagster._daemon",
     "code server": "api grpc",
+    "code server and its parent": "code-server start",
     "webserver": "dagster_webserver",
     "Ray driver": "mlpipes.training.job",
     "Train controller": "ray::TrainController",
@@ -53,19 +63,23 @@ def processes(session: "Session", victim: str, run_id: str) -> list[psutil.Proce
     match victim:
         case "run worker":
             return [p for p in dagster if p.pid in session.run_worker_pids(run_id)]
+        case "mlpipes dev":
+            return [psutil.Process(session.dev.pid)]
         case "everything of Dagster":
-            return dagster
+            return [*dagster, psutil.Process(session.dev.pid)]
         case "Ray head":
             return ray
         case "MLflow server":
             return mlflow
         case "everything":
-            return dagster + ray + mlflow
+            return [*dagster, psutil.Process(session.dev.pid), *ray, *mlflow]
         case "full disk":
             return []
         case "flipped byte" | "flipped byte, snapshot":
             words = ("mlpipes.training.job", "ray::RayTrainWorker")
             return [p for p in ray if any(word in command_of(p) for word in words)]
+        case "code server and its parent":
+            return [p for p in dagster if any(_WORDS[name] in command_of(p) for name in ("code server", victim))]
         case _:
             word = _WORDS[victim.removesuffix(", hung")]
             found = [p for p in dagster + ray if word in command_of(p)]

@@ -25,7 +25,7 @@ from mlpipes_tests.chaos.faults import (
     small_disk,
     strike,
 )
-from mlpipes_tests.sandbox import Sandbox, answers, end, free_port, graphql, wait_for
+from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
 
 SCALE = "w2-b128-e60-g0"
@@ -34,6 +34,7 @@ _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $p
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
 _RUNS = "{ runsOrError(limit: 30) { ... on Runs { results { runId rootRunId status } } } }"
+_JOBS = """{ repositoriesOrError { ... on RepositoryConnection { nodes { jobs { name } } } } }"""
 _TERMINATE = """mutation($run: String!) { terminateRun(runId: $run) { __typename } }"""
 _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
   __typename ... on MessageEvent { message timestamp }
@@ -148,6 +149,7 @@ class Session:
     def trial(self, victim: str, seed: int) -> Trial:
         """Launch, let the fault happen, wait, compare."""
         trial, chance = Trial(victim, seed), random.Random(f"{victim}-{seed}")  # noqa: S311 - for moments, not secrets
+        self.until(self.is_ready, "Dagster can launch runs")
         run_id = self.launch(stall_seconds=STALL_SECONDS if victim in HUNG else 900)
         folder = self.folder_of(run_id)
         self.until(lambda: folder.messages(1).is_file(), "the training's driver has started")
@@ -166,6 +168,13 @@ class Session:
         self._measure(trial, run_id, folder, struck_at, step)
         return trial
 
+    def is_ready(self) -> bool:
+        """Whether the webserver knows the jobs: what an earlier trial broke is mended."""
+        try:
+            return "digits_chain" in str(graphql(self.address, _JOBS))
+        except (OSError, RuntimeError, ValueError):
+            return False
+
     def _random_moment(self, victim: str, run_id: str, folder: TrainingFolder, chance: random.Random) -> None:
         """Wait for a moment at which the victim is there: while things start, or at some step of the training."""
         self.until(lambda: victim == DISK or bool(processes(self, victim, run_id)), f"{victim} is there")
@@ -183,8 +192,8 @@ class Session:
             if not mended and time.time() - struck_at > AWAY_SECONDS.get(victim, 0):
                 mend(self, victim)
                 mended = True
-            if self.dev is None or self.dev.poll() is not None or not answers(f"{self.address}/server_info"):
-                self.up()
+            if self.dev is None or self.dev.poll() is not None:
+                self.up()  # the one thing that a user has to do
             statuses = self.family(run_id)
             if "SUCCESS" in statuses:
                 return
