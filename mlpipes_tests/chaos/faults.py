@@ -15,17 +15,9 @@ if TYPE_CHECKING:
     from mlpipes_tests.chaos.harness import Session
 
 KILLED = (
-    *(
-        "run worker",
-        "mlpipes dev",
-        "dagster dev",
-        "daemon",
-        "code server",
-        "code server and its parent",
-        "webserver",
-        "everything of Dagster",
-    ),
-    *("Ray driver", "Train controller", "train worker", "raylet", "Ray head", "MLflow server", "everything"),
+    *("run worker", "mlpipes dev", "dagster dev", "daemon", "code server", "code server and its parent", "webserver"),
+    *("everything of Dagster", "Ray driver", "Train controller", "train worker", "raylet", "Ray head"),
+    *("MLflow server", "everything"),
 )
 """These get SIGKILL."""
 HUNG = ("train worker, hung", "Ray driver, hung")

@@ -28,8 +28,8 @@ from mlpipes_tests.chaos.faults import (
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
 
-SCALE = "w2-b128-e60-g0"
-REFERENCE_SCALE = "w1-b128-e60-g0"  # the same bits at any number of workers: one process is the cheapest reference
+SCALE = "w2-b128-e40-g0"
+REFERENCE_SCALE = "w1-b128-e40-g0"  # the same bits at any number of workers: one process is the cheapest reference
 _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
