@@ -39,22 +39,19 @@ def materialize_model(
 ) -> dg.MaterializeResult:
     """Export the best checkpoint by validation, write its card, register it."""
     from mlpipes.tracking.models import FINGERPRINT, register
-    from mlpipes.training.export import export_best, load_model, serving_module
+    from mlpipes.training.export import deployable, export_best, load_model
 
     folder, recipe, snapshot, outcome = _open(store, reference)
     trained = load_model(export_best(folder, recipe, outcome), snapshot)
     card = folder.path / "card.md"
     card.write_text(model_card(entry.summary, recipe, snapshot, outcome, trained.meta), encoding="utf-8")
-    module, example, outputs = serving_module(trained, snapshot)
     tracker = mlflow.tracker()
     name = f"mlpipes-{entry.name}"
     version = register(
         tracker,
         reference["mlflow_run_id"],
         name,
-        module,
-        example,
-        outputs,
+        deployable(trained, snapshot),
         tags={
             FINGERPRINT: recipe.fingerprint,
             "mlpipes.scale": recipe.scale.key,

@@ -96,7 +96,9 @@ def materialize_training(
     root_run = context.run.tags.get("dagster/root_run_id") or context.run.root_run_id or context.run.run_id
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
     folder = store.store.training(recipe.fingerprint)
-    preflight.check_shards(recipe.scale, recipe.hyperparameters["logical_shards"], snapshot.counts["train"])
+    preflight.check_shards(
+        recipe.scale, recipe.hyperparameters["logical_shards"] or recipe.scale.workers, snapshot.counts["train"]
+    )
     preflight.check_elastic(recipe.scale, config.min_workers, recipe.hyperparameters["reduction"])
     outcome = finished(folder)
     if outcome is None:  # before anything is written: what does not fit leaves no trace

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlpipes.data.ragged import arrays_of
 from mlpipes.files import canonical_json
 
-Columns = Mapping[str, np.ndarray]
-"""Arrays of equal length, one row a sample."""
+Columns = Mapping[str, Any]
+"""Columns of equal length, one row a sample, by name: arrays (N, …), or `Ragged` where rows differ in length."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def digest_splits(splits: Mapping[str, Columns], facts: Mapping[str, Any]) -> st
     """SHA-256 (hex) over every column of every split, in name order, and over the facts."""
     sha = hashlib.sha256(canonical_json(facts))
     for split in sorted(splits):
-        for name in sorted(splits[split]):
-            array = np.ascontiguousarray(splits[split][name])
+        arrays = {
+            key: array for name, column in splits[split].items() for key, array in arrays_of(name, column).items()
+        }
+        for name in sorted(arrays):
+            array = np.ascontiguousarray(arrays[name])
             sha.update(canonical_json([split, name, array.dtype.str, list(array.shape)]))
             sha.update(array.data.cast("B") if array.size else b"")
     return sha.hexdigest()

@@ -1,25 +1,39 @@
 """The snapshot: split, content-addressed, memory-mapped columns that training and evaluation read.
 
-A snapshot is a published directory `snapshots/<digest>` with one `.npy` file per split and column. Its digest covers
-every column of every split, the split plan and the preparation parameters, so scales that need the same data share the
-same bytes, and data that differ in anything can never be taken for each other.
+A snapshot is a published directory `snapshots/<digest>` with one `.npy` file per split and column (two for a ragged one),
+and `files/` that belong to the data, such as a tokenizer. Its digest covers every column of every split, the files, the
+split plan and the preparation parameters, so scales that need the same data share the same bytes, and data that differ in
+anything can never be taken for each other.
 """
 
+import shutil
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlpipes.data.dataset import Columns, Dataset, digest_splits
+from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.data.splits import SplitPlan, split_dataset
 from mlpipes.errors import CorruptionError
-from mlpipes.files import Published, digest_of, open_published, publishing, read_record, set_aside, write_record
+from mlpipes.files import (
+    Published,
+    digest_of,
+    open_published,
+    publishing,
+    read_record,
+    set_aside,
+    sha256_file,
+    write_record,
+)
 from mlpipes.store import Store
 
 KIND = "snapshot"
-VERSION = 1
+VERSION = 2
+FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -53,10 +67,19 @@ class Snapshot:
         """Samples in each split."""
         return self.meta["counts"]
 
-    def columns(self, split: str) -> dict[str, np.ndarray]:
+    @property
+    def files(self) -> Path:
+        """The folder of the files that belong to the data; it is there only if there are any."""
+        return self.path / FILES
+
+    def columns(self, split: str) -> dict[str, Any]:
         """The memory-mapped, read-only columns of a split."""
+
+        def read(name: str) -> np.ndarray:
+            return np.load(self.path / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False)
+
         return {
-            name: np.load(self.path / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False)
+            name: Ragged(read(f"{name}.values"), read(f"{name}.offsets")) if name in self.meta["ragged"] else read(name)
             for name in self.meta["columns"]
         }
 
@@ -71,21 +94,34 @@ def open_snapshot(path: Path) -> Snapshot:
     return snapshot
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Split columns turned into what a model reads, and what else it must have with them."""
+
+    splits: Mapping[str, Columns]
+    facts: Mapping[str, Any]
+    """The source's facts and what the preparation adds; JSON."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Files to keep with the data, by their name in the snapshot (which may hold slashes)."""
+
+
 def make_snapshot(
     store: Store,
     dataset: Dataset,
     plan: SplitPlan,
     preparation: Mapping[str, Any],
     statistics: Mapping[str, Any],
-    splits: Mapping[str, Columns],
+    prepared: Prepared,
     duplicates: Mapping[str, Any],
 ) -> Snapshot:
     """Write the snapshot of columns that are already split, or open the equal one that is there."""
+    splits = prepared.splits
     identity = {
         "format": VERSION,
         "plan": plan.as_dict(),
         "preparation": dict(preparation),
-        "facts": dict(dataset.facts),
+        "facts": dict(prepared.facts),
+        "files": {name: sha256_file(path) for name, path in prepared.files.items()},
         "source": dataset.digest(),
     }
     digest = digest_splits(splits, identity)
@@ -93,14 +129,20 @@ def make_snapshot(
     if not target.is_dir():
         with publishing(target, kind=KIND, version=VERSION) as draft:
             for split, columns in splits.items():
-                for name, array in columns.items():
-                    np.save(draft.path / f"{split}.{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
+                for column, content in columns.items():
+                    for name, array in arrays_of(column, content).items():
+                        np.save(draft.path / f"{split}.{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
+            for name, path in prepared.files.items():
+                (draft.path / FILES / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, draft.path / FILES / name)
+            first = next(iter(splits.values()))
             draft.meta.update(
                 digest=digest,
                 provenance=dataset.provenance.as_dict(),
-                facts=dict(dataset.facts),
+                facts=dict(prepared.facts),
                 counts={split: len(next(iter(columns.values()))) for split, columns in splits.items()},
-                columns=sorted(next(iter(splits.values()))),
+                columns=sorted(first),
+                ragged=sorted(name for name, column in first.items() if isinstance(column, Ragged)),
                 statistics=dict(statistics),
                 plan=plan.as_dict(),
                 preparation=dict(preparation),
@@ -136,9 +178,10 @@ def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapsh
             f"{dataset.provenance.name} changed since its `dataset` asset was materialized "
             f"({source_digest[:12]} then, {dataset.digest()[:12]} now). Materialize `dataset` again."
         )
-    prepared = workload.prepare(dataset)
-    splits, duplicates = split_dataset(prepared, workload.split)
-    statistics = workload.statistics(splits["train"])
-    snapshot = make_snapshot(store, prepared, workload.split, workload.preparation, statistics, splits, duplicates)
+    splits, duplicates = split_dataset(dataset, workload.split)
+    with tempfile.TemporaryDirectory(prefix="mlpipes-prepare-") as scratch:
+        prepared = workload.prepare(splits, dataset.facts, Path(scratch))
+        statistics = workload.statistics(prepared.splits["train"])
+        snapshot = make_snapshot(store, dataset, workload.split, workload.preparation, statistics, prepared, duplicates)
     write_record(pointer, {"digest": snapshot.digest})
     return snapshot, warnings

@@ -1,8 +1,8 @@
-"""Splitting: disjoint by content, stratified and seeded; what was dropped, and why, is reported."""
+"""Splitting: disjoint by content, stratified or by groups, seeded; what was dropped, and why, is reported."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,10 @@ class SplitPlan:
     stratify_by: str | None = "label"
     content: tuple[str, ...] = ("image",)
     """The columns whose bytes make two samples the same sample."""
+    group_by: str | None = None
+    """A column of integers; samples that share its value go to the same split. Takes the place of stratification."""
+    train_cap: int | None = None
+    """At most so many training samples, drawn at random, stratified."""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -35,7 +39,7 @@ class SplitPlan:
 
 def content_hashes(columns: Columns, names: tuple[str, ...]) -> list[bytes]:
     """One SHA-256 per row over the bytes of the named columns."""
-    arrays = [np.ascontiguousarray(columns[name]) for name in names]
+    arrays = [columns[name] for name in names]
     hashes = []
     for row in range(len(arrays[0])):
         sha = hashlib.sha256()
@@ -45,7 +49,7 @@ def content_hashes(columns: Columns, names: tuple[str, ...]) -> list[bytes]:
     return hashes
 
 
-def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Disjoint `train`, `validation` and `test` columns, and a report of the duplicates found.
 
     The source's test split is left as it is. A training sample whose content is also in the test split is dropped, and
@@ -68,15 +72,18 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
     keep, report = _without_duplicates(train_hashes, test_hashes, train.get(plan.stratify_by or ""))
     train = _rows(train, keep)
 
-    splits: dict[str, dict[str, np.ndarray]] = {}
+    splits: dict[str, dict[str, Any]] = {}
     if test is None:
         assert plan.test_fraction is not None  # noqa: S101 - narrowed above
-        train, splits["test"] = _stratified(train, plan.test_fraction, plan, "test")
+        train, splits["test"] = _divided(train, plan.test_fraction, plan, "test")
     else:
         splits["test"] = test
     total = len(next(iter(train.values()))) + (len(splits["test"][SOURCE_INDEX]) if test is None else 0)
     share = plan.validation_fraction * total / len(train[SOURCE_INDEX])
-    splits["train"], splits["validation"] = _stratified(train, share, plan, "validation")
+    splits["train"], splits["validation"] = _divided(train, share, plan, "validation")
+    rows = len(splits["train"][SOURCE_INDEX])
+    if plan.train_cap is not None and plan.train_cap < rows:
+        _, splits["train"] = _divided(splits["train"], plan.train_cap / rows, replace(plan, group_by=None), "training")
     _assert_disjoint(splits, plan.content)
     return splits, report
 
@@ -109,23 +116,35 @@ def _without_duplicates(
     return np.asarray(keep, dtype=np.int64), report
 
 
-def _rows(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(array[rows]) for name, array in columns.items()}
+def _rows(columns: Columns, rows: np.ndarray) -> dict[str, Any]:
+    return {name: column[rows] for name, column in columns.items()}
 
 
-def _stratified(
-    columns: dict[str, np.ndarray], fraction: float, plan: SplitPlan, name: str
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    from sklearn.model_selection import train_test_split
-
-    labels = columns[plan.stratify_by] if plan.stratify_by else None
-    try:
-        rest, part = train_test_split(
-            np.arange(len(columns[SOURCE_INDEX])), test_size=fraction, random_state=plan.seed, stratify=labels
+def _divided(
+    columns: dict[str, Any], fraction: float, plan: SplitPlan, name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rest, and a part of about `fraction` of the rows: whole groups, or the same share of every class."""
+    count = len(columns[SOURCE_INDEX])
+    chosen = np.zeros(count, dtype=np.bool_)
+    generator = np.random.default_rng(plan.seed)
+    if plan.group_by is not None:
+        _, group, sizes = np.unique(columns[plan.group_by], return_inverse=True, return_counts=True)
+        order = generator.permutation(len(sizes))
+        # Whole groups, as long as they bring the part closer to its size.
+        taken = order[np.cumsum(sizes[order]) - sizes[order] / 2 <= fraction * count]
+        chosen = np.isin(group, taken)
+    else:
+        labels = columns[plan.stratify_by] if plan.stratify_by else np.zeros(count)
+        shuffled = generator.permutation(count)
+        # Systematic sampling along the classes: each gets its share to within one sample, however rare it is.
+        along = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        marks = np.floor(np.arange(count + 1) * fraction + generator.random())
+        chosen[along[np.diff(marks) > 0]] = True
+    if chosen.all() or not chosen.any():
+        raise DataError(
+            f"cannot set a {name} split of {fraction:.1%} of {count:,} samples aside: a split would be empty"
         )
-    except ValueError as error:
-        raise DataError(f"cannot set a {name} split of {fraction:.1%} aside: {error}") from error
-    return _rows(columns, np.sort(rest)), _rows(columns, np.sort(part))
+    return _rows(columns, np.flatnonzero(~chosen)), _rows(columns, np.flatnonzero(chosen))
 
 
 def _assert_disjoint(splits: Mapping[str, Columns], content: tuple[str, ...]) -> None:

@@ -10,6 +10,8 @@ from mlpipes.reporting.report import Estimate, Report, Table
 
 ECE_BINS = 15
 MISTAKES = 24
+RESAMPLES = 1000
+SHOWN_CLASSES = 50
 
 
 def probabilities_of(logits: np.ndarray) -> np.ndarray:
@@ -41,11 +43,11 @@ def classification_report(
     logits: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
-    picture_of_mistakes: Callable[[np.ndarray, Sequence[str]], bytes],
+    show_mistakes: Callable[[np.ndarray, Sequence[str]], bytes | Table],
 ) -> Report:
     """The report of predictions `logits` float (N, C) against `labels` int (N,).
 
-    `picture_of_mistakes(rows, captions)` draws the rows that were most confidently wrong.
+    `show_mistakes(rows, captions)` shows the rows that were most confidently wrong, as a picture or a table.
     """
     from sklearn import metrics
 
@@ -54,63 +56,79 @@ def classification_report(
     confidence = probabilities.max(axis=1)
     correct = predicted == labels
     n = len(labels)
-    low, high, macro_f1 = _bootstrapped_macro_f1(labels, predicted, len(names))
     ece = expected_calibration_error(confidence, correct)
-    per_class: Any = metrics.precision_recall_fscore_support(
-        labels, predicted, labels=range(len(names)), zero_division=cast(Any, 0)
-    )
-    confusion: np.ndarray = metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
     wrong = np.flatnonzero(~correct).tolist()
     worst = sorted(wrong, key=lambda row: -confidence[row])[:MISTAKES]
     captions = [f"{names[labels[i]]} → {names[predicted[i]]} {confidence[i]:.0%}" for i in worst]
-    pictures = {
-        "confusion": figures.confusion_matrix(confusion, names),
-        "calibration": figures.reliability(confidence, correct, ece, ECE_BINS),
-    }
-    if len(worst):
-        pictures["mistakes"] = picture_of_mistakes(np.asarray(worst), captions)
+    pictures = {"calibration": figures.reliability(confidence, correct, ece, ECE_BINS)}
+    shown = [_per_class(labels, predicted, names)]
+    if len(names) <= SHOWN_CLASSES:
+        confusion: np.ndarray = metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
+        pictures = {"confusion": figures.confusion_matrix(confusion, names)} | pictures
+    calibration = [
+        ece,
+        float(confidence.mean()),
+        float(metrics.log_loss(labels, probabilities, labels=range(len(names)))),
+    ]
+    columns = ["expected calibration error", "mean confidence", "negative log-likelihood"]
+    shown.append(Table("Calibration", columns, [calibration]))
+    if worst:
+        mistakes = show_mistakes(np.asarray(worst), captions)
+        if isinstance(mistakes, Table):
+            shown.append(mistakes)
+        else:
+            pictures["mistakes"] = mistakes
+    majority = int(np.bincount(labels, minlength=len(names)).max())
     return Report(
         estimates={
             "accuracy": wilson(int(correct.sum()), n),
-            "macro_f1": Estimate(macro_f1, low, high, n),
+            **_bootstrapped(labels, predicted, len(names)),
         },
-        tables=[
-            Table(
-                "Per class",
-                ["class", "precision", "recall", "f1", "n"],
-                [
-                    [name, float(p), float(r), float(f), int(s)]
-                    for name, p, r, f, s in zip(names, *per_class, strict=True)
-                ],
-            ),
-            Table(
-                "Calibration",
-                ["expected calibration error", "mean confidence", "negative log-likelihood"],
-                [
-                    [
-                        ece,
-                        float(confidence.mean()),
-                        float(metrics.log_loss(labels, probabilities, labels=range(len(names)))),
-                    ]
-                ],
-            ),
-        ],
+        tables=shown,
         figures=pictures,
         notes=[
-            f"{len(wrong)} of {n:,} wrong. Intervals: Wilson score for accuracy, bootstrap (1,000 resamples) for macro F1, "
-            "which is degenerate where nothing was wrong.",
+            f"{len(wrong)} of {n:,} wrong; always the most frequent class would be right in {majority / n:.1%}. Intervals: "
+            f"Wilson score for accuracy, percentiles of {RESAMPLES:,} bootstrap resamples for macro F1 and Matthews "
+            "correlation, which are degenerate where nothing was wrong.",
         ],
     )
 
 
-def _bootstrapped_macro_f1(labels: np.ndarray, predicted: np.ndarray, classes: int) -> tuple[float, float, float]:
-    def macro_f1(matrix: np.ndarray) -> np.ndarray:
-        hits = np.diagonal(matrix, axis1=-2, axis2=-1)
-        totals = matrix.sum(axis=-1) + matrix.sum(axis=-2)
-        return (2 * hits / np.maximum(totals, 1)).mean(axis=-1)
+def _per_class(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Table:
+    from sklearn import metrics
 
-    counts = np.bincount(labels * classes + predicted, minlength=classes * classes)
-    # Resampling samples with replacement is drawing confusion counts from a multinomial: no loop over samples.
-    draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=1000)
-    low, high = np.quantile(macro_f1(draws.reshape(-1, classes, classes)), [0.025, 0.975])
-    return float(low), float(high), float(macro_f1(counts.reshape(classes, classes)))
+    found: Any = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=range(len(names)), zero_division=cast(Any, 0)
+    )
+    rows = [[name, float(p), float(r), float(f), int(s)] for name, p, r, f, s in zip(names, *found, strict=True)]
+    title = "Per class"
+    if len(rows) > SHOWN_CLASSES:
+        title = f"Per class, the {SHOWN_CLASSES} of {len(rows):,} with the lowest F1"
+        rows = sorted((row for row in rows if row[4]), key=lambda row: (row[3], -row[4]))[:SHOWN_CLASSES]
+    return Table(title, ["class", "precision", "recall", "f1", "n"], rows)
+
+
+def _bootstrapped(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, Estimate]:
+    """Macro F1 and Matthews correlation (its form for several classes: Gorodkin 2004) with their intervals."""
+    # Everything follows from how often each pair (label, prediction) occurs; resampling samples with replacement is
+    # drawing these counts from a multinomial. Only pairs that occur are kept: with many classes they are few.
+    pairs, counts = np.unique(labels * classes + predicted, return_counts=True)
+    truth, guess = pairs // classes, pairs % classes
+    n = len(labels)
+
+    def measure(counts: np.ndarray) -> tuple[float, float]:
+        hits = np.bincount(truth[truth == guess], counts[truth == guess], classes)
+        true_totals, guess_totals = np.bincount(truth, counts, classes), np.bincount(guess, counts, classes)
+        macro_f1 = (2 * hits / np.maximum(true_totals + guess_totals, 1)).mean()
+        covariance = hits.sum() * n - true_totals @ guess_totals
+        spread = (n**2 - guess_totals @ guess_totals) * (n**2 - true_totals @ true_totals)
+        return float(macro_f1), float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
+
+    values = measure(counts)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, size=RESAMPLES)
+    lows, highs = np.quantile([measure(draw) for draw in draws], [0.025, 0.975], axis=0)
+    names = ("macro_f1", "matthews_correlation")
+    return {
+        name: Estimate(value, float(low), float(high), n)
+        for name, value, low, high in zip(names, values, lows, highs, strict=True)
+    }

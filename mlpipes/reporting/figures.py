@@ -81,6 +81,17 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, ece: float, bins: i
     return _png(figure)
 
 
+def scatter(labels: np.ndarray, values: np.ndarray) -> bytes:
+    """Predicted values (N,) against labels (N,), with the line of no error."""
+    figure, axes = _new(4.6, 4.2)
+    low, high = float(min(labels.min(), values.min())), float(max(labels.max(), values.max()))
+    axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1)
+    axes.scatter(labels, values, s=8, alpha=0.4, color=_COLOURS[0])
+    axes.set(xlabel="label", ylabel="prediction", title="Predictions")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
 def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: str) -> bytes:
     """Pictures with captions; `images` uint8 (N, C, H, W) with values up to `maximum`, C = 1 or 3."""
     columns = min(8, max(1, len(images)))

@@ -8,6 +8,7 @@ containers only) and, in its manifest, the progress. Random numbers and learning
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,15 @@ class Checkpoints:
         return target
 
     def prune(self, progress: Progress) -> None:
-        """Remove all but the last `keep_last` checkpoints and the best one."""
+        """Remove all but the last `keep_last` checkpoints and the best one, as of each of them.
+
+        A checkpoint is of use only together with the best one up to then, should a later one turn out to be corrupt.
+        """
         keep = set(self.steps()[-self.keep_last :]) | ({progress.best["step"]} if progress.best else set())
+        for step in keep - {progress.step}:
+            with suppress(CorruptionError, FileNotFoundError, KeyError, TypeError):
+                best = open_published(self.path(step), kind=KIND, verify=False).meta["progress"]["best"]
+                keep |= {best["step"]}
         for step in self.steps():
             if step not in keep:
                 shutil.rmtree(self.path(step), ignore_errors=True)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import deterministic
@@ -30,16 +31,22 @@ def prepare_process(threads: int, seed: int) -> None:
     torch.manual_seed(mixed_seed(seed, "model"))
 
 
+POOL_BATCHES = 64
+"""Batches whose samples are sorted by length together: enough for even lengths, few enough for random company."""
+
+
 class DataOrder:
     """Which rows each step reads: a pure function of (seed, epoch, step), the same for every worker and after a crash.
 
     Each epoch is a fresh permutation of all rows; the remainder that does not fill a global batch is left out, another
-    one every epoch.
+    one every epoch. With `lengths` (int64, one a row), rows of like length share a batch, so that little is padded: pools
+    of the permutation are sorted by length and cut into batches, which then come in random order.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: int, batch_size: int, seed: int, lengths: np.ndarray | None = None) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.steps_per_epoch = rows // batch_size
+        self._lengths = None if lengths is None else torch.from_numpy(np.array(lengths))
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.int64)
 
@@ -48,8 +55,17 @@ class DataOrder:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, "order", epoch))
             self._permutation = torch.randperm(self.rows, generator=generator)
+            if self._lengths is not None:
+                self._permutation = self._bucketed(self._permutation, self._lengths, generator)
             self._epoch = epoch
         return self._permutation[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _bucketed(self, permutation: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
+        kept = permutation[: self.steps_per_epoch * self.batch_size]
+        pools = kept.split(POOL_BATCHES * self.batch_size)
+        ordered = torch.cat([pool[torch.sort(lengths[pool], stable=True).indices] for pool in pools])
+        batches = ordered.view(self.steps_per_epoch, self.batch_size)
+        return batches[torch.randperm(self.steps_per_epoch, generator=generator)].reshape(-1)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -78,7 +94,7 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What could make the same recipe give other bits: versions, hardware, threads, and the code's commit."""
-    libraries = ("torch", "torchvision", "numpy", "ray", "mlflow", "dagster")
+    libraries = ("torch", "torchvision", "transformers", "tokenizers", "numpy", "ray", "mlflow", "dagster")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,6 +1,5 @@
 """Running a model over a whole split, shared between workers, with results that do not depend on who computed them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mlpipes.training.parallel import Workers, shares
+from mlpipes.training.tensors import TensorColumns
 from mlpipes.workloads.base import Workload
 
 BATCH_SIZE = 500
 """Samples per forward pass. Fixed, because the bits of a convolution may depend on the size of its batch."""
+BATCH_COST = 16384
+"""Padded tokens per forward pass at most, where samples have lengths."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -23,7 +25,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def predictions_of(
     workload: Workload,
     model: nn.Module,
-    columns: Mapping[str, Tensor],
+    columns: TensorColumns,
     hp: Any,
     workers: Workers,
     precision: str,
@@ -32,9 +34,8 @@ def predictions_of(
 
     The batches are the same for any number of workers; each worker computes a consecutive share of them.
     """
-    rows = len(next(iter(columns.values())))
     device = next(model.parameters()).device
-    batches = torch.arange(rows).split(BATCH_SIZE)
+    batches = _batches(len(next(iter(columns.values()))), workload.lengths(columns))
     mine = shares(len(batches), workers.size)[workers.rank]
     was_training = model.training
     model.eval()
@@ -54,5 +55,21 @@ def predictions_of(
         padded = own.new_zeros(max(bounds), *own.shape[1:])
         padded[: len(own)] = own
         parts = workers.gather(padded)
-        result[name] = torch.cat([part[:count] for part, count in zip(parts, bounds, strict=True)]).cpu().numpy()
+        found = torch.cat([part[:count] for part, count in zip(parts, bounds, strict=True)]).cpu().numpy()
+        result[name] = np.empty_like(found)
+        result[name][torch.cat(batches).numpy()] = found
     return result
+
+
+def _batches(rows: int, lengths: np.ndarray | None) -> list[Tensor]:
+    """Rows of each forward pass: consecutive ones, or those of like length, the shortest first."""
+    if lengths is None:
+        return list(torch.arange(rows).split(BATCH_SIZE))
+    order, batches, start = np.argsort(lengths, kind="stable"), [], 0
+    while start < rows:
+        end = start + 1
+        while end < rows and end - start < BATCH_SIZE and (end + 1 - start) * lengths[order[end]] <= BATCH_COST:
+            end += 1
+        batches.append(torch.from_numpy(order[start:end].copy()))
+        start = end
+    return batches

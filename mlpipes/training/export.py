@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,7 +17,8 @@ from mlpipes.training.determinism import weights_digest
 from mlpipes.training.evaluation import predictions_of
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.recipe import Recipe
-from mlpipes.workloads.base import DataInfo, Workload
+from mlpipes.training.tensors import on_device
+from mlpipes.workloads.base import DataInfo, Deployable, Workload
 from mlpipes.workloads.catalog import load_workload
 
 KIND = "model"
@@ -38,7 +38,7 @@ class TrainedModel:
 
 
 def _info(snapshot: Snapshot) -> DataInfo:
-    return DataInfo(snapshot.facts, snapshot.meta["statistics"])
+    return DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
 
 
 def export_best(folder: TrainingFolder, recipe: Recipe, outcome: dict[str, Any]) -> Path:
@@ -78,19 +78,20 @@ def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> Report:
     """The report of a model on a split of a snapshot."""
     columns = snapshot.columns(split)
     device = next(model.network.parameters()).device
-    tensors = {name: torch.from_numpy(np.array(array)).to(device) for name, array in columns.items()}
     predictions = predictions_of(
-        model.workload, model.network, tensors, model.hp, SingleWorker(), model.meta["precision"]
+        model.workload,
+        model.network,
+        on_device(columns, device),
+        model.hp,
+        SingleWorker(),
+        model.meta["precision"],
     )
     return model.workload.report(predictions, columns, _info(snapshot))
 
 
-def serving_module(model: TrainedModel, snapshot: Snapshot) -> tuple[nn.Module, np.ndarray, np.ndarray]:
-    """The module to deploy on a CPU, a batch of example inputs from the training split, and its outputs for them."""
-    example = model.workload.serving_example(snapshot.columns("train"))
-    # A contiguous copy: exported programs carry memory layouts, and servers send plain arrays.
-    module = model.workload.serving_model(model.network, model.hp).cpu().eval()
-    module.to(memory_format=torch.contiguous_format)
-    with torch.no_grad():
-        outputs = module(torch.from_numpy(example)).float().numpy()
-    return module, example, outputs
+def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:
+    """What to deploy of a model, on the CPU, with examples from the training split."""
+    found = model.workload.deployable(model.network, model.hp, _info(snapshot), snapshot.columns("train"))
+    # Contiguous weights: exported programs carry memory layouts, and servers send plain arrays.
+    found.module.cpu().eval().to(memory_format=torch.contiguous_format)
+    return found

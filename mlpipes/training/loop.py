@@ -3,8 +3,7 @@
 import hashlib
 import math
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.parallel import ShardedGradient, Workers
 from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import Checkpointing
+from mlpipes.training.tensors import on_device
 from mlpipes.workloads.base import DataInfo, Workload
 
 LOGGED_POINTS = 1000
@@ -50,13 +50,14 @@ class Trainer:
     ) -> None:
         self.workload, self.hp, self.scale, self.workers = workload, hp, scale, workers
         self.checkpoints, self.policy, self.notify = checkpoints, policy, notify
-        self.may_write, self.stop_is_asked = may_write, stop_is_asked
+        self.may_write, self.stop_is_asked, self.device = may_write, stop_is_asked, device
         self.train_columns, self.validation, self.validation_columns = (
-            _on(train, device),
-            _on(validation, device),
+            on_device(train, device),
+            on_device(validation, device),
             validation,
         )
-        self.order = DataOrder(len(next(iter(train.values()))), scale.batch_size, seed)
+        rows = len(next(iter(train.values())))
+        self.order = DataOrder(rows, scale.batch_size, seed, workload.lengths(train))
         if self.order.steps_per_epoch == 0:
             raise TrainingFailedError(
                 f"the global batch size {scale.batch_size} is larger than the training split ({self.order.rows} samples)"
@@ -70,7 +71,7 @@ class Trainer:
         self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
-        self.gradient = ShardedGradient(self.model, workers, hp.logical_shards, hp.reduction)
+        self.gradient = ShardedGradient(self.model, workers, hp.logical_shards or scale.workers, hp.reduction)
         self.progress = Progress(seed=seed, precision=resolve_precision(hp.precision, device))
         self._undrained: list[Tensor] = []
         self._told = 0
@@ -154,18 +155,25 @@ class Trainer:
         factor = self.workload.learning_rate_factor(step / self.total_steps, self.hp)
         for group in self._groups():
             group["lr"] = group["peak_lr"] * factor
-        self._undrained.append(self.gradient.compute(rows, self._shard_loss).clone())
+        # Around all shards, so that weights are cast once a step and not once a shard.
+        with autocast(self.device, self.progress.precision):
+            loss = self.gradient.compute(rows, self._shard_losses)
+        self._undrained.append(loss.clone())
+        if (limit := self.workload.gradient_clip(self.hp)) is not None:
+            # The gradient is the same on every worker by now, and so is its norm.
+            nn.utils.clip_grad_norm_(self.gradient.parameters, limit, foreach=False)
         for optimizer in self.optimizers:
             optimizer.step()
         self.progress.order_digest = _chained(self.progress.order_digest, rows.numpy().tobytes())
         self.progress.step += 1
 
-    def _shard_loss(self, shard: int, rows: Tensor) -> Tensor:
+    def _shard_losses(self, shard: int, rows: Tensor) -> Iterator[Tensor]:
         # Augmentation and dropout draw from a generator that only the position determines.
         torch.manual_seed(mixed_seed(self.progress.seed, "shard", self.progress.step, shard))
-        batch = self.workload.batch(self.train_columns, rows, self.hp, augment=True)
-        with autocast(rows_device(batch), self.progress.precision):
-            return self.workload.loss(self.model, batch, self.hp)
+        for part in self.workload.micro_batches(self.train_columns, rows, self.hp):
+            with autocast(self.device, "fp32"):
+                batch = self.workload.batch(self.train_columns, part, self.hp, augment=True)
+            yield self.workload.loss(self.model, batch, self.hp)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
     def _drain(self) -> None:
@@ -262,19 +270,6 @@ class Trainer:
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-
-def rows_device(batch: Mapping[str, Tensor]) -> torch.device:
-    """The device that a batch is on."""
-    return next(iter(batch.values())).device
-
-
-def _on(columns: Columns, device: torch.device) -> dict[str, Tensor]:
-    """Whole columns on the device. On the CPU they stay memory-mapped, so workers of a node share one copy."""
-    with warnings.catch_warnings():
-        # torch cannot mark a tensor as read-only and warns of it; nothing in here writes to the data.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        return {name: torch.from_numpy(array).to(device) for name, array in columns.items()}
 
 
 def _chained(digest: str, data: bytes) -> str:

@@ -13,7 +13,7 @@ Batch normalisation sees one shard at a time ("ghost batches", Hoffer et al. 201
 statistics are averaged over shards in the same way as gradients, so they too are the same on every worker.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -96,26 +96,57 @@ class ShardedGradient:
         size = self._gradient_size + sum(b.numel() for b in self.averaged) + 1
         device = self.parameters[0].device
         # One row a shard: gradients, then buffers, then the loss. Workers with a smaller share leave rows zero.
-        self._rows = torch.zeros(len(self.shares[0]), size, device=device)
-        self._total = torch.zeros(size, device=device)
+        self._rows = torch.zeros(len(self.shares[0]) if workers.size > 1 else 0, size, device=device)
+        self._total = torch.zeros(size if workers.size > 1 else 0, device=device)
 
-    def compute(self, rows: Tensor, shard_loss: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def compute(self, rows: Tensor, shard_losses: Callable[[int, Tensor], Iterable[Tensor]]) -> Tensor:
         """Set the gradient of the mean loss over `rows` (B,) and return that mean loss, a scalar tensor.
 
-        `shard_loss(shard, rows)` returns the summed loss of one shard; it is called for this worker's shards only.
+        `shard_losses(shard, rows)` gives the summed losses of the parts of one shard, one after the other; gradients
+        accumulate over them. It is called for this worker's shards only.
         """
         parts = torch.tensor_split(rows, self.shards)
+        if self.workers.size == 1:
+            return self._alone(rows, parts, shard_losses)
         before = [b.clone() for b in self.averaged], [b.clone() for b in self.counted]
         for slot, shard in enumerate(self.shares[self.workers.rank]):
             for parameter in self.parameters:
                 parameter.grad = None
             self._restore(*before)
-            loss = shard_loss(shard, parts[shard])
-            (loss / len(rows)).backward()
-            self._fill(self._rows[slot], loss.detach() / len(rows))
+            loss = self._backward(shard_losses(shard, parts[shard]), len(rows))
+            self._fill(self._rows[slot], loss)
         total = self._reduced()
         self._spread(total)
         return total[-1]
+
+    def _alone(
+        self, rows: Tensor, parts: Sequence[Tensor], shard_losses: Callable[[int, Tensor], Iterable[Tensor]]
+    ) -> Tensor:
+        """The same sums in the same order, left to autograd, which adds each shard's gradient to that of those before."""
+        before = [b.clone() for b in self.averaged], [b.clone() for b in self.counted]
+        sums: list[Tensor] = []
+        for parameter in self.parameters:
+            parameter.grad = None
+        for shard, part in enumerate(parts):
+            self._restore(*before)
+            found = [self._backward(shard_losses(shard, part), len(rows)), *(b / self.shards for b in self.averaged)]
+            sums = [total + value for total, value in zip(sums, found, strict=True)] if sums else found
+        for buffer, total in zip(self.averaged, sums[1:], strict=True):
+            buffer.copy_(total)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return sums[0]
+
+    @staticmethod
+    def _backward(losses: Iterable[Tensor], batch_size: int) -> Tensor:
+        """Accumulate the gradients of the parts of a shard; returns their share of the mean loss."""
+        total = torch.zeros(())
+        for loss in losses:
+            mean = loss / batch_size
+            mean.backward()
+            total = total.to(mean.device) + mean.detach()
+        return total
 
     def _restore(self, averaged: Sequence[Tensor], counted: Sequence[Tensor]) -> None:
         for buffer, old in zip([*self.averaged, *self.counted], [*averaged, *counted], strict=True):

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from mlpipes.files import digest_of
 from mlpipes.scales import RayScaleConfig
 
-ENGINE_MODULES = ("mlpipes.training.loop", "mlpipes.training.parallel", "mlpipes.training.determinism")
+ENGINE_MODULES = tuple(
+    f"mlpipes.training.{name}" for name in ("determinism", "evaluation", "loop", "parallel", "tensors")
+)
 """Engine code that numbers depend on. The rest (checkpoints, messages, tracking) may change without retraining."""
 
 

@@ -68,7 +68,7 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
         workload,
         hp,
         recipe.scale,
-        DataInfo(snapshot.facts, snapshot.meta["statistics"]),
+        DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files),
         snapshot.columns("train"),
         snapshot.columns("validation"),
         seed=recipe.seed,

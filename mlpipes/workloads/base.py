@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from mlpipes.data.dataset import Columns, Dataset, Source
+from mlpipes.data.dataset import Columns, Source
+from mlpipes.data.snapshot import Prepared
 from mlpipes.data.splits import SplitPlan
 from mlpipes.reporting.report import Report
 
@@ -22,8 +24,11 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    logical_shards: int = Field(
-        default=4, ge=1, description="parts of a global batch; the most workers that can share it"
+    logical_shards: int | None = Field(
+        default=4,
+        ge=1,
+        description="parts of a global batch, the most workers that can share it; null: one for each worker of the scale, "
+        "the fastest, with which scales agree to rounding only",
     )
     reduction: Literal["ordered", "allreduce"] = Field(
         default="ordered",
@@ -40,6 +45,21 @@ class DataInfo:
 
     facts: Mapping[str, Any]
     statistics: Mapping[str, Any]
+    files: Path | None = None
+    """The folder of the snapshot's files, such as a tokenizer and pretrained weights."""
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """What to deploy of a trained model, and samples to document it with."""
+
+    module: nn.Module
+    example: Any
+    """A small batch of raw samples: an array for a torch program, columns of texts by name for a text model."""
+    tokenizer: Path | None = None
+    """The folder of the tokenizer of a text model; None for a torch program."""
+    outputs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Of a text model: what it should answer to the example, by column."""
 
 
 class Workload(ABC):
@@ -59,9 +79,12 @@ class Workload(ABC):
         """Parameters of `prepare` and `statistics`, JSON; part of the snapshot's digest."""
         return {}
 
-    def prepare(self, dataset: Dataset) -> Dataset:
-        """The source's columns turned into what the model reads."""
-        return dataset
+    def prepare(self, splits: Mapping[str, Columns], facts: Mapping[str, Any], scratch: Path) -> Prepared:
+        """The split columns turned into what the model reads; may fit to the training split, never to the others.
+
+        `scratch` is an empty folder for files that go into the snapshot.
+        """
+        return Prepared(splits, facts)
 
     def statistics(self, train: Columns) -> dict[str, Any]:
         """What the model needs to know of the training split, such as means; JSON. Never sees the other splits."""
@@ -83,9 +106,21 @@ class Workload(ABC):
     def learning_rate_factor(self, progress: float, hp: Any) -> float:
         """Factor on the peak learning rate at a fraction of all steps (0 ≤ progress < 1): a pure function, so no state."""
 
+    def gradient_clip(self, hp: Any) -> float | None:
+        """The greatest norm of the global batch's gradient; None: unlimited."""
+        return None
+
+    def lengths(self, columns: Mapping[str, Any]) -> np.ndarray | None:
+        """What each sample costs (its tokens, say), int64 (N,): batches hold samples of like cost. None: all alike."""
+        return None
+
     # -- one batch ----------------------------------------------------------------------------------------------------
+    def micro_batches(self, columns: Mapping[str, Any], rows: Tensor, hp: Any) -> Sequence[Tensor]:
+        """Rows that go through the model together, in order: all at once, or in parts where memory asks for it."""
+        return [rows]
+
     @abstractmethod
-    def batch(self, columns: Mapping[str, Tensor], rows: Tensor, hp: Any, *, augment: bool) -> Batch:
+    def batch(self, columns: Mapping[str, Any], rows: Tensor, hp: Any, *, augment: bool) -> Batch:
         """Inputs and targets of the given rows (B,), augmented by torch's global RNG, which the engine has seeded."""
 
     @abstractmethod
@@ -111,9 +146,5 @@ class Workload(ABC):
 
     # -- serving ------------------------------------------------------------------------------------------------------
     @abstractmethod
-    def serving_model(self, model: nn.Module, hp: Any) -> nn.Module:
-        """The module to deploy: raw samples in (any batch size), outputs of `predict` out, no random numbers."""
-
-    @abstractmethod
-    def serving_example(self, columns: Columns) -> np.ndarray:
-        """A small batch of raw samples to trace and document the deployed model with."""
+    def deployable(self, model: nn.Module, hp: Any, info: DataInfo, columns: Columns) -> Deployable:
+        """What to deploy: raw samples in (any batch size), outputs out, no random numbers. Examples come from `columns`."""

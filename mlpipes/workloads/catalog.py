@@ -55,6 +55,18 @@ CATALOG = (
         "mlpipes.workloads.image_classification:cifar10",
         ["w1-b256-e12-g0", "w2-b256-e12-g0", "w4-b256-e12-g0", "w1-b2048-e8-g1", "w4-b2048-e8-g1"],
     ),
+    entry(
+        "docstrings",
+        "Which library a paragraph of documentation comes from; a tiny BERT from scratch, embedded and offline",
+        "mlpipes.workloads.text_classification:docstrings",
+        ["w1-b64-e6-g0", "w2-b64-e6-g0", "w4-b64-e6-g0-c0.5"],
+    ),
+    entry(
+        "sst2",
+        "GLUE SST-2, the sentiment of sentences from film reviews; fine-tuned BERT",
+        "mlpipes.workloads.text_classification:sst2",
+        ["w1-b32-e2-g0", "w2-b32-e2-g0", "w4-b32-e2-g0", "w1-b128-e3-g1", "w4-b128-e3-g1"],
+    ),
 )
 
 

@@ -17,7 +17,7 @@ from mlpipes.reporting.classification import classification_report
 from mlpipes.reporting.report import Report
 from mlpipes.workloads import networks
 from mlpipes.workloads.augmentation import affine, crop_and_flip
-from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
+from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
 from mlpipes.workloads.optimization import adamw, muon, sgd, trapezoid
 
 
@@ -83,7 +83,7 @@ class ImageClassification(Workload):
         """Linear warm-up, then linear decay to zero."""
         return trapezoid(progress, hp.warmup)
 
-    def batch(self, columns: Mapping[str, Tensor], rows: Tensor, hp: ImageHyperparameters, *, augment: bool) -> Batch:
+    def batch(self, columns: Mapping[str, Any], rows: Tensor, hp: ImageHyperparameters, *, augment: bool) -> Batch:
         """`image` (B, C, H, W) raw pixels and `label` (B,)."""
         labels = columns["label"][rows.to(columns["label"].device)]
         images = columns["image"]
@@ -126,13 +126,9 @@ class ImageClassification(Workload):
         labels = np.asarray(columns["label"])
         return classification_report(predictions["logits"], labels, info.facts["class_names"], picture)
 
-    def serving_model(self, model: nn.Module, hp: ImageHyperparameters) -> nn.Module:
+    def deployable(self, model: nn.Module, hp: ImageHyperparameters, info: DataInfo, columns: Columns) -> Deployable:
         """Raw pixels uint8 (B, C, H, W) in, logits (B, classes) out."""
-        return _Serving(model, hp.flip)
-
-    def serving_example(self, columns: Columns) -> np.ndarray:
-        """Four raw images."""
-        return np.array(columns["image"][:4])
+        return Deployable(_Serving(model, hp.flip), np.array(columns["image"][:4]))
 
 
 def _mirrored_logits(model: nn.Module, images: Tensor, mirror: bool) -> Tensor:

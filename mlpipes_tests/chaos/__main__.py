@@ -3,6 +3,7 @@
 Arguments: N, the first seed, and the faults (default: all).
 """
 
+import signal
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from mlpipes_tests.chaos.harness import Session, Trial
 
 def main(count: int, first_seed: int, victims: Sequence[str]) -> int:
     """Run the trials one after the other; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # also in the background of a shell, where SIGINT is ignored
+        signal.signal(number, signal.default_int_handler)
     trials: list[Trial] = []
     with (
         tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder,

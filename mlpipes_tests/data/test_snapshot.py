@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlpipes.data.dataset import Dataset
-from mlpipes.data.snapshot import Snapshot, open_snapshot, snapshot_of
+from mlpipes.data.snapshot import Prepared, Snapshot, open_snapshot, snapshot_of
 from mlpipes.data.sources import Cifar10Source, DigitsSource
 from mlpipes.data.splits import SplitPlan, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError, DataError
@@ -31,8 +31,8 @@ class TinyWorkload:
     def load(self) -> Dataset:
         return self.dataset
 
-    def prepare(self, dataset: Dataset) -> Dataset:
-        return dataset
+    def prepare(self, splits: Any, facts: Any, scratch: Path) -> Prepared:
+        return Prepared(splits, facts)
 
     def statistics(self, train: Any) -> dict[str, Any]:
         return {"mean": float(train["image"].mean())}
@@ -160,8 +160,8 @@ def test_partitions_that_write_one_snapshot_at_once_are_safe(tmp_path: Path) -> 
 def test_a_plan_that_does_not_fit_is_refused() -> None:
     with pytest.raises(DataError, match="brings no test split"):
         split_dataset(tiny_dataset(), SplitPlan(0.1))
-    with pytest.raises(DataError, match="cannot set a test split"):
-        split_dataset(tiny_dataset(rows=4, classes=4), PLAN)
+    with pytest.raises(DataError, match="a split would be empty"):
+        split_dataset(tiny_dataset(rows=1, classes=1), PLAN)
 
 
 def test_digits_are_complete() -> None:

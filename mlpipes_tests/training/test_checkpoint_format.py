@@ -65,3 +65,17 @@ def test_a_checkpoint_of_another_version_is_set_aside_with_both_versions_named(
     with pytest.raises(CorruptionError, match=r"version 1; this program reads \[2\]"):
         Checkpoints(folder).latest()
     assert [path.name for path in folder.iterdir()] == [f"step-{STEP:08d}.corrupt-1"]
+
+
+def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        checkpoints.save(model, [optimizer], Progress(step=step, best={"step": best, "metrics": {}}))
+    assert checkpoints.steps() == [1, 3, 4]
+    (checkpoints.path(4) / "optimizers.pt").write_bytes(b"x")
+    found, messages = checkpoints.latest()
+    assert found is not None
+    assert found.step == 3
+    assert "set aside" in messages[0]

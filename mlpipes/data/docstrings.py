@@ -1,0 +1,105 @@
+"""Docstrings: paragraphs of the documentation of installed libraries, and which library each comes from."""
+
+import ast
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from mlpipes.data.dataset import Dataset, Provenance
+from mlpipes.data.ragged import Ragged
+from mlpipes.errors import DataError
+
+LIBRARIES = {
+    "dagster": "dagster",
+    "matplotlib": "matplotlib",
+    "scipy": "scipy",
+    "sqlalchemy": "SQLAlchemy",
+    "torch": "torch",
+}
+"""Modules that mlpipes needs anyway, and their distributions."""
+PARAGRAPHS = 2400
+"""Of each library at most."""
+_NAMES = re.compile(
+    r"\b(dagster|matplotlib|pyplot|plt|mlflow|numpy|np|scipy|scikit-learn|sklearn|sqlalchemy|pytorch|torch\w*)\b",
+    re.IGNORECASE,
+)
+_SHORTEST, _LONGEST = 100, 600
+
+
+@dataclass(frozen=True)
+class DocstringSource:
+    """Paragraphs of docstrings with the library they come from; embedded, because the libraries are installed anyway.
+
+    Names of the libraries are masked, doctests and markup lines left out, and files are drawn in an order that their
+    names determine until a library has its paragraphs. The column `file` lets a split keep files together.
+    """
+
+    def load(self) -> Dataset:
+        """One split `train` with `text`, `label` and `file`. Raises DataError for a library that is not there."""
+        texts, labels, files, number = [], [], [], 0
+        for label, module in enumerate(LIBRARIES):
+            taken = 0
+            for path in _files(module):
+                paragraphs = list(_paragraphs(path))[: PARAGRAPHS - taken]
+                texts += paragraphs
+                labels += [label] * len(paragraphs)
+                files += [number] * len(paragraphs)
+                taken, number = taken + len(paragraphs), number + 1
+                if taken == PARAGRAPHS:
+                    break
+        versions = ", ".join(f"{distribution} {version(distribution)}" for distribution in LIBRARIES.values())
+        return Dataset(
+            splits={
+                "train": {
+                    "text": Ragged.of_texts(texts),
+                    "label": np.array(labels, dtype=np.int64),
+                    "file": np.array(files, dtype=np.int64),
+                }
+            },
+            provenance=Provenance(
+                name="Docstrings of installed libraries",
+                licence="those of the libraries (Apache-2.0, BSD, MIT, matplotlib's)",
+                origin=versions,
+                fidelity=f"at most {PARAGRAPHS:,} paragraphs a library; other versions give other texts",
+            ),
+            facts={
+                "class_names": list(LIBRARIES),
+                "roles": {"text": "text", "label": "library", "task": "classification"},
+            },
+        )
+
+
+def _files(module: str) -> list[Path]:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the library {module} is not installed, but its docstrings are part of this data set")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    names = {
+        path.relative_to(root).as_posix(): path
+        for path in root.rglob("*.py")
+        if "test" not in path.as_posix()[len(str(root)) :]
+    }
+    return [names[name] for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())]
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):  # templates and other things that only look like Python
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            for block in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                lines = [line.strip() for line in block.splitlines()]
+                prose = " ".join(
+                    line for line in lines if line and not line.startswith((">>>", "...", "..", ":", "---", "==="))
+                )
+                text = _NAMES.sub("[lib]", prose)[:_LONGEST]
+                if len(text) >= _SHORTEST:
+                    yield text

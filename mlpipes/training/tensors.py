@@ -1,0 +1,65 @@
+"""Columns as tensors on a device; ragged ones stay flat, and are padded batch by batch."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlpipes.data.dataset import Columns
+from mlpipes.data.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class RaggedTensor:
+    """A ragged column on a device."""
+
+    values: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The length of each row, int64 (N,)."""
+        return np.diff(self.offsets.cpu().numpy())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.values.device
+
+    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The given rows (B,) as int64 (B, L), padded with 0 to the longest of them, and which entries are real (bool)."""
+        rows = rows.to(self.offsets.device)
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        along = torch.arange(max(int(lengths.max()), 1), device=starts.device)
+        real = along < lengths[:, None]
+        picked = self.values[torch.where(real, starts[:, None] + along, 0)] if len(self.values) else real.long()
+        return picked.long().masked_fill(~real, 0), real
+
+
+TensorColumns = Mapping[str, Any]
+"""Tensors (N, …) or `RaggedTensor`, by name."""
+
+
+def on_device(columns: Columns, device: torch.device) -> dict[str, Any]:
+    """Whole columns on the device. On the CPU they stay memory-mapped, so workers of a node share one copy."""
+
+    def moved(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    with warnings.catch_warnings():
+        # torch cannot mark a tensor as read-only and warns of it; nothing in here writes to the data.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return {
+            name: RaggedTensor(moved(column.values), moved(column.offsets))
+            if isinstance(column, Ragged)
+            else moved(column)
+            for name, column in columns.items()
+        }
