@@ -3,8 +3,6 @@
 MLflow copies this file beside the weights and runs it where the model is served, so it imports nothing of mlpipes.
 """
 
-from typing import Any
-
 import mlflow
 import numpy as np
 import pandas as pd
@@ -27,7 +25,7 @@ class TextModel(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
 
     @torch.no_grad()
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:  # pyright: ignore[reportIncompatibleMethodOverride] - MLflow passes by name
+    def predict(self, context, model_input, params=None):
         """Columns `text` (and `text_pair`) in; `label` and one column of probabilities a class, or `value`, out."""
         config, outputs = self.model.config, []
         for start in range(0, len(model_input), BATCH):
