@@ -1,4 +1,4 @@
-"""The command line: `mlpipes demo | dev | scales | status | checkpoints | replay | report | fetch | ray`."""
+"""The command line: `mlpipes demo | dev | scales | status | checkpoints | replay | predict | report | fetch | ray`."""
 
 import os
 import sys
@@ -183,6 +183,38 @@ def replay(
     console.print(Markdown(found.markdown()))
     if not found.equal:
         raise typer.Exit(1)
+
+
+@app.command()
+@friendly
+def predict(
+    workload: Annotated[str, typer.Argument(help="which text workload")],
+    scale: Annotated[str, typer.Argument(help="which scale's model, e.g. w1-b64-e6-g0")],
+    texts: Annotated[list[str] | None, typer.Argument(help="texts; none: one a line from standard input")] = None,
+    pair: Annotated[
+        list[str] | None, typer.Option(help="of a workload on pairs: the second text, once for each")
+    ] = None,
+) -> None:
+    """Ask a trained text model about new texts: labels and probabilities, or values."""
+    from mlpipes.data.snapshot import open_snapshot
+    from mlpipes.training.export import load_model, predict_texts
+
+    entry_named(workload)
+    reference = store().read_reference(workload, "model", scale)
+    if reference is None:
+        raise ConfigError(f"{workload} {scale} has no model yet; materialize {workload}/model first")
+    asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not asked or (pair is not None and len(pair) != len(asked)):
+        raise ConfigError("give at least one text, and with --pair as many second texts as first ones")
+    snapshot = open_snapshot(store().snapshots / reference["snapshot"])
+    answers = predict_texts(
+        load_model(store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
+    )
+    table = Table("text", *answers)
+    for row, text in enumerate(asked):
+        cells = [column[row] for column in answers.values()]
+        table.add_row(text, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    console.print(table)
 
 
 @app.command()

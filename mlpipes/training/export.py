@@ -1,5 +1,6 @@
 """The model: the best checkpoint by validation as a verified file, and its evaluation on a split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mlpipes.data.snapshot import Snapshot
+from mlpipes.errors import ConfigError
 from mlpipes.files import open_published, publishing
 from mlpipes.reporting.report import Report
 from mlpipes.store import TrainingFolder
@@ -95,3 +97,20 @@ def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:
     # Contiguous weights: exported programs carry memory layouts, and servers send plain arrays.
     found.module.cpu().eval().to(memory_format=torch.contiguous_format)
     return found
+
+
+def predict_texts(
+    model: TrainedModel, snapshot: Snapshot, texts: Sequence[str], pairs: Sequence[str] | None
+) -> dict[str, Sequence[Any]]:
+    """A text model's answers to new texts (or pairs), by column. Raises ConfigError for another kind of model."""
+    from mlpipes.workloads.text_classification import TextWorkload
+
+    workload = model.workload
+    if not isinstance(workload, TextWorkload):
+        raise ConfigError(f"{model.recipe.workload} does not read texts; use its registered MLflow model")
+    if ("types" in snapshot.meta["columns"] or "text_pair" in snapshot.meta["columns"]) != (pairs is not None):
+        raise ConfigError(f"{model.recipe.workload} reads {'single texts' if pairs is not None else 'pairs of texts'}")
+    info = _info(snapshot)
+    columns = on_device(workload.raw_columns(texts, pairs, info), next(model.network.parameters()).device)
+    outputs = predictions_of(workload, model.network, columns, model.hp, SingleWorker(), model.meta["precision"])
+    return workload.answers(outputs, info)

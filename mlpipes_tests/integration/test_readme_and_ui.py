@@ -109,7 +109,7 @@ def test_the_example_workload_of_the_readme_trains(
     from mlpipes.workloads.catalog import entry
     from mlpipes_tests.training.harness import make_job, run_here
 
-    workload, line = blocks("python")
+    _, workload, line = blocks("python")
     (tmp_path / "readme_example.py").write_text(workload)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert len(workload.splitlines()) <= 60
@@ -118,6 +118,21 @@ def test_the_example_workload_of_the_readme_trains(
     implementation = made.implementation.replace("mlpipes.workloads.shapes", "readme_example")
     outcome = run_here(make_job(tmp_path / "store", made.scales[0].key, implementation))
     assert outcome["best"]["metrics"]["accuracy"] > 0.5
+
+
+def test_the_text_example_of_the_readme_makes_a_workload() -> None:
+    from mlpipes.data.splits import SplitPlan
+    from mlpipes.data.tables import TableSource
+    from mlpipes.errors import DataError
+    from mlpipes.workloads.encoders import Pretrained
+    from mlpipes.workloads.text_classification import TextClassification
+
+    names = {c.__name__: c for c in (SplitPlan, TableSource, Pretrained, TextClassification)}
+    exec(blocks("python")[0], names)  # noqa: S102 - our own README
+    reviews: Any = names["reviews"]
+    assert reviews.split.content == ("text",)
+    with pytest.raises(DataError, match=r"there is no file reviews\.csv"):
+        reviews.source.load()
 
 
 def test_the_scale_file_of_the_readme_is_valid(folder: Sandbox, tmp_path: Path) -> None:

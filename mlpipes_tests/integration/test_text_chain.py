@@ -1,0 +1,88 @@
+"""A text workload end to end: data set to registered model, with a real Ray, MLflow and Dagster, and new texts asked."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from mlpipes.cli import app
+from mlpipes.definitions import build_defs
+from mlpipes.scales import scales_of
+from mlpipes.store import Store
+from mlpipes.workloads.catalog import Entry
+from mlpipes_tests.workloads.test_text import FOLDER, WORDS
+
+SCALES = ["w1-b16-e12-g0", "w2-b16-e12-g0"]
+
+
+@pytest.fixture(scope="module")
+def chain(ray_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """References to the models of two scales of a small workload on words."""
+    folder = tmp_path_factory.mktemp("tables")
+    rows = [
+        {"text": f"{' '.join([word] * (1 + n % 9))} item {n}", "label": label}
+        for label, word in (("cat", "purr"), ("dog", "bark"))
+        for n in range(120)
+    ]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLPIPES_HOME", str(ray_home))
+    patch.setenv(FOLDER, str(folder))
+    entry = Entry("words", "Words", WORDS, scales_of(SCALES, "test"))
+    job = build_defs(catalog=[entry]).resolve_job_def("words_chain")
+    config = {"ops": {"words__checkpoints": {"config": {"hyperparameters": {"learning_rate": 5e-3}}}}}
+    try:
+        with dg.DagsterInstance.ephemeral() as instance:
+            for scale in SCALES:
+                assert job.execute_in_process(instance=instance, partition_key=scale, run_config=config).success
+        yield {scale: Store(ray_home / "store").read_reference("words", "model", scale) for scale in SCALES}
+    finally:
+        patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _in_home(ray_home: Path, chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPIPES_HOME", str(ray_home))
+
+
+def test_both_scales_end_in_the_same_model(chain: dict[str, Any], ray_home: Path) -> None:
+    store = Store(ray_home / "store")
+    folders = [store.training(chain[scale]["fingerprint"]) for scale in SCALES]
+    digests = {json.loads(folder.result.read_text())["content"]["weights_digest"] for folder in folders}
+    assert len(digests) == 1
+
+
+def test_the_registered_model_takes_texts_and_gives_labels_and_probabilities(chain: dict[str, Any]) -> None:
+    import mlflow
+
+    from mlpipes.tracking.runs import default_uri
+
+    mlflow.set_tracking_uri(default_uri())
+    reference = chain[SCALES[0]]
+    model = mlflow.pyfunc.load_model(f"models:/{reference['registered_model']}/{reference['version']}")
+    answers: Any = model.predict(pd.DataFrame({"text": ["bark bark bark", "purr purr item"]}))
+    assert answers["label"].tolist() == ["dog", "cat"]
+    assert (answers[["p(cat)", "p(dog)"]].sum(axis=1) - 1).abs().max() < 1e-6
+
+
+def test_predict_answers_new_texts(chain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpipes import cli
+
+    monkeypatch.setattr(cli, "entry_named", lambda name: name)
+    runner = CliRunner(env={"COLUMNS": "120"})
+    result = runner.invoke(app, ["predict", "words", SCALES[0], "purr purr purr", "bark bark"])
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "purr" in line or "bark" in line]
+    assert "cat" in lines[0]
+    assert "dog" in lines[1]
+    piped = runner.invoke(app, ["predict", "words", SCALES[0]], input="bark bark\n\npurr\n")
+    assert piped.output.count("dog") >= 1
+    wrong = runner.invoke(app, ["predict", "words", SCALES[0], "x", "--pair", "y"])
+    assert wrong.exit_code == 1
+    assert not os.environ.get("MLPIPES_RAY_ADDRESS")
