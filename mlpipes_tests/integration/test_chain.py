@@ -102,7 +102,7 @@ def test_the_chain_shows_what_people_want_to_see(pipeline: Pipeline) -> None:
         assert training["precision"] == "fp32"
         report = pipeline.metadata("eval_report", partition)
         assert report["accuracy"] > 0.8
-        assert "n=360" in report["accuracy_95"]
+        assert "n=359" in report["accuracy_95"]
         assert "data:image/png;base64," in report["confusion_plot"]
         assert "snapshot" in report["measured_on"]
         assert "Limits" in pipeline.metadata("model", partition)["card"]
