@@ -24,8 +24,6 @@ HOST = "127.0.0.1"
 CHECK_SECONDS = 2.0
 QUICK_SECONDS, QUICK_ENDS = 30.0, 3
 """A server that ends so soon after its start, so many times in a row, is not started again."""
-UNREACHABLE_SECONDS = 20.0
-"""How long reloading may take to bring a code server back before everything of Dagster is started again."""
 _LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries { name locationOrLoadError {
   ... on PythonError { message } } } } } }"""
 _RELOAD = 'mutation { reloadRepositoryLocation(repositoryLocationName: "%s") { __typename } }'
@@ -116,25 +114,19 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
-def _heal_code_server(address: str) -> bool:
-    """Have Dagster start its code server again if that died: by itself it waits for somebody to press "Reload".
-
-    Returns whether the code server was there; while the webserver is busy or starting, it is taken to be.
-    """
+def _heal_code_server(address: str) -> None:
+    """Have Dagster start its code server again if that died: by itself it waits for somebody to press "Reload"."""
     import requests
 
     def ask(query: str) -> Any:
         return requests.post(address, json={"query": query}, timeout=5).json()["data"]
 
-    healthy = True
     try:
         for entry in ask(_LOCATIONS)["workspaceOrError"].get("locationEntries", []):
             if "DagsterUserCodeUnreachableError" in (entry["locationOrLoadError"] or {}).get("message", ""):
-                healthy = False
                 ask(_RELOAD % entry["name"])
     except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
-        return healthy
-    return healthy
+        return  # it is starting, or busy: the next look tells
 
 
 def _is_free(port: int) -> bool:

@@ -105,7 +105,6 @@ def replay(
     folder: TrainingFolder,
     connect: Callable[[], "RayJobs"],
     progress: Callable[[Mapping[str, Any]], None] = lambda message: None,
-    stop_job_seconds: float = 10,
 ) -> Comparison:
     """Build the snapshot and train again, in a folder of its own that is removed afterwards, and compare everything.
 
@@ -143,7 +142,7 @@ def replay(
                 for message in jobs.follow(handle, job.folder.messages(handle.attempt)):
                     progress(message)
             except BaseException:
-                jobs.stop(handle.submission_id, stop_job_seconds)
+                jobs.stop(handle.submission_id)
                 raise
             try:
                 second = read_record(job.folder.result)

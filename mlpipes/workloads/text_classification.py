@@ -1,6 +1,7 @@
 """Text: classification and regression of texts or pairs with an encoder of BERT's kind; `docstrings` and `sst2`."""
 
 import os
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -60,8 +61,8 @@ class TextWorkload(Workload):
         source: Source,
         split: SplitPlan,
         encoder: Encoder,
-        hyperparameters: type[TextHyperparameters],
-        max_length: int,
+        hyperparameters: type[TextHyperparameters] = TextHyperparameters,
+        max_length: int = 128,
     ) -> None:
         self.source, self.split, self.encoder, self.max_length = source, split, encoder, max_length
         self.hyperparameters = hyperparameters
@@ -102,6 +103,7 @@ class TextWorkload(Workload):
             found["types"] = Ragged.of([np.array(t, dtype=np.int32) for t in encoded["token_type_ids"]], np.int32)
         return found, cut
 
+    @abstractmethod
     def _check(self, facts: Mapping[str, Any]) -> None:
         """Raises DataError if the data are for the other task."""
 
@@ -115,8 +117,9 @@ class TextWorkload(Workload):
         return columns["tokens"].lengths
 
     # -- model and optimization ---------------------------------------------------------------------------------------
+    @abstractmethod
     def _outputs(self, info: DataInfo) -> tuple[int, dict[int, str] | None]:
-        raise NotImplementedError
+        """How many outputs the head has, and the class names by number where they are classes."""
 
     def build_model(self, hp: TextHyperparameters, info: DataInfo) -> nn.Module:
         """The encoder with a head."""
@@ -200,9 +203,9 @@ class TextWorkload(Workload):
             rows = torch.arange(len(texts["text"]))
             return self.answers(self.predict(model, self.batch(columns, rows, hp, augment=False), hp), info)
 
+    @abstractmethod
     def answers(self, outputs: Mapping[str, Any], info: DataInfo) -> dict[str, Sequence[Any]]:
         """Outputs of `predict` as people read them, by column."""
-        raise NotImplementedError
 
     def raw_columns(self, texts: Sequence[str], pairs: Sequence[str] | None, info: DataInfo) -> dict[str, Ragged]:
         """The columns of new texts, tokenized as the training split was."""
@@ -215,16 +218,6 @@ class TextClassification(TextWorkload):
     """One label of several for each text or pair: `label` int64, facts `class_names`."""
 
     primary_metric = "accuracy"
-
-    def __init__(
-        self,
-        source: Source,
-        split: SplitPlan,
-        encoder: Encoder,
-        hyperparameters: type[TextHyperparameters] = TextHyperparameters,
-        max_length: int = 128,
-    ) -> None:
-        super().__init__(source, split, encoder, hyperparameters, max_length)
 
     def _check(self, facts: Mapping[str, Any]) -> None:
         if "class_names" not in facts:
@@ -279,16 +272,6 @@ class TextRegression(TextWorkload):
     """A number for each text or pair: `label` float64."""
 
     primary_metric = "pearson"
-
-    def __init__(
-        self,
-        source: Source,
-        split: SplitPlan,
-        encoder: Encoder,
-        hyperparameters: type[TextHyperparameters] = TextHyperparameters,
-        max_length: int = 128,
-    ) -> None:
-        super().__init__(source, split, encoder, hyperparameters, max_length)
 
     def _check(self, facts: Mapping[str, Any]) -> None:
         if "class_names" in facts:
