@@ -17,7 +17,8 @@ from mlpipes.reporting.classification import classification_report
 from mlpipes.reporting.report import Report
 from mlpipes.workloads import networks
 from mlpipes.workloads.augmentation import affine, crop_and_flip
-from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
+from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters
+from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.optimization import adamw, muon, sgd, trapezoid
 
 
@@ -38,10 +39,8 @@ class ImageHyperparameters(Hyperparameters):
     affine: bool = Field(default=False, description="small random rotation, scaling, shear and translation")
 
 
-class ImageClassification(Workload):
+class ImageClassification(Classification):
     """Classifies images: columns `image` uint8 (N, C, H, W) and `label` int64 (N,), facts `class_names`."""
-
-    primary_metric = "accuracy"
 
     def __init__(self, source: Source, split: SplitPlan, hyperparameters: type[ImageHyperparameters]) -> None:
         self.source, self.split, self.hyperparameters = source, split, hyperparameters
@@ -103,18 +102,6 @@ class ImageClassification(Workload):
     def predict(self, model: nn.Module, batch: Batch, hp: ImageHyperparameters) -> dict[str, Tensor]:
         """`logits` (B, classes); with flips, the mean over the image and its mirror image."""
         return {"logits": _mirrored_logits(model, batch["image"], hp.flip)}
-
-    def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
-        """Accuracy and mean cross-entropy."""
-        logits, labels = torch.from_numpy(predictions["logits"]), torch.from_numpy(np.array(columns["label"]))
-        return {
-            "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
-            "loss": float(F.cross_entropy(logits.double(), labels)),
-        }
-
-    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """By accuracy; the loss decides between equals, which a small validation split has often."""
-        return metrics["accuracy"], -metrics["loss"]
 
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
         """The report of a classifier with its worst mistakes as pictures."""

@@ -26,6 +26,7 @@ from mlpipes.reporting.regression import regression_report
 from mlpipes.reporting.report import Report, Table
 from mlpipes.training.tensors import RaggedTensor, on_device
 from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
+from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, build, positions_of, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
 
@@ -214,10 +215,8 @@ class TextWorkload(Workload):
         return self.tokenized(tokenizer_of(info.files), raw)[0]
 
 
-class TextClassification(TextWorkload):
+class TextClassification(Classification, TextWorkload):
     """One label of several for each text or pair: `label` int64, facts `class_names`."""
-
-    primary_metric = "accuracy"
 
     def _check(self, facts: Mapping[str, Any]) -> None:
         if "class_names" not in facts:
@@ -242,18 +241,6 @@ class TextClassification(TextWorkload):
         names, probabilities = info.facts["class_names"], probabilities_of(np.asarray(outputs["logits"]))
         found: dict[str, Sequence[Any]] = {"label": [names[number] for number in probabilities.argmax(axis=1)]}
         return found | {f"p({name})": probabilities[:, i].tolist() for i, name in enumerate(names)}
-
-    def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
-        """Accuracy and mean cross-entropy."""
-        logits, labels = torch.from_numpy(predictions["logits"]), torch.from_numpy(np.array(columns["label"]))
-        return {
-            "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
-            "loss": float(F.cross_entropy(logits.double(), labels)),
-        }
-
-    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """By accuracy, then by loss."""
-        return metrics["accuracy"], -metrics["loss"]
 
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
         """The report of a classifier with its most confident mistakes as a table of texts."""

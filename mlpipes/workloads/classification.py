@@ -1,0 +1,28 @@
+"""Classification: what its task families share, whatever they classify."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mlpipes.data.dataset import Columns
+from mlpipes.workloads.base import Workload
+
+
+class Classification(Workload):
+    """One label of several for each sample: column `label` int64 (N,), facts `class_names`, predictions `logits` (N, C)."""
+
+    primary_metric = "accuracy"
+
+    def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
+        """Accuracy and mean cross-entropy."""
+        logits, labels = torch.from_numpy(predictions["logits"]), torch.from_numpy(np.array(columns["label"]))
+        return {
+            "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
+            "loss": float(F.cross_entropy(logits.double(), labels)),
+        }
+
+    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """By accuracy; the loss decides between equals, which a small validation split has often."""
+        return metrics["accuracy"], -metrics["loss"]
