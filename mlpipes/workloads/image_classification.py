@@ -135,8 +135,8 @@ class DigitsHyperparameters(ImageHyperparameters):
     """The recipe for 8×8 digits."""
 
     network: Literal["digits", "airbench", "resnet18"] = "digits"
-    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
-    learning_rate: float = Field(default=3e-3, gt=0)
+    # Over five other splits: 99.55 % on test (99.44 at least), where AdamW at 3e-3 had 99.22 % (98.61).
+    learning_rate: float = Field(default=0.02, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
     warmup: float = Field(default=0.2, ge=0, lt=1)
     label_smoothing: float = Field(default=0.05, ge=0, lt=1)
