@@ -39,7 +39,8 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_allreduce_agrees_to_rounding(tmp_path: Path, workers: int) -> None:
-    # With other seeds an activation may lie so close to a kink that rounding decides its side, and a gradient jumps.
+    # With other seeds an activation may lie so close to a kink that rounding decides its side, and a gradient jumps: the
+    # same engine started from weights 3e-8 apart stays within 1.2e-7 at seeds 0, 1 and 3, and ends 5.5e-5 apart at seed 2.
     options = {"reduction": "allreduce", "optimizer": "sgd", "learning_rate": 0.001, "seed": 1}
     alone, together = (make_job(tmp_path, f"w{n}-b64-e3-g0", **options) for n in (1, workers))
     assert run(alone)["steps"] >= 50
