@@ -1,22 +1,33 @@
-"""Jobs: the whole chain of a workload's scale, and its evaluation alone."""
+"""Jobs and schedules: the whole chain of a workload's scale, its evaluation alone, and that every night."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import dagster as dg
 
 from mlpipes.assets.checks import REPLAY
+from mlpipes.evaluations import NIGHT_TAG
 from mlpipes.workloads.catalog import Entry
+
+NIGHTLY_VARIABLE = "MLPIPES_NIGHTLY"
+_TWO_IN_THE_MORNING = "0 2 * * *"
 
 
 def jobs_of(entries: Iterable[Entry]) -> list[Any]:
-    """For each workload `<name>_chain` (dataset to eval_report), `<name>_evaluation` (that alone), `<name>_replay`."""
+    """For each workload `<name>_chain` (dataset to champion), `<name>_evaluation` (judge again), `<name>_replay`."""
     jobs = []
     for entry in entries:
-        report = dg.AssetSelection.assets(dg.AssetKey([entry.name, "eval_report"]))
+        champion = dg.AssetSelection.assets(dg.AssetKey([entry.name, "champion"]))
         jobs += [
-            dg.define_asset_job(f"{entry.name}_chain", report.upstream(), description=f"Train and judge {entry.name}"),
-            dg.define_asset_job(f"{entry.name}_evaluation", report, description=f"Judge {entry.name} again"),
+            dg.define_asset_job(
+                f"{entry.name}_chain", champion.upstream(), description=f"Train, judge and promote {entry.name}"
+            ),
+            dg.define_asset_job(
+                f"{entry.name}_evaluation",
+                dg.AssetSelection.assets([entry.name, "eval_report"], [entry.name, "champion"]),
+                description=f"Judge {entry.name} again; promote what passes the gates",
+            ),
             dg.define_asset_job(
                 f"{entry.name}_replay",
                 # With the asset, which is found finished: Dagster knows no partitions of a job of checks alone.
@@ -26,3 +37,37 @@ def jobs_of(entries: Iterable[Entry]) -> list[Any]:
             ),
         ]
     return jobs
+
+
+def reports_follow() -> dg.AutomationConditionSensorDefinition:
+    """Makes each scaling report anew when an evaluation has changed and no run is in progress any more."""
+    return dg.AutomationConditionSensorDefinition(
+        "reports_follow",
+        target=dg.AssetSelection.all(),
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        minimum_interval_seconds=30,
+    )
+
+
+def nightly(entry: Entry) -> dg.ScheduleDefinition:
+    """Judges every scale that has a model again, once a night; on if `$MLPIPES_NIGHTLY` holds a cron expression."""
+    cron = os.environ.get(NIGHTLY_VARIABLE)
+
+    @dg.schedule(
+        name=f"{entry.name}_nightly",
+        job_name=f"{entry.name}_evaluation",
+        cron_schedule=cron or _TWO_IN_THE_MORNING,
+        default_status=dg.DefaultScheduleStatus.RUNNING if cron else dg.DefaultScheduleStatus.STOPPED,
+        description=f"Judges every scale of {entry.name} that has a model, at `{cron or _TWO_IN_THE_MORNING}`.",
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        night = f"{context.scheduled_execution_time:%Y-%m-%d}"
+        trained = context.instance.get_materialized_partitions(dg.AssetKey([entry.name, "model"]))
+        keys = [scale.key for scale in entry.scales if scale.key in trained]
+        if not keys:
+            yield dg.SkipReason(f"no scale of {entry.name} has a model yet")
+        for key in keys:
+            # The run key makes it happen once a night, however often the schedule is evaluated.
+            yield dg.RunRequest(run_key=f"{entry.name}:{night}:{key}", partition_key=key, tags={NIGHT_TAG: night})
+
+    return schedule

@@ -1,4 +1,4 @@
-"""The command line: `mlpipes demo | dev | scales | status | checkpoints | replay | predict | report | fetch | ray`."""
+"""The command line: `mlpipes demo | dev | backfill | status | checkpoints | replay | report | …`; `--help` lists all."""
 
 import os
 import sys
@@ -187,45 +187,59 @@ def replay(
 
 @app.command()
 @friendly
-def predict(
-    workload: Annotated[str, typer.Argument(help="which text workload")],
-    scale: Annotated[str, typer.Argument(help="which scale's model, e.g. w1-b64-e6-g0")],
-    texts: Annotated[list[str] | None, typer.Argument(help="texts; none: one a line from standard input")] = None,
-    pair: Annotated[
-        list[str] | None, typer.Option(help="of a workload on pairs: the second text, once for each")
+def report(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    deadline: Annotated[
+        float | None, typer.Option(help="seconds of training that the recommended scale may take")
     ] = None,
+    budget: Annotated[float | None, typer.Option(help="what it may cost, at the price of a device-hour")] = None,
 ) -> None:
-    """Ask a trained text model about new texts: labels and probabilities, or values."""
-    from mlpipes.data.snapshot import open_snapshot
-    from mlpipes.training.export import load_model, predict_texts
+    """Make and print the scaling report of a workload, from what has been evaluated by now."""
+    from mlpipes.scaling_report import make_report, prices_from_environment
 
-    entry_named(workload)
-    reference = store().read_reference(workload, "model", scale)
-    if reference is None:
-        raise ConfigError(f"{workload} {scale} has no model yet; materialize {workload}/model first")
-    asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not asked or (pair is not None and len(pair) != len(asked)):
-        raise ConfigError("give at least one text, and with --pair as many second texts as first ones")
-    snapshot = open_snapshot(store().snapshots / reference["snapshot"])
-    answers = predict_texts(
-        load_model(store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
-    )
-    table = Table("text", *answers)
-    for row, text in enumerate(asked):
-        cells = [column[row] for column in answers.values()]
-        table.add_row(text, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
-    console.print(table)
+    entry = entry_named(workload)
+    text, _ = make_report(store(), entry, prices_from_environment(), deadline, budget).write(store(), entry)
+    console.print(Markdown(text))
+    console.print(f"{store().report(workload) / 'scaling_report.md'}", soft_wrap=True)
 
 
 @app.command()
 @friendly
-def report(workload: Annotated[str, typer.Argument(help="which workload")]) -> None:
-    """Print the latest scaling report of a workload."""
-    path = store().report(entry_named(workload).name) / "scaling_report.md"
-    if not path.is_file():
-        raise ConfigError(f"there is no scaling report of {workload} yet; materialize {workload}/scaling_report")
-    console.print(Markdown(path.read_text(encoding="utf-8")))
-    console.print(f"{path}", soft_wrap=True)
+def backfill(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    scale: Annotated[list[str] | None, typer.Option(help="which scales; default: all")] = None,
+    smallest_first: Annotated[
+        bool, typer.Option(help="one backfill a scale, the cheapest with the first turn")
+    ] = False,
+    again: Annotated[bool, typer.Option(help="also scales that are fresh")] = False,
+    detach: Annotated[bool, typer.Option(help="launch, and do not wait")] = False,
+    ui: Annotated[str | None, typer.Option(help="address of the Dagster UI; default: that of `mlpipes dev`")] = None,
+) -> None:
+    """Materialize a workload's whole chain for its scales in a running Dagster; goes on with what is half done."""
+    from mlpipes.backfill import DagsterUi, launch
+
+    entry = entry_named(workload)
+    scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
+    if unknown := [s.key for s in scales if s not in entry.scales]:
+        raise ConfigError(f"{workload} has no scale {', '.join(unknown)}; see `mlpipes scales`")
+    made, fresh = launch(DagsterUi(ui), entry, scales, smallest_first=smallest_first, again=again)
+    if fresh:
+        console.print(f"Fresh, nothing to do: {', '.join(fresh)}")
+    if made is None:
+        return
+    console.print(f"Launched: {', '.join(made.scales)} ({', '.join(made.ids)})")
+    if detach:
+        return
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+        task = bar.add_task("backfill", total=len(made.scales))
+        for statuses in made.watch():
+            done = sum(status in ("SUCCESS", "FAILURE", "CANCELED") for status in statuses.values())
+            running = [key for key, status in statuses.items() if status == "STARTED"]
+            bar.update(task, completed=done, description=", ".join(running) or "waiting")
+    for key, status in made.scales.items():
+        console.print(f"{key}: {status}")
+    if any(status != "SUCCESS" for status in made.scales.values()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -282,5 +296,4 @@ def dagster_home() -> Path:
     return folder
 
 
-if __name__ == "__main__":
-    app()
+from mlpipes import cli_models  # noqa: E402, F401 - adds its commands to `app`

@@ -5,9 +5,10 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.assets.checks import replay_check
+from mlpipes.alerts import failure_message
+from mlpipes.assets.checks import workload_checks
 from mlpipes.assets.factory import partitions_of, workload_assets
-from mlpipes.automation import jobs_of
+from mlpipes.automation import jobs_of, nightly, reports_follow
 from mlpipes.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.supervision import lost_retries
 from mlpipes.workloads.catalog import Entry, configured
@@ -22,9 +23,10 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     store = StoreResource()
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],
-        asset_checks=[replay_check(entry, partitions_of(entry)) for entry in entries],
+        asset_checks=[check for entry in entries for check in workload_checks(entry, partitions_of(entry))],
         jobs=jobs_of(entries),
-        sensors=[lost_retries(entry.name) for entry in entries],
+        schedules=[nightly(entry) for entry in entries],
+        sensors=[failure_message, *(lost_retries(entry.name) for entry in entries), reports_follow()],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.
         executor=dg.in_process_executor,
         resources={

@@ -1,17 +1,21 @@
-"""Asset checks: what is judged about a partition besides its figures."""
+"""Asset checks: what is judged about a partition besides its figures. Blocking ones stop what comes after them."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
+from mlpipes import gates
 from mlpipes.assets.metadata import user_errors
+from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.resources import RayResource, StoreResource
 from mlpipes.workloads.catalog import Entry
 
 REPLAY = "replay"
+Partitions = dg.PartitionsDefinition[Any]
 
 
 class ReplayConfig(dg.Config):
@@ -20,34 +24,169 @@ class ReplayConfig(dg.Config):
     enabled: bool = Field(default=False, description="train a second time elsewhere, and compare bit for bit")
 
 
-def partition_check(asset: dg.AssetKey, partitions: dg.PartitionsDefinition[Any], name: str, description: str) -> Any:
-    """The decorator of a check of one partition that may also decide to say nothing.
+class GateConfig(dg.Config):
+    """Where the gates stand."""
+
+    floor: float | None = Field(
+        default=None,
+        description="least value of the primary metric; default: its interval must lie above blind guessing",
+    )
+    significance: float = Field(
+        default=0.01, gt=0, lt=1, description="probability below which chance does not explain a difference"
+    )
+    calibration_error: float = Field(
+        default=0.1, ge=0, le=1, description="greatest expected calibration error (warning)"
+    )
+
+
+def partition_checks(
+    asset: dg.AssetKey, partitions: Partitions, descriptions: dict[str, str], blocking: Sequence[str] = ()
+) -> Any:
+    """The decorator of checks of one partition that are made together; each may also decide to say nothing.
 
     Checks with partitions are in preview: the one place that uses that API, and keeps its warning quiet, is here.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        spec = dg.AssetCheckSpec(name, asset=asset, description=description, partitions_def=partitions)
+        specs = [
+            dg.AssetCheckSpec(n, asset=asset, description=d, partitions_def=partitions, blocking=n in blocking)
+            for n, d in descriptions.items()
+        ]
 
     def decorate(function: Callable[..., Any]) -> dg.AssetChecksDefinition:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", dg.PreviewWarning)
-            return dg.multi_asset_check(name=f"{'__'.join(asset.path)}__{name}", specs=[spec], can_subset=True)(
-                function
-            )
+            name = "__".join([*asset.path, specs[0].name if len(specs) == 1 else "checks"])
+            return dg.multi_asset_check(name=name, specs=specs, can_subset=True)(function)
 
     return decorate
 
 
-def replay_check(entry: Entry, partitions: dg.PartitionsDefinition[Any]) -> dg.AssetChecksDefinition:
+def workload_checks(entry: Entry, partitions: Partitions) -> list[dg.AssetChecksDefinition]:
+    """All checks of a workload."""
+    return [
+        _snapshot_checks(entry, partitions),
+        _loss_check(entry, partitions),
+        _replay_check(entry, partitions),
+        _gates(entry, partitions),
+    ]
+
+
+def _reference(store: StoreResource, key: dg.AssetKey, partition: str) -> dict[str, Any]:
+    reference = store.store.read_reference(key.path[0], key.path[1], partition)
+    if reference is None:
+        raise ConfigError(f"{key.to_user_string()} was never materialized for {partition}; materialize it first")
+    return reference
+
+
+def _snapshot_checks(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
+    asset = dg.AssetKey([entry.name, "snapshot"])
+    descriptions = {
+        "integrity": "Every byte of the snapshot is as it was written.",
+        "no_leak": "No sample is in two splits, compared by content.",
+    }
+
+    @partition_checks(asset, partitions, descriptions, blocking=tuple(descriptions))
+    def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
+        from mlpipes.data.snapshot import open_snapshot, shared_between_splits
+
+        with user_errors():
+            path = store.store.snapshots / _reference(store, asset, context.partition_key)["digest"]
+            selected = {key.name for key in context.selected_asset_check_keys}
+            try:
+                snapshot = open_snapshot(path)
+            except CorruptionError as error:
+                for name in selected:
+                    yield dg.AssetCheckResult(
+                        passed=False, asset_key=asset, check_name=name, metadata={"finding": str(error)}
+                    )
+                return
+            if "integrity" in selected:
+                metadata = {"files": len(snapshot.published.files), "bytes": snapshot.published.size}
+                yield dg.AssetCheckResult(passed=True, asset_key=asset, check_name="integrity", metadata=metadata)
+            if "no_leak" in selected:
+                shared = shared_between_splits(snapshot)
+                text = "; ".join(f"{n} in {a} and {b}" for (a, b), n in shared.items() if n) or "none is shared"
+                yield dg.AssetCheckResult(
+                    passed=not any(shared.values()),
+                    asset_key=asset,
+                    check_name="no_leak",
+                    metadata={"finding": text, **{f"{a}_{b}": n for (a, b), n in shared.items()}},
+                )
+
+    return check
+
+
+def _loss_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
+    asset = dg.AssetKey([entry.name, "checkpoints"])
+
+    @partition_checks(
+        asset,
+        partitions,
+        {"loss_finite": "Every recorded loss is a finite number."},
+        blocking=["loss_finite"],
+    )
+    def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
+        from mlpipes.files import read_record
+
+        with user_errors():
+            reference = _reference(store, asset, context.partition_key)
+            history = read_record(store.store.training(reference["fingerprint"]).result)["history"]
+        losses = [value for name, value, *_ in history if name == "train/loss"]
+        yield dg.AssetCheckResult(
+            passed=all(math.isfinite(value) for name, value, *_ in history if name.endswith("loss")),
+            asset_key=asset,
+            check_name="loss_finite",
+            metadata={"first_loss": losses[0], "last_loss": losses[-1], "points": len(losses)},
+        )
+
+    return check
+
+
+def _gates(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
+    asset = dg.AssetKey([entry.name, "eval_report"])
+    descriptions = {
+        "floor": "The primary metric is high enough.",
+        "regression": "Not worse than the last good evaluation of this partition, on the same samples.",
+        "calibration": "Confidence says how often the model is right.",
+        "drift": "Not worse than the best of the last good evaluations of this partition.",
+    }
+
+    @partition_checks(asset, partitions, descriptions, blocking=gates.BLOCKING)
+    def check(
+        context: dg.AssetCheckExecutionContext, config: GateConfig, store: StoreResource
+    ) -> Iterator[dg.AssetCheckResult]:
+        from mlpipes.evaluations import evaluations_of, open_evaluation
+
+        with user_errors():
+            current = open_evaluation(store.store, _reference(store, asset, context.partition_key))
+            before = [
+                e for e in evaluations_of(store.store, entry.name, context.partition_key) if e.name < current.name
+            ]
+            limits = gates.Limits(config.floor, config.significance, config.calibration_error)
+            selected = sorted(key.name for key in context.selected_asset_check_keys)
+            found = gates.pass_through(current, before, entry.load().primary_metric, limits, selected)
+        for name, finding in found.items():
+            yield dg.AssetCheckResult(
+                passed=finding.passed,
+                asset_key=asset,
+                check_name=name,
+                severity=dg.AssetCheckSeverity.ERROR if name in gates.BLOCKING else dg.AssetCheckSeverity.WARN,
+                description=finding.text,
+                metadata={"finding": finding.text, "evaluation": current.name, **finding.figures},
+            )
+
+    return check
+
+
+def _replay_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
     """Whether a scale's training comes out the same when it is done again; says nothing unless it is enabled."""
     asset = dg.AssetKey([entry.name, "checkpoints"])
 
-    @partition_check(
+    @partition_checks(
         asset,
         partitions,
-        REPLAY,
-        "The same training done again elsewhere gives the same bits (config: `enabled: true`).",
+        {REPLAY: "The same training done again elsewhere gives the same bits (config: `enabled: true`)."},
     )
     def check(
         context: dg.AssetCheckExecutionContext, config: ReplayConfig, store: StoreResource, ray: RayResource

@@ -1,11 +1,12 @@
-"""The five assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report."""
+"""The assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report, champion."""
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import dagster as dg
 
-from mlpipes.assets.judgement import materialize_evaluation, materialize_model
+from mlpipes.assets.judgement import materialize_champion, materialize_evaluation, materialize_model
+from mlpipes.assets.live import live_asset
 from mlpipes.assets.metadata import mapping_table, user_errors
 from mlpipes.assets.scaling import scaling_report_asset
 from mlpipes.assets.training import TrainingConfig, materialize_training
@@ -16,6 +17,8 @@ from mlpipes.workloads.catalog import Entry
 OWNERS = ["team:ml-platform"]
 TRAINING_POOL = "training"
 EVALUATION_POOL = "evaluation"
+PROMOTION_POOL = "promotion"
+"""One at a time: two scales that finish together must not both compare with the same champion."""
 
 
 def partitions_of(entry: Entry) -> dg.StaticPartitionsDefinition:
@@ -23,8 +26,8 @@ def partitions_of(entry: Entry) -> dg.StaticPartitionsDefinition:
     return dg.StaticPartitionsDefinition([scale.key for scale in entry.scales])
 
 
-def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition]:
-    """The asset chain of one workload, and its report over all scales."""
+def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec]:
+    """The asset chain of one workload, its report over all scales, and its live view."""
     partitions = partitions_of(entry)
 
     def common(name: str, description: str, kinds: set[str]) -> dict[str, Any]:
@@ -139,5 +142,28 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition]:
         with user_errors():
             return materialize_evaluation(context, entry, model, store, mlflow)
 
-    chain = [dataset, snapshot, checkpoints, model, eval_report]
-    return [*cast("list[dg.AssetsDefinition]", chain), scaling_report_asset(entry, OWNERS)]
+    @dg.asset(
+        **common(
+            "champion",
+            "The best model by validation of all scales that passed the gates has the MLflow alias `champion`; decides "
+            "whether this scale's model takes it, and says why.",
+            {"mlflow"},
+        ),
+        ins={"evaluation": upstream("eval_report")},
+        pool=PROMOTION_POOL,
+    )
+    def champion(
+        context: dg.AssetExecutionContext, evaluation: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+    ) -> dg.MaterializeResult:
+        with user_errors():
+            return materialize_champion(entry, evaluation, store, mlflow)
+
+    chain = [dataset, snapshot, checkpoints, model, eval_report, champion]
+    live = dg.AssetSpec(
+        live_asset(entry.name),
+        group_name=entry.name,
+        owners=OWNERS,
+        kinds={"ray"},
+        description="Live curves (tab *Plots*) and the state of all trainings, observed while they run.",
+    )
+    return [*cast("list[dg.AssetsDefinition]", chain), scaling_report_asset(entry, OWNERS), live]

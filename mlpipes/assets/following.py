@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from mlpipes.assets.live import LiveView
 from mlpipes.errors import TrainingFailedError
 from mlpipes.store import TrainingFolder, read_messages
 from mlpipes.training.specification import TrainingJob
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from mlpipes.compute.jobs import JobHandle, RayJobs
 
 DEAD, STALLED = "DEAD", "STALLED"
-OBSERVATION_SECONDS = 5.0
 DEAD_SECONDS = 30.0
 """A driver whose heartbeat stood still for so long is dead, whatever the Jobs API says (it may say RUNNING for long)."""
 FAREWELL_SECONDS = 4.0
@@ -41,13 +41,13 @@ def follow_training(
     from mlpipes.compute.jobs import RayJobs
     from mlpipes.compute.submission import attach_or_submit
 
-    folder, died = job.folder, 0
+    folder, died, view = job.folder, 0, LiveView(context, job)
     while True:
         jobs, log = RayJobs(connect()), ""
         try:
             handle = attach_or_submit(jobs, job)
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
-            end = _watch(context, jobs, handle, folder, stall_seconds)
+            end = _watch(context, jobs, handle, folder, stall_seconds, view)
             if folder.result.is_file():
                 _see_off(context, jobs, handle)
             else:
@@ -109,8 +109,9 @@ def _watch(
     handle: "JobHandle",
     folder: TrainingFolder,
     stall_seconds: float,
+    view: LiveView,
 ) -> _End:
-    end, shown = _End(), 0.0
+    end = _End()
     # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
     beat, beat_seen, heard = None, time.monotonic(), time.monotonic()
     try:
@@ -125,10 +126,8 @@ def _watch(
                     return _End(STALLED, f"it reported nothing for {stall_seconds:.0f} s")
                 continue
             heard = now
-            if kind == "progress" and time.monotonic() - shown >= OBSERVATION_SECONDS:
-                shown = time.monotonic()
-                _observe(context, message)
-            elif kind == "epoch":
+            view.show(message)
+            if kind == "epoch":
                 figures = ", ".join(f"{name} {value:.4f}" for name, value in message["metrics"].items())
                 context.log.info(f"epoch {message['epoch']}/{message['epochs']}: validation {figures}")
             elif kind == "started":
@@ -176,19 +175,3 @@ def _modified(path: Path) -> int | None:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def _observe(context: dg.AssetExecutionContext, message: dict[str, Any]) -> None:
-    context.log_event(
-        dg.AssetObservation(
-            context.asset_key,
-            partition=context.partition_key,
-            description=f"step {message['step']} of {message['total_steps']}",
-            metadata={
-                "epoch": message["epoch"],
-                "loss": message["loss"],
-                "samples_per_second": message["samples_per_second"],
-                "eta_seconds": message["eta_seconds"],
-            },
-        )
-    )

@@ -1,15 +1,21 @@
-"""The `model` and `eval_report` assets: export and registration of the best checkpoint, and its judgement on test."""
+"""The assets `model`, `eval_report` and `champion`: export and registration, judgement on test, promotion."""
 
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from mlpipes.assets.metadata import link, mapping_table, report_metadata
+from mlpipes.assets.metadata import link, mapping_table, picture, report_metadata
 from mlpipes.data.snapshot import Snapshot, open_snapshot
 from mlpipes.errors import ConfigError
-from mlpipes.files import canonical_json, publishing, read_record
+from mlpipes.evaluations import (
+    NIGHT_TAG,
+    evaluations_of,
+    history_points,
+    measured_on,
+    open_evaluation,
+    publish_evaluation,
+)
+from mlpipes.files import read_record
 from mlpipes.reporting.documents import model_card
 from mlpipes.resources import MlflowResource, StoreResource
 from mlpipes.store import TrainingFolder
@@ -38,7 +44,7 @@ def materialize_model(
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
     """Export the best checkpoint by validation, write its card, register it."""
-    from mlpipes.tracking.models import FINGERPRINT, register
+    from mlpipes.tracking.models import FINGERPRINT, SCALE, SNAPSHOT, register, registered_name
     from mlpipes.training.export import deployable, export_best, load_model
 
     folder, recipe, snapshot, outcome = _open(store, reference)
@@ -46,7 +52,7 @@ def materialize_model(
     card = folder.path / "card.md"
     card.write_text(model_card(entry.summary, recipe, snapshot, outcome, trained.meta), encoding="utf-8")
     tracker = mlflow.tracker()
-    name = f"mlpipes-{entry.name}"
+    name = registered_name(entry.name)
     version = register(
         tracker,
         reference["mlflow_run_id"],
@@ -54,9 +60,9 @@ def materialize_model(
         deployable(trained, snapshot),
         tags={
             FINGERPRINT: recipe.fingerprint,
-            "mlpipes.scale": recipe.scale.key,
+            SCALE: recipe.scale.key,
             "mlpipes.weights_digest": trained.meta["weights_digest"],
-            "mlpipes.snapshot": recipe.snapshot,
+            SNAPSHOT: recipe.snapshot,
         },
         extra_files=[card],
     )
@@ -84,39 +90,93 @@ def materialize_evaluation(
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
     """Judge the model on the test split; JSON, Markdown and pictures go to the store, MLflow and Dagster."""
+    from mlpipes.reporting import figures
     from mlpipes.training.export import evaluate, load_model
 
     folder, recipe, snapshot, outcome = _open(store, reference)
     trained = load_model(folder.model, snapshot)
-    report = evaluate(trained, snapshot, SPLIT)
-    measured_on = {
-        "split": SPLIT,
-        "n": f"{snapshot.counts[SPLIT]:,}",
-        "data": snapshot.meta["provenance"]["fidelity"],
-        "snapshot": snapshot.digest[:12],
+    report, scores = evaluate(trained, snapshot, SPLIT)
+    meta = {
+        "workload": entry.name,
         "scale": recipe.scale.key,
         "seed": recipe.seed,
-        "weights": trained.meta["weights_digest"][:12],
+        "fingerprint": recipe.fingerprint,
+        "snapshot": snapshot.digest,
+        "weights": trained.meta["weights_digest"],
+        "split": SPLIT,
+        "n": snapshot.counts[SPLIT],
+        "data": snapshot.meta["provenance"]["fidelity"],
+        "night": context.run.tags.get(NIGHT_TAG),
+        "dagster_run_id": context.run.run_id,
     }
-    target = folder.evaluation(f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{context.run.run_id[:8]}")
-    markdown = report.markdown(f"{entry.name} {recipe.scale.key}: evaluation", measured_on)
-    with publishing(target, kind="evaluation", version=1) as draft:
-        (draft.path / "report.json").write_bytes(canonical_json(report.as_dict() | {"measured_on": measured_on}))
-        (draft.path / "report.md").write_text(markdown, encoding="utf-8")
-        for name, png in report.figures.items():
-            (draft.path / f"{name}.png").write_bytes(png)
-        draft.meta.update(measured_on=measured_on, fingerprint=recipe.fingerprint, dagster_run_id=context.run.run_id)
+    title = f"{entry.name} {recipe.scale.key}: evaluation"
+    evaluation = publish_evaluation(folder, report, scores, title, meta)
     tracker, run_id = mlflow.tracker(), reference["mlflow_run_id"]
     estimates = {f"{SPLIT}/{name}": estimate.value for name, estimate in report.estimates.items()}
     tracker.log_values(run_id, estimates, step=outcome["steps"])
-    tracker.log_files(run_id, f"evaluation/{target.name}", sorted(Path(target).iterdir()))
+    tracker.log_files(run_id, f"evaluation/{evaluation.name}", sorted(evaluation.path.iterdir()))
+    metric = trained.workload.primary_metric
+    history = evaluations_of(store.store, entry.name, recipe.scale.key)
     return dg.MaterializeResult(
-        value={**reference, "evaluation": target.name, "estimates": report.as_dict()["estimates"]},
+        value={**reference, "evaluation": evaluation.name, "estimates": evaluation.meta["estimates"]},
         data_version=dg.DataVersion(trained.meta["weights_digest"]),
         metadata=report_metadata(report)
         | {
-            "measured_on": mapping_table(measured_on),
-            "report": dg.MetadataValue.path(str(target / "report.md")),
+            "history": picture(
+                figures.history(history_points(history, metric), metric), f"{metric} of each evaluation"
+            ),
+            "measured_on": mapping_table(measured_on(meta)),
+            "report": dg.MetadataValue.path(str(evaluation.path / "report.md")),
             "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
+        },
+    )
+
+
+def materialize_champion(
+    entry: Entry, reference: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+) -> dg.MaterializeResult:
+    """Make the model champion if it passed the gates and is better by validation than the one that is."""
+    from mlpipes.tracking.champion import Champions
+    from mlpipes.training.export import open_model
+
+    evaluation = open_evaluation(store.store, reference)
+    verdict = evaluation.verdict
+    if verdict is None or not verdict["passed"]:
+        failed = [f"{n}: {g['text']}" for n, g in (verdict or {"gates": {}})["gates"].items() if not g["passed"]]
+        why = "; ".join(failed) or "they were not asked: execute the checks of `eval_report`"
+        raise ConfigError(f"the gates did not let {reference['registered_model']} {reference['version']} pass: {why}")
+    champions, workload = Champions(mlflow.tracker(), reference["registered_model"]), entry.load()
+    current, metric = champions.current(), workload.primary_metric
+
+    def rank(fingerprint: str) -> tuple[tuple[float, ...], float]:
+        metrics = open_model(store.store.training(fingerprint).model)["metrics"]
+        return workload.rank(metrics), metrics[metric]
+
+    mine, value = rank(reference["fingerprint"])
+    promoted = True
+    if current is None:
+        reason = f"the first to pass the gates; validation {metric} {value:.4f}"
+    elif current.version == reference["version"]:
+        promoted, reason = False, "it is champion already, and still passes the gates"
+    elif current.snapshot != evaluation.meta["snapshot"]:
+        reason = f"passed the gates on newer data; version {current.version} was trained on other data"
+    else:
+        theirs, other = rank(current.fingerprint)
+        promoted = mine > theirs
+        comparison = (
+            f"validation {metric} {value:.4f} against {other:.4f} of version {current.version} ({current.scale})"
+        )
+        reason = comparison if promoted else f"{comparison}: not better, the champion stays"
+    if promoted:
+        champions.promote(reference["version"], reason)
+    chosen = champions.current()
+    assert chosen is not None  # noqa: S101 - promoted, or there before
+    return dg.MaterializeResult(
+        value={**reference, "champion": chosen.version},
+        metadata={
+            "promoted": promoted,
+            "reason": reason,
+            "champion": f"models:/{champions.name}@champion, version {chosen.version} ({chosen.scale})",
+            "evaluation": evaluation.name,
         },
     )

@@ -1,65 +1,22 @@
-"""The `scaling_report` asset: all scales of a workload at one glance, missing and incomparable ones named."""
-
-from collections.abc import Sequence
-from typing import Any
+"""The `scaling_report` asset: the report over all scales in Dagster and MLflow, made anew when evaluations change."""
 
 import dagster as dg
+from pydantic import Field
 
-from mlpipes.assets.metadata import picture, table, user_errors
-from mlpipes.errors import ConfigError
-from mlpipes.files import digest_of, read_record, write_atomic, write_record
-from mlpipes.reporting.scaling import ScaleResult, scaling_rows, scaling_table
-from mlpipes.resources import StoreResource
-from mlpipes.store import Store
-from mlpipes.training.recipe import Recipe
+from mlpipes.assets.metadata import link, picture, table, user_errors
+from mlpipes.reporting.scaling import cost_table, forecast_table, scaling_table
+from mlpipes.resources import MlflowResource, StoreResource
+from mlpipes.scaling_report import NOTE, make_report, prices_from_environment
 from mlpipes.workloads.catalog import Entry
 
-NOTE = (
-    "Training seconds and samples/s count time in steps only: no start-up, no evaluation, no checkpoints. Speed-up and "
-    "efficiency compare with the fewest workers that did the same work (same data, batch, epochs, seed, hyperparameters "
-    "and code). Equal weights digests mean the same model, bit for bit."
-)
 
+class ReportConfig(dg.Config):
+    """Limits that the recommended scale must keep."""
 
-def collect(store: Store, entry: Entry, metric: str) -> tuple[list[ScaleResult], list[str]]:
-    """The results of all scales that have been evaluated, and the keys of those that have not."""
-    results, missing = [], []
-    for scale in entry.scales:
-        reference = store.read_reference(entry.name, "eval_report", scale.key)
-        if reference is None:
-            missing.append(scale.key)
-            continue
-        folder = store.training(reference["fingerprint"])
-        recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
-        shared = recipe.model_dump(mode="json")
-        for field in ("workers", "gpus_per_worker", "cpus_per_worker"):
-            del shared["scale"][field]
-        results.append(
-            ScaleResult(
-                scale=recipe.scale,
-                snapshot=recipe.snapshot,
-                code=recipe.code,
-                validation=outcome["best"]["metrics"][metric],
-                test=reference["estimates"][metric],
-                train_seconds=outcome["train_seconds"],
-                samples_per_second=outcome["samples_per_second"],
-                weights_digest=outcome["weights_digest"],
-                # Seconds on different hardware do not compare either.
-                comparable=digest_of(shared | {"device": outcome["environment"]["device"]}),
-            )
-        )
-    return results, missing
-
-
-def report_text(entry: Entry, rows: Sequence[dict[str, Any]], missing: Sequence[str], metric: str) -> str:
-    """The report as Markdown."""
-    lines = [f"# {entry.name}: scaling report", "", entry.summary + ".", ""]
-    for snapshot, code in sorted({(row["snapshot"], row["code"]) for row in rows}):
-        inside = [row for row in rows if (row["snapshot"], row["code"]) == (snapshot, code)]
-        lines += [f"Snapshot {snapshot[:12]}, code {code}:", "", scaling_table(inside, metric).markdown(), ""]
-    if missing:
-        lines += [f"Not evaluated yet: {', '.join(missing)}.", ""]
-    return "\n".join([*lines, NOTE, "", "![scaling](scaling_report.png)", ""])
+    deadline_seconds: float | None = Field(default=None, gt=0, description="of training, start-up apart")
+    budget: float | None = Field(
+        default=None, gt=0, description="needs $MLPIPES_GPU_HOUR or $MLPIPES_CPU_HOUR, the price of a device-hour"
+    )
 
 
 def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition:
@@ -72,31 +29,38 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
         owners=owners,
         kinds={"markdown", "matplotlib"},
         tags={"workload": entry.name},
-        description="Accuracy, speed and efficiency over all scales; missing scales are named.",
+        description="Accuracy, speed, efficiency, cost and forecast over all scales; missing and stale ones are named.",
         output_required=False,
+        # Scales that are missing are named in it, so it does not wait for them; it waits for runs in progress.
+        automation_condition=dg.AutomationCondition.eager().without(~dg.AutomationCondition.any_deps_missing()),
     )
-    def scaling_report(store: StoreResource) -> dg.MaterializeResult:
-        from mlpipes.reporting import figures
-
+    def scaling_report(
+        context: dg.AssetExecutionContext, config: ReportConfig, store: StoreResource, mlflow: MlflowResource
+    ) -> dg.MaterializeResult:
         with user_errors():
-            metric = entry.load().primary_metric
-            results, missing = collect(store.store, entry, metric)
-            if not results:
-                raise ConfigError(f"no scale of {entry.name} has been evaluated; materialize eval_report of one first")
-        rows = scaling_rows(results)
-        folder, plot = store.store.report(entry.name), figures.scaling(rows, metric)
-        text = report_text(entry, rows, missing, metric)
-        write_atomic(folder / "scaling_report.png", plot)
-        write_atomic(folder / "scaling_report.md", text.encode())
-        write_record(folder / "scaling_report.json", {"metric": metric, "rows": rows, "missing": missing})
+            report = make_report(store.store, entry, prices_from_environment(), config.deadline_seconds, config.budget)
+            _, plot = report.write(store.store, entry)
+            tracker, folder = mlflow.tracker(), store.store.report(entry.name)
+            run_id = tracker.run_of(f"mlpipes/{entry.name}", "scaling-report", "scaling_report", {}, {})
+            tracker.log_files(run_id, "scaling_report", sorted(folder.glob("scaling_report.*")))
+            tracker.set_status(run_id, "FINISHED")
         return dg.MaterializeResult(
             metadata={
-                "table": table(scaling_table(rows, metric)),
+                "table": table(scaling_table(report.rows, report.metric)),
                 "plot": picture(plot, "scaling"),
-                "missing": ", ".join(missing) or "none",
+                "cost": table(cost_table(report.rows)),
+                "recommended": report.recommendation,
+                **{
+                    f"law_{number}": dg.MetadataValue.md(f"{law.law.text()}\n\n{forecast_table(law).markdown()}")
+                    for number, law in enumerate(report.laws, start=1)
+                },
+                **({} if report.nights is None else {"nights": table(report.nights)}),
+                "missing": ", ".join(report.missing) or "none",
+                "stale": ", ".join(report.stale) or "none",
                 "note": NOTE,
-                "distinct_models": len({row["weights_digest"] for row in rows}),
+                "distinct_models": len({row["weights_digest"] for row in report.rows}),
                 "report": dg.MetadataValue.path(str(folder / "scaling_report.md")),
+                "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
             }
         )
 

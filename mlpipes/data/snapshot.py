@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from mlpipes.data.dataset import Columns, Dataset, digest_splits
 from mlpipes.data.ragged import Ragged, arrays_of
-from mlpipes.data.splits import SplitPlan, split_dataset
+from mlpipes.data.splits import SOURCE_INDEX, SplitPlan, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError
 from mlpipes.files import (
     Published,
@@ -92,6 +93,15 @@ def open_snapshot(path: Path) -> Snapshot:
             f"{path} holds the snapshot {snapshot.meta.get('digest')}: it was renamed or copied wrongly"
         )
     return snapshot
+
+
+def shared_between_splits(snapshot: Snapshot) -> dict[tuple[str, str], int]:
+    """How many different samples are in both of each two splits, by the content that tells samples apart."""
+    columns = snapshot.meta["columns"]
+    names = tuple(name for name in snapshot.meta["plan"]["content"] if name in columns)
+    names = names or tuple(name for name in columns if name not in ("label", SOURCE_INDEX))
+    contents = {split: set(content_hashes(snapshot.columns(split), names)) for split in snapshot.counts}
+    return {(a, b): len(contents[a] & contents[b]) for a, b in combinations(contents, 2)}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def classification_report(
         },
         tables=shown,
         figures=pictures,
+        quantities={"baseline": majority / n, "expected_calibration_error": ece},
         notes=[
             f"{len(wrong)} of {n:,} wrong; always the most frequent class would be right in {majority / n:.1%}. Intervals: "
             f"Wilson score for accuracy, percentiles of {RESAMPLES:,} bootstrap resamples for macro F1 and Matthews "

@@ -107,25 +107,100 @@ def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: st
     return _png(figure)
 
 
-def scaling(rows: Sequence[Mapping[str, Any]], metric: str) -> bytes:
-    """Test metric with its interval, training seconds and efficiency by scale.
+def history(points: Sequence[tuple[str, Any, bool | None]], metric: str) -> bytes:
+    """A figure over time with its intervals; `points` are (date, `Estimate`, passed), and crosses did not pass."""
+    figure, axes = _new(9, 3.2)
+    places = np.arange(len(points))
+    for passed, colour, marker, label in (
+        (True, _COLOURS[2], "o", "passed the gates"),
+        (False, "#b91c1c", "X", "did not pass"),
+        (None, "grey", "o", "not judged yet"),
+    ):
+        chosen = [(x, e) for x, (_, e, verdict) in zip(places, points, strict=True) if verdict is passed]
+        if chosen:
+            values = np.array([e.value for _, e in chosen])
+            errors = np.abs(np.array([[e.low, e.high] for _, e in chosen]).T - values)
+            at = [x for x, _ in chosen]
+            axes.errorbar(at, values, yerr=errors, fmt=marker, color=colour, capsize=2, label=label)
+    every = max(1, -(-len(points) // 12))
+    axes.set_xticks(places[::every], [date for date, _, _ in points][::every], rotation=30)
+    axes.set(title=f"test {metric} of each evaluation, 95 % interval")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
 
-    Each row has `scale`, `value`, `low`, `high`, `train_seconds` and `efficiency` (None where there is no baseline).
+
+def scaling(rows: Sequence[Mapping[str, Any]], laws: Sequence[Any], metric: str) -> bytes:
+    """The scales side by side, and below them throughput with its law and forecasts, and quality against cost.
+
+    Each row is one of `scaling_rows`; each of `laws` is a `Law`. Forecasts are hollow and dashed.
     """
-    figure, (scores, seconds, efficiencies) = _new(11, 1.6 + 0.4 * len(rows), columns=3)
-    names = [row["scale"] for row in rows]
-    places = np.arange(len(rows))
+    figure, grid = _new(12, 4.4 + 0.35 * len(rows), rows=2, columns=3)
+    scores, seconds, efficiencies, throughput, front, memory = grid.reshape(-1)
+    names, places = [row["scale"] for row in rows], np.arange(len(rows))
     values = np.array([row["value"] for row in rows])
     errors = np.abs(np.array([[row["low"], row["high"]] for row in rows]).T - values)
     scores.errorbar(values, places, xerr=errors, fmt="o", color=_COLOURS[0], capsize=3)
-    scores.set(yticks=places, yticklabels=names, title=f"test {metric}, 95 % interval")
-    seconds.barh(places, [row["train_seconds"] for row in rows], color=_COLOURS[1], height=0.6)
-    seconds.set(yticks=places, yticklabels=[], title="training seconds (no start-up)")
-    efficiencies.barh(places, [row["efficiency"] or 0 for row in rows], color=_COLOURS[2], height=0.6)
+    scores.set(title=f"test {metric}, 95 % interval")
+    _bars(seconds, [row["train_seconds"] for row in rows], "training seconds (no start-up)", _COLOURS[1])
+    _bars(efficiencies, [row["efficiency"] or 0 for row in rows], "parallel efficiency", _COLOURS[2])
     efficiencies.axvline(1, color="grey", linestyle="--", linewidth=1)
-    efficiencies.set(yticks=places, yticklabels=[], title="parallel efficiency")
-    for axes in (scores, seconds, efficiencies):
-        axes.invert_yaxis()
+    _bars(
+        memory, [(row["peak_memory_bytes"] or 0) / 2**20 for row in rows], "peak memory of a worker, MiB", _COLOURS[4]
+    )
+    for axes in (scores, seconds, efficiencies, memory):
+        axes.set_yticks(places, names if axes in (scores, memory) else [])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+    _throughput(throughput, rows, laws)
+    _front(front, rows, metric)
+    for axes in grid.reshape(-1):
         axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
+
+
+def _bars(axes: Any, values: Sequence[float], title: str, colour: str) -> None:
+    axes.barh(np.arange(len(values)), values, color=colour, height=0.6)
+    axes.set(title=title)
+
+
+def _throughput(axes: Any, rows: Sequence[Mapping[str, Any]], laws: Sequence[Any]) -> None:
+    axes.scatter(
+        [row["workers"] for row in rows],
+        [row["samples_per_second"] for row in rows],
+        color=_COLOURS[0],
+        zorder=3,
+        label="measured",
+    )
+    for law in laws:
+        measured = [row["workers"] for row in rows if row["scale"] in law.scales]
+        greatest = max([*measured, *(row["workers"] for row in law.forecasts)])
+        counts = np.linspace(1, greatest, 60)
+        curve = [law.law.forecast(count) for count in counts]
+        axes.plot(counts, [point.value for point in curve], color="grey", linestyle="--", label=law.law.name)
+        axes.fill_between(
+            counts,
+            [point.low for point in curve],
+            [point.high for point in curve],
+            color="grey",
+            alpha=0.15,
+            linewidth=0,
+        )
+        for row in law.forecasts:
+            axes.scatter(
+                row["workers"], row["samples_per_second"], facecolors="none", edgecolors="grey", label="forecast"
+            )
+    # One entry a kind, however many points it has.
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(entries.values(), entries.keys(), frameon=False, fontsize=8)
+    axes.set(xlabel="workers", title="samples/s, law and 95 % band", ylim=(0, None))
+
+
+def _front(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+    for row in rows:
+        marker, colour = ("o", _COLOURS[1]) if row["pareto"] else ("x", "grey")
+        axes.scatter(row["device_hours"], row["value"], marker=marker, color=colour)
+        axes.annotate(
+            row["scale"], (row["device_hours"], row["value"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
+        )
+    axes.set(xlabel="device-hours", title=f"test {metric} against cost (o: Pareto front)")
+    axes.margins(0.25)

@@ -52,12 +52,16 @@ class Report:
     figures: Mapping[str, bytes] = field(default_factory=dict)
     """PNG files by name."""
     notes: Sequence[str] = ()
+    quantities: Mapping[str, float] = field(default_factory=dict)
+    """Figures without an interval. The gates know `baseline` (the primary metric of blind guessing) and
+    `expected_calibration_error`."""
 
     def as_dict(self) -> dict[str, Any]:
         """All but the pictures, as JSON."""
         return {
             "estimates": {name: asdict(estimate) for name, estimate in self.estimates.items()},
             "tables": [asdict(table) for table in self.tables],
+            "quantities": dict(self.quantities),
             "figures": sorted(self.figures),
             "notes": list(self.notes),
         }

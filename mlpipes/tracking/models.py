@@ -17,7 +17,13 @@ from mlpipes.tracking.runs import Tracker
 if TYPE_CHECKING:
     from mlpipes.workloads.base import Deployable
 
-FINGERPRINT = "mlpipes.fingerprint"
+FINGERPRINT, SCALE, SNAPSHOT = "mlpipes.fingerprint", "mlpipes.scale", "mlpipes.snapshot"
+"""Tags of a registered version."""
+
+
+def registered_name(workload: str) -> str:
+    """The name under which a workload's models are registered."""
+    return f"mlpipes-{workload}"
 
 
 def register(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -63,6 +64,11 @@ def export_best(folder: TrainingFolder, recipe: Recipe, outcome: dict[str, Any])
     return folder.model
 
 
+def open_model(folder: Path) -> dict[str, Any]:
+    """The description of a published model. Raises FileNotFoundError, or CorruptionError if a byte has changed."""
+    return open_published(folder, kind=KIND, versions=frozenset({VERSION})).meta
+
+
 def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
     """A published model on the best device of this machine. Raises CorruptionError if a byte has changed."""
     published = open_published(folder, kind=KIND, versions=frozenset({VERSION}))
@@ -76,8 +82,8 @@ def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
     return TrainedModel(recipe, workload, hp, network, published.meta)
 
 
-def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> Report:
-    """The report of a model on a split of a snapshot."""
+def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Report, np.ndarray]:
+    """The report of a model on a split of a snapshot, and the score of each sample (N,)."""
     columns = snapshot.columns(split)
     device = next(model.network.parameters()).device
     predictions = predictions_of(
@@ -88,7 +94,7 @@ def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> Report:
         SingleWorker(),
         model.meta["precision"],
     )
-    return model.workload.report(predictions, columns, _info(snapshot))
+    return model.workload.report(predictions, columns, _info(snapshot)), model.workload.scores(predictions, columns)
 
 
 def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:

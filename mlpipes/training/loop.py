@@ -20,6 +20,7 @@ from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.parallel import ShardedGradient, Workers
 from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import Checkpointing
+from mlpipes.training.stopwatch import Stopwatch, usage
 from mlpipes.training.tensors import on_device
 from mlpipes.workloads.base import DataInfo, Workload
 
@@ -76,7 +77,8 @@ class Trainer:
         self._undrained: list[Tensor] = []
         self._told = 0
         self._stopping = False
-        self._last_message = self._last_save = self._segment = time.perf_counter()
+        self._last_message = self._last_save = time.perf_counter()
+        self.stopwatch = Stopwatch()
 
     def resume(self) -> None:
         """Go back to the latest usable checkpoint, if there is one.
@@ -104,7 +106,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the outcome (the same on every worker but for timings), all JSON."""
         first_step = self.progress.step
-        self._segment = self._last_save = time.perf_counter()
+        self._last_save = time.perf_counter()
+        self.stopwatch.begin()
         self._tell(
             "started",
             step=first_step,
@@ -131,6 +134,7 @@ class Trainer:
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
         samples = self.total_steps * self.scale.batch_size
+        used = torch.stack(self.workers.gather(usage(self.stopwatch, self.device))).cpu()
         return {
             "steps": self.total_steps,
             "steps_per_epoch": self.order.steps_per_epoch,
@@ -143,6 +147,11 @@ class Trainer:
             "train_seconds": progress.train_seconds,
             "samples": samples,
             "samples_per_second": samples / progress.train_seconds,
+            "usage": {
+                "cpu_seconds_per_second": float(used[:, 0].sum()),
+                "peak_memory_bytes": int(used[:, 1].max()),
+                "peak_gpu_memory_bytes": int(used[:, 2].max()),
+            },
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "resumed_from_step": first_step,
         }
@@ -190,9 +199,7 @@ class Trainer:
                 self.progress.interval_losses.append(loss)
                 self.progress.epoch_loss += loss
             self.progress.loss_digest = _chained_each(self.progress.loss_digest, losses)
-        now = time.perf_counter()
-        self.progress.train_seconds += now - self._segment
-        self._segment = now
+        self.progress.train_seconds += self.stopwatch.lap()
 
     def _log(self) -> None:
         self._drain()
@@ -247,7 +254,8 @@ class Trainer:
             # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
             self._tell("metrics", rows=self.progress.history[self._told :])
             self._told = len(self.progress.history)
-        self._segment = self._last_save = time.perf_counter()
+        self._last_save = time.perf_counter()
+        self.stopwatch.begin()
 
     def _publish(self) -> Path:
         with self.may_write():

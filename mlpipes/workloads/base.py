@@ -144,6 +144,10 @@ class Workload(ABC):
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
         """The judgement of the final model on the test split: estimates, tables, figures."""
 
+    @abstractmethod
+    def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
+        """How well each sample was done, float (N,), greater is better: what two models are compared by, pairwise."""
+
     # -- serving ------------------------------------------------------------------------------------------------------
     @abstractmethod
     def deployable(self, model: nn.Module, hp: Any, info: DataInfo, columns: Columns) -> Deployable:

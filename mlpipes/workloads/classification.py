@@ -23,6 +23,10 @@ class Classification(Workload):
             "loss": float(F.cross_entropy(logits.double(), labels)),
         }
 
+    def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
+        """1 where the label is right, 0 where it is not."""
+        return (predictions["logits"].argmax(axis=1) == np.asarray(columns["label"])).astype(np.float32)
+
     def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """By accuracy; the loss decides between equals, which a small validation split has often."""
         return metrics["accuracy"], -metrics["loss"]

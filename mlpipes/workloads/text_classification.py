@@ -316,6 +316,10 @@ class TextRegression(TextWorkload):
 
         return regression_report(predictions["value"], np.asarray(columns["label"]), misses)
 
+    def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
+        """The squared error, negative."""
+        return -((predictions["value"].astype(np.float64) - np.asarray(columns["label"])) ** 2)
+
 
 def _names(columns: Columns) -> list[str]:
     return [name for name in ("text", "text_pair") if name in columns]

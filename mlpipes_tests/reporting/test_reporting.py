@@ -5,8 +5,6 @@ from hypothesis import strategies as st
 
 from mlpipes.reporting.classification import classification_report, expected_calibration_error, wilson
 from mlpipes.reporting.report import Table
-from mlpipes.reporting.scaling import ScaleResult, scaling_rows
-from mlpipes.scales import RayScaleConfig
 
 PNG = b"\x89PNG"
 
@@ -56,17 +54,3 @@ def test_any_text_stays_in_its_cell(text: str) -> None:
     lines = Table("t", ["c"], [[text.replace("\\", "")]]).markdown().split("\n")
     assert len([line for line in lines if line]) >= 3
     assert lines[2].replace("\\|", "").count("|") == 2
-
-
-def result(key: str, speed: float, comparable: str = "same") -> ScaleResult:
-    test = {"value": 0.9, "low": 0.8, "high": 0.95, "n": 100}
-    return ScaleResult(RayScaleConfig.from_key(key), "s", "c", 0.9, test, 10.0, speed, "w" * 64, comparable)
-
-
-def test_speed_up_and_efficiency_by_hand() -> None:
-    rows = scaling_rows(
-        [result("w2-b8-e1-g0", 150.0), result("w1-b8-e1-g0", 100.0), result("w4-b8-e1-g0", 200.0, "other")]
-    )
-    assert [row["baseline"] for row in rows] == ["w1-b8-e1-g0", "w1-b8-e1-g0", None]
-    assert [row["speed_up"] for row in rows] == [1.5, 1.0, None]
-    assert [row["efficiency"] for row in rows] == [0.75, 1.0, None]

@@ -268,7 +268,7 @@ def judged(job: Any) -> Any:
     from mlpipes.data.snapshot import open_snapshot
 
     outcome, snapshot = run_here(job), open_snapshot(job.snapshot)
-    return evaluate(load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot, "test"), snapshot
+    return evaluate(load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot, "test")[0], snapshot
 
 
 def test_sorted_unicode_data_are_learnt_and_the_mistakes_are_shown_as_texts(tables: Path) -> None:

@@ -1,0 +1,143 @@
+"""Backfills from the command line: the scales that need it, launched in a Dagster that runs, and watched to the end."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from mlpipes.errors import ConfigError
+from mlpipes.scales import RayScaleConfig
+from mlpipes.workloads.catalog import Entry
+
+UI_VARIABLE = "MLPIPES_DAGSTER_UI"
+DEFAULT_UI = "http://127.0.0.1:3000"
+CHAIN = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion")
+PATIENCE_SECONDS = 600.0
+"""How long a Dagster that does not answer is asked again: it may be restarted while a backfill runs."""
+
+_FRESHNESS = """query($key: AssetKeyInput!, $scale: String!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
+  staleStatus(partition: $scale) } } }"""
+_LAUNCH = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) { __typename
+  ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } ... on UnauthorizedError { message } } }"""
+_STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename ... on PartitionBackfill {
+  status runs { runId status tags { key value } } } } }"""
+_OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
+
+
+class DagsterUi:
+    """A Dagster webserver, asked over GraphQL."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = (address or os.environ.get(UI_VARIABLE) or DEFAULT_UI).rstrip("/")
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        """The answer's data. Raises ConfigError if nobody answers or the answer is an error."""
+        try:
+            answer = requests.post(f"{self.address}/graphql", json={"query": query, "variables": variables}, timeout=60)
+            content = answer.json()
+        except (requests.RequestException, ValueError) as error:
+            raise ConfigError(
+                f"no Dagster answers at {self.address} ({type(error).__name__}); start `mlpipes dev`, or name it with --ui"
+            ) from error
+        if content.get("errors"):
+            raise ConfigError(f"Dagster at {self.address} says: {content['errors'][0].get('message')}")
+        return content["data"]
+
+    def ask_patiently(self, query: str, **variables: Any) -> Any:
+        """The same, but waits for a Dagster that is being restarted."""
+        from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+        asked: Callable[[], Any] = retry(
+            retry=retry_if_exception_type(ConfigError),
+            stop=stop_after_delay(PATIENCE_SECONDS),
+            wait=wait_fixed(2),
+            reraise=True,
+        )(lambda: self.ask(query, **variables))
+        return asked()
+
+    def is_fresh(self, workload: str, scale: str) -> bool:
+        """Whether every asset of a scale's chain is materialized and up to date."""
+        for asset in CHAIN:
+            node = self.ask(_FRESHNESS, key={"path": [workload, asset]}, scale=scale)["assetNodeOrError"]
+            if not node:
+                raise ConfigError(f"Dagster at {self.address} has no asset {workload}/{asset}")
+            if node["staleStatus"] != "FRESH":
+                return False
+        return True
+
+    def launch(self, workload: str, scales: Sequence[str], priority: int, title: str) -> str:
+        """Launch a backfill of the chain for some scales; returns its id."""
+        params = {
+            "assetSelection": [{"path": [workload, asset]} for asset in CHAIN],
+            "partitionNames": list(scales),
+            "tags": [{"key": "dagster/priority", "value": str(priority)}],
+            "title": title,
+        }
+        answer = self.ask(_LAUNCH, params=params)["launchPartitionBackfill"]
+        if "backfillId" not in answer:
+            raise ConfigError(f"Dagster did not launch the backfill: {answer.get('message', answer['__typename'])}")
+        return answer["backfillId"]
+
+
+@dataclass
+class Backfill:
+    """Launched backfills, and the last known status of each scale's run."""
+
+    ui: DagsterUi
+    ids: list[str]
+    scales: Mapping[str, str]
+    """Status by scale: REQUESTED until it has a run, then the run's."""
+
+    def watch(self, pause: float = 2.0) -> Iterator[Mapping[str, str]]:
+        """The status of each scale whenever it was looked at, until all backfills are over."""
+        statuses = dict(self.scales)
+        while True:
+            over = True
+            for number in self.ids:
+                found = self.ui.ask_patiently(_STATUS, id=number)["partitionBackfillOrError"]
+                over &= found.get("status") in _OVER
+                # The latest run of a scale comes last: a retry counts, not what it repeats.
+                for run in sorted(found.get("runs", []), key=lambda run: _retry(run)):
+                    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+                    if (scale := tags.get("dagster/partition")) in statuses:
+                        statuses[scale] = run["status"]
+            self.scales = statuses
+            yield statuses
+            if over:
+                return
+            time.sleep(pause)
+
+
+def _retry(run: Mapping[str, Any]) -> int:
+    return next((int(tag["value"]) for tag in run["tags"] if tag["key"] == "dagster/retry_number"), 0)
+
+
+def work(scale: RayScaleConfig) -> float:
+    """What a scale costs, roughly: passes over the data times the devices that are held meanwhile."""
+    return scale.epochs * scale.workers * (scale.gpus_per_worker or scale.cpus_per_worker)
+
+
+def launch(
+    ui: DagsterUi, entry: Entry, scales: Sequence[RayScaleConfig], *, smallest_first: bool, again: bool
+) -> tuple[Backfill | None, list[str]]:
+    """Launch what is not fresh (or all, with `again`); returns it, and the keys of the scales that are fresh.
+
+    What is half done goes on: a training is found by its fingerprint. With `smallest_first` each scale is a backfill of
+    its own, with a priority.
+    """
+    fresh = [] if again else [scale.key for scale in scales if ui.is_fresh(entry.name, scale.key)]
+    wanted = [scale for scale in scales if scale.key not in fresh]
+    if not wanted:
+        return None, fresh
+    if smallest_first:
+        ordered = sorted(wanted, key=work)
+        ids = [
+            ui.launch(entry.name, [scale.key], len(ordered) - rank, f"{entry.name} {scale.key}")
+            for rank, scale in enumerate(ordered)
+        ]
+    else:
+        ids = [ui.launch(entry.name, [scale.key for scale in wanted], 0, f"{entry.name}: {len(wanted)} scales")]
+    return Backfill(ui, ids, {scale.key: "REQUESTED" for scale in wanted}), fresh

@@ -1,0 +1,129 @@
+"""The part of the command line about models: promote, rollback, compare, history, predict."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from mlpipes.cli import app, console, entry_named, friendly, store
+from mlpipes.errors import ConfigError
+from mlpipes.workloads.catalog import configured
+
+
+@app.command()
+@friendly
+def promote(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    scale: Annotated[str, typer.Argument(help="whose latest model, e.g. w1-b128-e30-g0")],
+    reason: Annotated[str, typer.Option(help="why; recorded")],
+    force: Annotated[bool, typer.Option(help="also if the gates did not let it pass")] = False,
+) -> None:
+    """Make a scale's latest model the champion of its workload."""
+    from mlpipes.evaluations import evaluations_of
+    from mlpipes.tracking.champion import Champions
+    from mlpipes.tracking.models import registered_name
+    from mlpipes.tracking.runs import Tracker, default_uri
+
+    key = entry_named(workload).scale(scale).key
+    champions = Champions(Tracker(default_uri()), registered_name(workload))
+    version = champions.of_scale(key)
+    judged = [e for e in evaluations_of(store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
+    if not (judged and judged[-1].is_good) and not force:
+        raise ConfigError(
+            f"the gates did not let version {version.version} pass, or were not asked; --force promotes it all the same"
+        )
+    champions.promote(version.version, f"by hand: {reason}")
+    console.print(f"{champions.name} version {version.version} ({key}) is champion.")
+
+
+@app.command()
+@friendly
+def rollback(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    reason: Annotated[str, typer.Option(help="why; recorded")],
+) -> None:
+    """Give the alias `champion` back to the model that had it before."""
+    from mlpipes.tracking.champion import Champions
+    from mlpipes.tracking.models import registered_name
+    from mlpipes.tracking.runs import Tracker, default_uri
+
+    entry_named(workload)
+    lost, now = Champions(Tracker(default_uri()), registered_name(workload)).roll_back(reason)
+    console.print(f"Version {now} is champion again; version {lost} is not any more.")
+
+
+@app.command()
+@friendly
+def compare(
+    first: Annotated[
+        str, typer.Argument(help="workload/scale, or workload/scale@run, e.g. digits/w1-b128-e30-g0@3f2a")
+    ],
+    second: Annotated[str, typer.Argument(help="the other one")],
+) -> None:
+    """Compare two models: what differs in data, settings, code and environment, and in quality, with intervals."""
+    from mlpipes.compare import compare as compare_models
+    from mlpipes.compare import evaluation_named
+
+    entries = {entry.name: entry for entry in configured()}
+    a, b = evaluation_named(store(), entries, first), evaluation_named(store(), entries, second)
+    metric = entries[a.meta["workload"]].load().primary_metric
+    console.print(Markdown(compare_models(store(), a, b, metric).markdown()))
+
+
+@app.command()
+@friendly
+def history(
+    workload: Annotated[str, typer.Argument(help="which workload")],
+    scale: Annotated[str, typer.Argument(help="which scale, e.g. w1-b128-e30-g0")],
+) -> None:
+    """List all evaluations of a scale's models, and what the gates said."""
+    from mlpipes.evaluations import evaluations_of
+
+    entry = entry_named(workload)
+    metric, key = entry.load().primary_metric, entry.scale(scale).key
+    table = Table("when", "training", "weights", f"test {metric}", "gates")
+    for evaluation in evaluations_of(store(), workload, key):
+        verdict = evaluation.verdict
+        failed = [n for n, gate in (verdict or {"gates": {}})["gates"].items() if not gate["passed"]]
+        gates = "not asked" if verdict is None else f"failed: {', '.join(failed)}" if failed else "passed"
+        meta = evaluation.meta
+        table.add_row(
+            evaluation.when, meta["fingerprint"][:8], meta["weights"][:8], str(evaluation.estimate(metric)), gates
+        )
+    if not table.row_count:
+        raise ConfigError(f"{workload} {key} has not been evaluated yet; materialize {workload}/eval_report first")
+    console.print(table)
+
+
+@app.command()
+@friendly
+def predict(
+    workload: Annotated[str, typer.Argument(help="which text workload")],
+    scale: Annotated[str, typer.Argument(help="which scale's model, e.g. w1-b64-e6-g0")],
+    texts: Annotated[list[str] | None, typer.Argument(help="texts; none: one a line from standard input")] = None,
+    pair: Annotated[
+        list[str] | None, typer.Option(help="of a workload on pairs: the second text, once for each")
+    ] = None,
+) -> None:
+    """Ask a trained text model about new texts: labels and probabilities, or values."""
+    from mlpipes.data.snapshot import open_snapshot
+    from mlpipes.training.export import load_model, predict_texts
+
+    entry_named(workload)
+    reference = store().read_reference(workload, "model", scale)
+    if reference is None:
+        raise ConfigError(f"{workload} {scale} has no model yet; materialize {workload}/model first")
+    asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not asked or (pair is not None and len(pair) != len(asked)):
+        raise ConfigError("give at least one text, and with --pair as many second texts as first ones")
+    snapshot = open_snapshot(store().snapshots / reference["snapshot"])
+    answers = predict_texts(
+        load_model(store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
+    )
+    table = Table("text", *answers)
+    for row, text in enumerate(asked):
+        cells = [column[row] for column in answers.values()]
+        table.add_row(text, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    console.print(table)

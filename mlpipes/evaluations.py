@@ -1,0 +1,135 @@
+"""Evaluations in the store: published once, listed by partition, each with the verdict of the gates beside it."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlpipes.errors import ConfigError, CorruptionError
+from mlpipes.files import canonical_json, open_published, publishing, read_record, write_record
+from mlpipes.reporting.report import Estimate, Report
+from mlpipes.store import Store, TrainingFolder
+
+KIND, VERSION = "evaluation", 2
+NIGHT_TAG = "mlpipes/night"
+"""Dagster tag of a nightly run: the date that it stands for."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One judgement of one model on one split."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    """`workload`, `scale`, `fingerprint`, `snapshot`, `weights`, `seed`, `split`, `time`, `night`, `estimates`, …"""
+
+    @property
+    def name(self) -> str:
+        """Its name: when, and in which Dagster run."""
+        return self.path.name
+
+    @property
+    def when(self) -> str:
+        """The night that it stands for, or the moment at which it was made."""
+        return self.meta["night"] or self.meta["time"]
+
+    def estimate(self, metric: str) -> Estimate:
+        """A figure with its interval. Raises KeyError."""
+        return Estimate(**self.meta["estimates"][metric])
+
+    def scores(self) -> np.ndarray:
+        """How well the model did on each sample, float32 (N,), greater is better. Raises CorruptionError."""
+        published = open_published(self.path, kind=KIND, versions=frozenset({VERSION}))
+        return np.load(published.path / "scores.npy", allow_pickle=False)
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """What the gates said; None if they were not asked."""
+        try:
+            return read_record(self._verdict_path)
+        except FileNotFoundError:
+            return None
+
+    def judge(self, verdict: Mapping[str, Any]) -> None:
+        """Record what the gates say."""
+        write_record(self._verdict_path, verdict)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all blocking gates let it pass."""
+        verdict = self.verdict
+        return verdict is not None and verdict["passed"]
+
+    @property
+    def _verdict_path(self) -> Path:
+        return self.path.parent / f"{self.name}.verdict.json"
+
+
+def publish_evaluation(
+    folder: TrainingFolder, report: Report, scores: np.ndarray, title: str, meta: Mapping[str, Any]
+) -> Evaluation:
+    """Write a report with its pictures and each sample's score; `meta` says what was judged, by which Dagster run."""
+    now = datetime.now(UTC)
+    target = folder.evaluation(f"{now:%Y%m%dT%H%M%S%f}-{meta['dagster_run_id'][:8]}")
+    described = dict(meta) | {
+        "time": now.isoformat(timespec="seconds"),
+        "estimates": report.as_dict()["estimates"],
+        "quantities": dict(report.quantities),
+    }
+    array = io.BytesIO()
+    np.save(array, scores.astype(np.float32), allow_pickle=False)
+    with publishing(target, kind=KIND, version=VERSION) as draft:
+        (draft.path / "report.json").write_bytes(canonical_json(report.as_dict() | {"measured_on": described}))
+        (draft.path / "report.md").write_text(report.markdown(title, measured_on(meta)), encoding="utf-8")
+        (draft.path / "scores.npy").write_bytes(array.getvalue())
+        for name, png in report.figures.items():
+            (draft.path / f"{name}.png").write_bytes(png)
+        draft.meta.update(described)
+    return Evaluation(target, described)
+
+
+def measured_on(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the figures of an evaluation were measured on, for people."""
+    return {
+        "split": meta["split"],
+        "n": f"{meta['n']:,}",
+        "data": meta["data"],
+        "snapshot": meta["snapshot"][:12],
+        "scale": meta["scale"],
+        "seed": meta["seed"],
+        "weights": meta["weights"][:12],
+    }
+
+
+def history_points(history: Sequence[Evaluation], metric: str) -> list[tuple[str, Estimate, bool | None]]:
+    """Evaluations as (when, figure, whether the gates let it pass) for a plot or a table."""
+    return [(e.when[:10], e.estimate(metric), (e.verdict or {"passed": None})["passed"]) for e in history]
+
+
+def open_evaluation(store: Store, reference: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that an `eval_report` reference points to. Raises ConfigError if it is gone, CorruptionError."""
+    path = store.training(reference["fingerprint"]).evaluation(reference["evaluation"])
+    try:
+        return Evaluation(path, open_published(path, kind=KIND, versions=frozenset({VERSION})).meta)
+    except FileNotFoundError as error:
+        raise ConfigError(f"the evaluation {path} is gone; materialize `eval_report` again") from error
+
+
+def evaluations_of(store: Store, workload: str, scale: str) -> list[Evaluation]:
+    """All evaluations of a partition's models, whichever training they came from, the oldest first.
+
+    Reads descriptions only; an unreadable one is left out, for `Evaluation.scores` verifies what is used.
+    """
+    found = []
+    for path in store.root.glob("trainings/*/evaluations/*/"):
+        try:
+            meta = open_published(path, kind=KIND, versions=frozenset({VERSION}), verify=False).meta
+        except (CorruptionError, FileNotFoundError):
+            continue
+        if (meta["workload"], meta["scale"]) == (workload, scale):
+            found.append(Evaluation(path, meta))
+    return sorted(found, key=lambda evaluation: evaluation.name)

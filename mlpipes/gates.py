@@ -1,0 +1,110 @@
+"""Gates: what a model must show before it may become champion, judged from its evaluation and the ones before it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlpipes.evaluations import Evaluation
+from mlpipes.reporting.comparison import Difference, paired
+
+REMEMBERED = 14
+"""Good evaluations that the drift gate looks back over."""
+BASELINE, CALIBRATION = "baseline", "expected_calibration_error"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where the gates stand."""
+
+    floor: float | None = None
+    """Least value of the primary metric; None: its interval must lie above what blind guessing reaches."""
+    significance: float = 0.01
+    """A model counts as worse if chance explains the difference with less than this probability."""
+    calibration_error: float = 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one gate says."""
+
+    passed: bool
+    text: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def floor(current: Evaluation, metric: str, limits: Limits) -> Finding:
+    """The primary metric is high enough."""
+    found = current.estimate(metric)
+    if limits.floor is not None:
+        return Finding(found.value >= limits.floor, f"{metric} {found}, floor {limits.floor}", {metric: found.value})
+    baseline = current.meta["quantities"].get(BASELINE, 0.0)
+    return Finding(
+        found.low > baseline,
+        f"{metric} {found}, blind guessing {baseline:.4f}",
+        {metric: found.value, BASELINE: baseline},
+    )
+
+
+def regression(current: Evaluation, before: Sequence[Evaluation], limits: Limits) -> Finding:
+    """Not worse than the last good evaluation of the partition, on the same samples."""
+    good = [evaluation for evaluation in before if evaluation.is_good]
+    if not good:
+        return Finding(True, "the first one: there is no good evaluation to compare with")
+    if good[-1].meta["snapshot"] != current.meta["snapshot"]:
+        return Finding(
+            True,
+            f"not comparable with the last good one ({good[-1].when}): its data were snapshot "
+            f"{good[-1].meta['snapshot'][:12]}",
+        )
+    return _compared(current, good[-1], f"the last good one ({good[-1].when})", limits)
+
+
+def drift(current: Evaluation, before: Sequence[Evaluation], metric: str, limits: Limits) -> Finding:
+    """Not worse than the best of the last good ones: many small steps down that each pass are noticed here."""
+    good = [e for e in before if e.is_good and e.meta["snapshot"] == current.meta["snapshot"]][-REMEMBERED:]
+    if not good:
+        return Finding(True, "there is no good evaluation on these data to compare with")
+    best = max(good, key=lambda evaluation: evaluation.estimate(metric).value)
+    return _compared(current, best, f"the best of the last {len(good)} good ones ({best.when})", limits)
+
+
+def calibration(current: Evaluation, limits: Limits) -> Finding:
+    """Confidence says how often the model is right; passes where a task has no confidence."""
+    error = current.meta["quantities"].get(CALIBRATION)
+    if error is None:
+        return Finding(True, "this task has no confidence to calibrate")
+    text = f"expected calibration error {error:.4f}, limit {limits.calibration_error}"
+    return Finding(error <= limits.calibration_error, text, {CALIBRATION: error})
+
+
+def _compared(current: Evaluation, other: Evaluation, name: str, limits: Limits) -> Finding:
+    found: Difference = paired(other.scores(), current.scores())
+    text = f"against {name}: {found}" + (", the same weights" if _same_weights(current, other) else "")
+    assert found.p_value is not None  # noqa: S101 - paired
+    return Finding(not found.is_worse(limits.significance), text, {"difference": found.value, "p_value": found.p_value})
+
+
+def _same_weights(first: Evaluation, second: Evaluation) -> bool:
+    return first.meta["weights"] == second.meta["weights"]
+
+
+BLOCKING = ("floor", "regression")
+WARNING = ("calibration", "drift")
+
+
+def pass_through(
+    current: Evaluation, before: Sequence[Evaluation], metric: str, limits: Limits, only: Sequence[str] | None = None
+) -> dict[str, Finding]:
+    """What the gates say about an evaluation; the verdict is recorded beside it."""
+    gates: dict[str, Callable[[], Finding]] = {
+        "floor": lambda: floor(current, metric, limits),
+        "regression": lambda: regression(current, before, limits),
+        "calibration": lambda: calibration(current, limits),
+        "drift": lambda: drift(current, before, metric, limits),
+    }
+    found = {name: gate() for name, gate in gates.items() if only is None or name in only}
+    earlier: dict[str, Any] = (current.verdict or {}).get("gates", {})
+    gathered = earlier | {name: {"passed": f.passed, "text": f.text, **f.figures} for name, f in found.items()}
+    passed = all(name in gathered and gathered[name]["passed"] for name in BLOCKING)
+    current.judge({"passed": passed, "gates": gathered})
+    return found
