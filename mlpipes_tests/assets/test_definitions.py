@@ -15,7 +15,7 @@ from mlpipes.scales import scales_of
 from mlpipes.training.recipe import code_version
 from mlpipes.workloads.catalog import CATALOG, Entry
 
-CHAIN = ["dataset", "snapshot", "checkpoints", "model", "eval_report"]
+CHAIN = ["dataset", "snapshot", "checkpoints", "model", "eval_report", "champion"]
 HEAVY = ("torch", "torchvision", "ray", "transformers", "datasets", "mlflow", "matplotlib", "sklearn", "scipy")
 
 
@@ -77,6 +77,7 @@ def test_training_and_evaluation_have_queues_of_their_own() -> None:
     pools = {name: graph.get(dg.AssetKey(["digits", name])).pools or set() for name in CHAIN}
     assert pools["checkpoints"] == {"training"}
     assert pools["eval_report"] == {"evaluation"}
+    assert pools["champion"] == {"promotion"}
     assert not pools["dataset"] | pools["snapshot"] | pools["model"]
 
 
@@ -91,7 +92,7 @@ def test_a_backfill_runs_one_partition_a_run() -> None:
 def test_user_catalogs_can_be_composed() -> None:
     entry = Entry("mine", "My data", CATALOG[0].implementation, scales_of(["w1-b8-e1-g0"], "mine"))
     keys = {key.to_user_string() for key in build_defs(catalog=[entry]).resolve_asset_graph().get_all_asset_keys()}
-    assert keys == {f"mine/{name}" for name in [*CHAIN, "scaling_report"]}
+    assert keys == {f"mine/{name}" for name in [*CHAIN, "scaling_report", "live"]}
 
 
 def config(**changes: Any) -> TrainingConfig:

@@ -14,8 +14,10 @@ import pytest
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
 from mlpipes.definitions import build_defs
+from mlpipes.files import read_record
 from mlpipes.scales import scales_of
 from mlpipes.store import Store
+from mlpipes.tracking.runs import Tracker, default_uri
 from mlpipes.workloads.catalog import CATALOG, Entry
 
 SCALES = ["w1-b128-e3-g0", "w2-b128-e3-g0"]
@@ -44,7 +46,7 @@ class Pipeline:
         )
 
     def chain(self, partition: str, config: Any = None) -> Any:
-        return self.run(dg.AssetSelection.assets(["digits", "eval_report"]).upstream(), partition, config)
+        return self.run(dg.AssetSelection.assets(["digits", "champion"]).upstream(), partition, config)
 
     def metadata(self, asset: str, partition: str | None = None) -> dict[str, Any]:
         event = (
@@ -112,11 +114,21 @@ def test_the_chain_shows_what_people_want_to_see(pipeline: Pipeline) -> None:
 
 def test_the_scaling_report_names_what_is_missing(pipeline: Pipeline) -> None:
     found = pipeline.metadata("scaling_report")
-    assert found["missing"] == "w1-b64-e9-g0"
+    assert found["missing"] == "w1-b64-e9-g0 (never trained)"
+    assert found["stale"] == "none"
     assert found["distinct_models"] == 1
     text = (pipeline.store.report("digits") / "scaling_report.md").read_text()
     assert all(scale in text for scale in SCALES)
-    assert "Not evaluated yet: w1-b64-e9-g0" in text
+    assert "Not evaluated: w1-b64-e9-g0 (never trained)" in text
+    assert "is the best by validation without a limit" in text
+    # Both scales ended in the same model: the cheaper one is recommended, and the first to pass is champion.
+    report = read_record(pipeline.store.report("digits") / "scaling_report.json")
+    assert all(row["peak_memory_bytes"] > 50 * 2**20 and 0.1 < row["cpu_utilisation"] < 8 for row in report["rows"])
+    client = Tracker(default_uri()).client
+    champion = client.get_model_version_by_alias("mlpipes-digits", "champion")
+    assert champion.tags["mlpipes.scale"] == SCALES[0]
+    assert "first to pass the gates" in champion.tags["mlpipes.promotion"]
+    assert "not better, the champion stays" in pipeline.metadata("champion", SCALES[1])["reason"]
 
 
 def test_one_mlflow_run_per_fingerprint_with_a_whole_curve(pipeline: Pipeline) -> None:
@@ -134,7 +146,7 @@ def test_one_mlflow_run_per_fingerprint_with_a_whole_curve(pipeline: Pipeline) -
         assert len(runs) == 1
         run = runs[0]
         assert run.info.status == "FINISHED"
-        assert run.data.params["learning_rate"] == "0.003"
+        assert run.data.params["learning_rate"] == "0.02"
         assert run.data.metrics["test/accuracy"] > 0.8
         assert run.data.tags["dagster.partition"] == partition
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]

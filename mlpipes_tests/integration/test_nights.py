@@ -1,0 +1,105 @@
+"""A fortnight of nightly evaluations with one bad model in it: the gate holds, the champion stays, the report shows it."""
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from mlpipes.definitions import build_defs
+from mlpipes.evaluations import evaluations_of
+from mlpipes.scales import scales_of
+from mlpipes.scaling_report import Prices, make_report
+from mlpipes.store import Store
+from mlpipes.tracking.champion import Champions
+from mlpipes.tracking.runs import Tracker, default_uri
+from mlpipes.workloads.catalog import CATALOG, Entry
+
+SCALE, OTHER = "w1-b128-e4-g0", "w1-b128-e5-g0"
+FIRST = datetime(2026, 11, 1, 2, tzinfo=UTC)
+BAD_NIGHT = 8
+
+
+@pytest.fixture
+def home(ray_home: Path) -> Iterator[Path]:
+    before = os.environ.get("MLPIPES_HOME")
+    os.environ["MLPIPES_HOME"] = str(ray_home)
+    yield ray_home
+    os.environ.pop("MLPIPES_HOME")
+    if before:
+        os.environ["MLPIPES_HOME"] = before
+
+
+class Desk:
+    """One workload of two scales, in a Dagster instance of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.entry = Entry("nights", "Digits", CATALOG[0].implementation, scales_of([SCALE, OTHER], "test"))
+        self.definitions, self.store = build_defs(catalog=[self.entry]), Store(home / "store")
+        (home / "nights").mkdir()
+        self.instance = dg.DagsterInstance.local_temp(str(home / "nights"))
+
+    def launch(self, job: str, config: Any = None, tags: dict[str, str] | None = None) -> Any:
+        return self.definitions.resolve_job_def(job).execute_in_process(
+            instance=self.instance, partition_key=SCALE, run_config=config, tags=tags, raise_on_error=False
+        )
+
+    def tick(self, night: datetime) -> list[dg.RunRequest]:
+        """What the schedule asks for on a night."""
+        schedule = self.definitions.resolve_schedule_def("nights_nightly")
+        with dg.build_schedule_context(instance=self.instance, scheduled_execution_time=night) as context:
+            return list(schedule.evaluate_tick(context).run_requests or [])
+
+    def champion(self) -> Any:
+        return Champions(Tracker(default_uri()), "mlpipes-nights").current()
+
+
+def training(**hyperparameters: Any) -> dict[str, Any]:
+    return {"ops": {"nights__checkpoints": {"config": {"hyperparameters": hyperparameters}}}}
+
+
+def test_a_fortnight_with_one_bad_model(home: Path) -> None:
+    desk = Desk(home)
+    assert desk.tick(FIRST) == []  # nothing is trained: skipped, with a reason
+    assert desk.launch("nights_chain").success
+    champion = desk.champion()
+    assert champion is not None
+    for number in range(14):
+        night = FIRST + timedelta(days=number)
+        if number == BAD_NIGHT:
+            # Somebody trains with next to no learning rate. The run fails at the gate, and promotes nothing.
+            bad = desk.launch("nights_chain", training(learning_rate=1e-7, head_learning_rate=1e-7))
+            assert not bad.success
+            assert desk.champion() == champion
+        elif number == BAD_NIGHT + 1:
+            assert desk.launch("nights_chain").success  # the good one again: found by its fingerprint
+        requests = desk.tick(night)
+        # Only the scale that has a model; the key makes Dagster launch it once, however often it looks.
+        assert [(r.run_key, r.partition_key) for r in requests] == [(f"nights:{night:%Y-%m-%d}:{SCALE}", SCALE)]
+        assert [r.run_key for r in desk.tick(night)] == [r.run_key for r in requests]
+        result = desk.launch("nights_evaluation", tags=dict(requests[0].tags))
+        assert result.success == (number != BAD_NIGHT), night
+        assert desk.champion() == champion, "the bad model must not take the alias, and the good one keeps it"
+
+    nights = [e for e in evaluations_of(desk.store, "nights", SCALE) if e.meta["night"]]
+    assert [e.meta["night"] for e in nights] == [f"2026-11-{day:02d}" for day in range(1, 15)]
+    assert [e.is_good for e in nights] == [number != BAD_NIGHT for number in range(14)]
+    verdict = nights[BAD_NIGHT].verdict
+    assert verdict is not None
+    assert not verdict["gates"]["regression"]["passed"]
+    assert "against the last good one" in verdict["gates"]["regression"]["text"]
+
+    report = make_report(desk.store, desk.entry, Prices())
+    assert report.nights is not None
+    assert len(report.nights.rows) == 14
+    bad_row = report.nights.rows[BAD_NIGHT]
+    assert bad_row[0] == "2026-11-09"
+    assert "FAILED: " in bad_row[1]
+    assert "regression" in bad_row[1]
+    assert sum("FAILED" in row[1] for row in report.nights.rows) == 1
+    text, _ = report.write(desk.store, desk.entry)
+    assert "| 2026-11-09 |" in text
+    assert f"{OTHER} (never trained)" in text

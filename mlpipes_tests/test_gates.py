@@ -1,0 +1,112 @@
+"""Gates: what they let pass, what they hold, what they remember; and evaluations in the store."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlpipes.errors import ConfigError, CorruptionError
+from mlpipes.evaluations import Evaluation, evaluations_of, open_evaluation, publish_evaluation
+from mlpipes.gates import Limits, pass_through
+from mlpipes.reporting.classification import wilson
+from mlpipes.reporting.report import Report
+from mlpipes.store import Store
+
+N = 400
+
+
+class Partition:
+    """Evaluations of one partition, one after the other."""
+
+    def __init__(self, root: Path) -> None:
+        self.store, self.count = Store(root), 0
+
+    def evaluate(self, right: int, *, snapshot: str = "s", shift: int = 0, ece: float = 0.02) -> Evaluation:
+        """An evaluation in which `right` of N samples are right, beginning with number `shift`."""
+        self.count += 1
+        scores = np.roll((np.arange(N) < right).astype(np.float32), shift)
+        report = Report({"accuracy": wilson(right, N)}, quantities={"baseline": 0.5, "expected_calibration_error": ece})
+        meta = {
+            "workload": "w", "scale": "w1-b8-e1-g0", "seed": 0, "fingerprint": "f" * 64, "snapshot": snapshot * 64,
+            "weights": f"{self.count:064d}", "split": "test", "n": N, "data": "made up", "night": None,
+            "dagster_run_id": f"{self.count:08d}",
+        }  # fmt: skip
+        return publish_evaluation(self.store.training("f" * 64), report, scores, "title", meta)
+
+    def judge(self, current: Evaluation, **limits: float) -> dict[str, bool]:
+        before = [e for e in evaluations_of(self.store, "w", "w1-b8-e1-g0") if e.name < current.name]
+        found = pass_through(current, before, "accuracy", Limits(**limits))
+        return {name: finding.passed for name, finding in found.items()}
+
+
+@pytest.fixture
+def partition(tmp_path: Path) -> Partition:
+    return Partition(tmp_path)
+
+
+ALL = {"floor": True, "regression": True, "calibration": True, "drift": True}
+
+
+def test_a_first_good_model_passes(partition: Partition) -> None:
+    first = partition.evaluate(380)
+    assert not first.is_good
+    assert partition.judge(first) == ALL
+    assert first.is_good
+
+
+def test_no_better_than_guessing_does_not_pass(partition: Partition) -> None:
+    found = partition.judge(partition.evaluate(215))  # 53.8 %, but its interval reaches below 50 %
+    assert not found["floor"]
+    assert partition.judge(partition.evaluate(300), floor=0.8)["floor"] is False
+    assert partition.judge(partition.evaluate(330), floor=0.8)["floor"] is True
+
+
+def test_a_worse_model_is_held_and_the_next_is_compared_with_the_last_good_one(partition: Partition) -> None:
+    partition.judge(partition.evaluate(380))
+    bad = partition.evaluate(340)
+    assert partition.judge(bad) == ALL | {"regression": False, "drift": False}
+    assert not bad.is_good
+    # As bad as the bad one: compared with the good one before it, so held as well.
+    assert not partition.judge(partition.evaluate(340))["regression"]
+    assert partition.judge(partition.evaluate(379)) == ALL
+
+
+def test_a_slow_decline_passes_each_night_and_is_noticed_as_drift(partition: Partition) -> None:
+    drifted = []
+    for right in (390, 386, 382, 378, 374, 370):
+        found = partition.judge(partition.evaluate(right))
+        assert found["regression"], right
+        drifted.append(found["drift"])
+    assert drifted[:2] == [True, True]
+    assert drifted[-1] is False
+
+
+def test_other_data_are_not_compared(partition: Partition) -> None:
+    partition.judge(partition.evaluate(390))
+    assert partition.judge(partition.evaluate(300, snapshot="t")) == ALL
+
+
+def test_bad_calibration_warns_and_does_not_hold(partition: Partition) -> None:
+    found = partition.evaluate(380, ece=0.3)
+    assert partition.judge(found) == ALL | {"calibration": False}
+    assert found.is_good
+
+
+def test_half_a_verdict_lets_nothing_pass(partition: Partition) -> None:
+    found = partition.evaluate(380)
+    pass_through(found, [], "accuracy", Limits(), only=["floor"])
+    assert not found.is_good
+    pass_through(found, [], "accuracy", Limits(), only=["regression"])
+    assert found.is_good
+
+
+def test_changed_scores_are_noticed(partition: Partition) -> None:
+    found = partition.evaluate(380)
+    path = found.path / "scores.npy"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"scores\.npy does not match"):
+        found.scores()
+    with pytest.raises(ConfigError, match="materialize `eval_report` again"):
+        open_evaluation(partition.store, {"fingerprint": "0" * 64, "evaluation": "gone"})

@@ -1,0 +1,56 @@
+"""The champion's alias: given with a reason, given back, and never to one that lost it before."""
+
+from pathlib import Path
+
+import pytest
+
+from mlpipes.errors import ConfigError
+from mlpipes.tracking.champion import REASON, Champions
+from mlpipes.tracking.models import FINGERPRINT, SCALE, SNAPSHOT
+from mlpipes.tracking.runs import Tracker, default_uri
+
+
+@pytest.fixture
+def champions(isolated_home: Path) -> Champions:
+    """A registered model with versions 1, 2 and 3 of two scales."""
+    tracker = Tracker(default_uri())
+    tracker.client.create_registered_model("mlpipes-w")
+    for number, scale in enumerate(("w1-b8-e1-g0", "w2-b8-e1-g0", "w1-b8-e1-g0"), start=1):
+        tags = {FINGERPRINT: f"{number}" * 64, SCALE: scale, SNAPSHOT: "s"}
+        tracker.client.create_model_version("mlpipes-w", f"file:///nowhere/{number}", tags=tags)
+    return Champions(tracker, "mlpipes-w")
+
+
+def test_promotion_is_recorded_with_its_reason(champions: Champions) -> None:
+    assert champions.current() is None
+    assert Champions(Tracker(default_uri()), "unknown").current() is None
+    champions.promote("1", "the first")
+    current = champions.current()
+    assert current is not None
+    assert (current.version, current.scale, current.fingerprint) == ("1", "w1-b8-e1-g0", "1" * 64)
+    assert (current.reason or "").endswith("UTC: the first")
+    assert champions.client.get_model_version("mlpipes-w", "1").tags[REASON] == current.reason
+
+
+def test_the_latest_version_of_a_scale_is_found(champions: Champions) -> None:
+    assert champions.of_scale("w1-b8-e1-g0").version == "3"
+    with pytest.raises(ConfigError, match="no model of scale w4-b8-e1-g0"):
+        champions.of_scale("w4-b8-e1-g0")
+
+
+def test_rolling_back_gives_it_to_the_one_before(champions: Champions) -> None:
+    with pytest.raises(ConfigError, match="has no champion"):
+        champions.roll_back("why")
+    champions.promote("1", "first")
+    with pytest.raises(ConfigError, match="nothing to go back to"):
+        champions.roll_back("why")
+    champions.promote("2", "better")
+    assert champions.roll_back("it was not") == ("2", "1")
+    champions.promote("3", "better still")
+    # Not to 2, which lost it.
+    assert champions.roll_back("it was not either") == ("3", "1")
+    current = champions.current()
+    assert current is not None
+    assert current.version == "1"
+    assert [version for _, version, _ in champions.history()] == ["1"]
+    assert "rolled back from version 3: it was not either" in champions.history()[0][2]
