@@ -80,15 +80,13 @@ def history(
 ) -> None:
     """List all evaluations of a scale's models, and what the gates said."""
     from mlpipes.evaluations import evaluations_of
+    from mlpipes.gates import summary
 
     entry = entry_named(workload)
     metric, key = entry.load().primary_metric, entry.scale(scale).key
     table = Table("when", "training", "weights", f"test {metric}", "gates")
     for evaluation in evaluations_of(store(), workload, key):
-        verdict = evaluation.verdict
-        failed = [n for n, gate in (verdict or {"gates": {}})["gates"].items() if not gate["passed"]]
-        gates = "not asked" if verdict is None else f"failed: {', '.join(failed)}" if failed else "passed"
-        meta = evaluation.meta
+        meta, gates = evaluation.meta, summary(evaluation.verdict)
         table.add_row(
             evaluation.when, meta["fingerprint"][:8], meta["weights"][:8], str(evaluation.estimate(metric)), gates
         )

@@ -1,12 +1,14 @@
 """Gates: what a model must show before it may become champion, judged from its evaluation and the ones before it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlpipes.evaluations import Evaluation
 from mlpipes.reporting.comparison import Difference, paired
 
+BLOCKING = ("floor", "regression")
+"""Gates that hold a model back; the others warn."""
 REMEMBERED = 14
 """Good evaluations that the drift gate looks back over."""
 BASELINE, CALIBRATION = "baseline", "expected_calibration_error"
@@ -88,8 +90,14 @@ def _same_weights(first: Evaluation, second: Evaluation) -> bool:
     return first.meta["weights"] == second.meta["weights"]
 
 
-BLOCKING = ("floor", "regression")
-WARNING = ("calibration", "drift")
+def summary(verdict: Mapping[str, Any] | None) -> str:
+    """A verdict in a few words."""
+    if verdict is None:
+        return "not asked"
+    failed = [name for name, gate in verdict["gates"].items() if not gate["passed"]]
+    held, warned = [n for n in failed if n in BLOCKING], [n for n in failed if n not in BLOCKING]
+    words = f"HELD by {', '.join(held)}" if held else "passed" if verdict["passed"] else "not all asked"
+    return f"{words}; warning: {', '.join(warned)}" if warned else words
 
 
 def pass_through(

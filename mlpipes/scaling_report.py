@@ -8,6 +8,7 @@ from typing import Any
 from mlpipes.errors import ConfigError
 from mlpipes.evaluations import evaluations_of
 from mlpipes.files import digest_of, read_record, write_atomic, write_record
+from mlpipes.gates import summary
 from mlpipes.reporting.report import Table
 from mlpipes.reporting.scaling import (
     Law,
@@ -200,10 +201,8 @@ def _nights(store: Store, entry: Entry, metric: str) -> Table | None:
         for evaluation in evaluations_of(store, entry.name, scale.key):
             if (night := evaluation.meta["night"]) is None:
                 continue
-            verdict = evaluation.verdict
-            failed = [n for n, gate in (verdict or {"gates": {}})["gates"].items() if not gate["passed"]]
-            state = "not judged" if verdict is None else f"FAILED: {', '.join(failed)}" if failed else "passed"
-            cells.setdefault(night, {})[scale.key] = f"{evaluation.estimate(metric).value:.4f} {state}"
+            text = f"{evaluation.estimate(metric).value:.4f} {summary(evaluation.verdict)}"
+            cells.setdefault(night, {})[scale.key] = text
     if not cells:
         return None
     scales = [scale.key for scale in entry.scales if any(scale.key in night for night in cells.values())]
