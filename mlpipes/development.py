@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from mlpipes.assets.training import DAGSTER_UI_VARIABLE
@@ -21,7 +23,7 @@ from mlpipes.errors import ConfigError
 from mlpipes.tracking.runs import UI_VARIABLE, default_uri
 
 HOST = "127.0.0.1"
-CHECK_SECONDS = 2.0
+CHECK_SECONDS = 1.0
 QUICK_SECONDS, QUICK_ENDS = 30.0, 3
 """A server that ends so soon after its start, so many times in a row, is not started again."""
 _LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries { name locationOrLoadError {
@@ -30,7 +32,11 @@ _RELOAD = 'mutation { reloadRepositoryLocation(repositoryLocationName: "%s") { _
 
 
 def serve(console: Console, port: int, mlflow_port: int | None) -> int:
-    """Serve until interrupted; returns the exit code. Raises ConfigError if a port is taken."""
+    """Serve until interrupted; returns the exit code. Raises ConfigError if a port is taken.
+
+    Starts the code server, the daemon and the webserver that `dagster dev` would start, each by itself: `dagster dev` ends
+    all of them when one dies, and every run with them, where starting that one again leaves the others undisturbed.
+    """
     for name, wanted in (("--port", port), ("--mlflow-port", mlflow_port)):
         if wanted is not None and not _is_free(wanted):
             raise ConfigError(f"port {wanted} is taken; choose another with {name}")
@@ -38,7 +44,7 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
     environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **os.environ}
     environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: f"http://{HOST}:{port}"}
     programs = Path(sys.executable).parent
-    commands = []
+    commands: list[list[Any]] = []
     if mlflow_port is not None:
         uri = default_uri()
         if not uri.startswith("http"):
@@ -47,12 +53,49 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
                 [programs / "mlflow", "ui", "--host", HOST, "--port", mlflow_port, "--backend-store-uri", uri]
             )
         console.print(f"MLflow UI:  {environment.get(UI_VARIABLE, uri)}")
-    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").is_file() else ["-m", "mlpipes.definitions"]
-    commands.append([programs / "dagster", "dev", "-h", HOST, "-p", port, *workspace])
-    console.print(f"Dagster UI: http://{HOST}:{port}")
-    console.print("Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it.")
+    # Short, for it holds Unix sockets (their paths may have 107 characters), and nobody else's: a socket runs code.
+    with tempfile.TemporaryDirectory(prefix="mlpipes-dev-") as folder:
+        servers, workspace = code_servers(Path("workspace.yaml"), Path(folder))
+        commands += [[programs / "dagster", "code-server", "start", *options] for options in servers]
+        commands.append([programs / "dagster-daemon", "run", "-w", workspace])
+        commands.append([programs / "dagster-webserver", "-h", HOST, "-p", port, "-w", workspace])
+        console.print(f"Dagster UI: http://{HOST}:{port}")
+        console.print("Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it.")
+        return _keep_up(console, commands, environment, f"http://{HOST}:{port}/graphql")
+
+
+def code_servers(workspace: Path, folder: Path) -> tuple[list[list[str]], Path]:
+    """Options of the code servers of a workspace file's Python modules, and a workspace file in `folder` that names them.
+
+    Entries of other kinds are taken over as they are. Without a file, there is one server, with this program's definitions.
+    Raises ConfigError for a file that is no workspace.
+    """
+    try:
+        entries = yaml.safe_load(workspace.read_text(encoding="utf-8"))["load_from"]
+    except FileNotFoundError:
+        entries = [{"python_module": "mlpipes.definitions"}]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"{workspace.absolute()} is not a workspace file with a list `load_from`: {error}") from error
+    servers, taken_over = [], []
+    for number, entry in enumerate(entries):
+        module = entry.get("python_module")
+        if module is None:
+            taken_over.append(entry)
+            continue
+        described = {"module_name": module} if isinstance(module, str) else module
+        name, socket_path = described["module_name"], str(folder / f"{number}.sock")
+        location = described.get("location_name") or name
+        directory = str(Path(described.get("working_directory", ".")).absolute())
+        servers.append(["-m", name, "-s", socket_path, "-d", directory, "--location-name", location])
+        taken_over.append({"grpc_server": {"socket": socket_path, "location_name": location}})
+    path = folder / "workspace.yaml"
+    path.write_text(yaml.safe_dump({"load_from": taken_over}), encoding="utf-8")
+    return servers, path
+
+
+def _keep_up(console: Console, commands: list[list[Any]], environment: Mapping[str, str], graphql: str) -> int:
     # Installed before the children start: a signal that is ignored here (as in a background job of a shell) would stay
-    # ignored in them, and `dagster dev` ends its own children by SIGINT.
+    # ignored in them.
     interrupted = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())
@@ -65,8 +108,10 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
                         f"[red]{child.command[0]} ended {QUICK_ENDS} times right after its start; giving up.[/]"
                     )
                     return 1
-            _heal_code_server(f"http://{HOST}:{port}/graphql")
+            _heal_code_server(graphql)
     finally:
+        for child in children:
+            child.interrupt()
         for child in children:
             child.end()
     return 0
@@ -98,10 +143,15 @@ class _Child:
         self._start()
         return True
 
-    def end(self) -> None:
-        """End it and everything that it started: by interrupt, which lets it clean up, and for good after a while."""
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+    def interrupt(self) -> None:
+        """Ask it to end, which lets it clean up."""
+        with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> None:
+        """End it and everything that it started: by interrupt first, and for good after a while."""
+        self.interrupt()
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(15)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

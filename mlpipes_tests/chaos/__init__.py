@@ -1,1 +1,1 @@
-"""Chaos: processes killed at random moments under a real `dagster dev`, Ray and MLflow; the same model must come out."""
+"""Chaos: processes killed at random moments under a real `mlpipes dev`, Ray and MLflow; the same model must come out."""

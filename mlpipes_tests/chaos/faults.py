@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlpipes_tests.chaos.harness import Session
 
 KILLED = (
-    *("run worker", "mlpipes dev", "dagster dev", "daemon", "code server", "code server and its parent", "webserver"),
+    *("run worker", "mlpipes dev", "daemon", "code server", "code server and its parent", "webserver"),
     *("everything of Dagster", "Ray driver", "Train controller", "train worker", "raylet", "Ray head"),
     *("MLflow server", "everything"),
 )
@@ -31,11 +31,10 @@ AWAY_SECONDS = {"MLflow server": 10.0, "everything": 0.0, DISK: 15.0}
 DISK_BYTES = 1300 * 2**20
 """Size of the store's disk where it is to run full: what the preflight asks for, and some."""
 _WORDS = {
-    "dagster dev": "dagster dev",
-    "daemon": "dagster._daemon",
+    "daemon": "dagster-daemon",
     "code server": "api grpc",
     "code server and its parent": "code-server start",
-    "webserver": "dagster_webserver",
+    "webserver": "dagster-webserver",
     "Ray driver": "mlpipes.training.job",
     "Train controller": "ray::TrainController",
     "train worker": "ray::RayTrainWorker",

@@ -23,6 +23,7 @@ CHROMIUM_FLAGS = [
 ELSEWHERE = {
     "make test": "this very test runs in it",
     "make dev": "the fixture `ui`",
+    ".venv/bin/mlpipes backfill digits": "test_desk_ui.py, for a Dagster must run",
     ".venv/bin/mlpipes demo --workload digits --scale w1-b128-e30-g0": "the fixture `folder`, as part of make demo",
 }
 
@@ -85,6 +86,11 @@ def test_every_command_of_the_readme_runs(folder: Sandbox) -> None:
         ".venv/bin/mlpipes status": "finished",
         ".venv/bin/mlpipes checkpoints digits w1-b128-e30-g0": "good",
         ".venv/bin/mlpipes report digits": "scaling report",
+        ".venv/bin/mlpipes report digits --deadline 60": "best by validation within 60 s",
+        ".venv/bin/mlpipes history digits w1-b128-e30-g0": "passed",
+        '.venv/bin/mlpipes promote digits w2-b128-e30-g0 --reason "as good, and twice as fast"': "is champion",
+        '.venv/bin/mlpipes rollback digits --reason "changed my mind"': "is champion again",
+        ".venv/bin/mlpipes compare digits/w1-b128-e30-g0 digits/w2-b128-e30-g0": "the same model, bit for bit",
         ".venv/bin/mlpipes replay digits w1-b128-e30-g0": "equal, bit for bit",
         ".venv/bin/mlpipes ray up": "Ray runs; dashboard http://127.0.0.1:",
         ".venv/bin/mlpipes ray status": "Ray runs (pid",
