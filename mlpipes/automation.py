@@ -64,10 +64,18 @@ def nightly(entry: Entry) -> dg.ScheduleDefinition:
         night = f"{context.scheduled_execution_time:%Y-%m-%d}"
         trained = context.instance.get_materialized_partitions(dg.AssetKey([entry.name, "model"]))
         keys = [scale.key for scale in entry.scales if scale.key in trained]
+        # A schedule's run key holds for one tick only, and a night may have several: after a restart, or by a short cron.
+        judged = {
+            key
+            for key in keys
+            if context.instance.get_runs_count(dg.RunsFilter(tags={NIGHT_TAG: night, "dagster/partition": key}))
+        }
         if not keys:
             yield dg.SkipReason(f"no scale of {entry.name} has a model yet")
+        elif judged == set(keys):
+            yield dg.SkipReason(f"every scale of {entry.name} with a model has been judged for the night of {night}")
         for key in keys:
-            # The run key makes it happen once a night, however often the schedule is evaluated.
-            yield dg.RunRequest(run_key=f"{entry.name}:{night}:{key}", partition_key=key, tags={NIGHT_TAG: night})
+            if key not in judged:
+                yield dg.RunRequest(run_key=f"{entry.name}:{night}:{key}", partition_key=key, tags={NIGHT_TAG: night})
 
     return schedule

@@ -164,6 +164,6 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         group_name=entry.name,
         owners=OWNERS,
         kinds={"ray"},
-        description="Live curves (tab *Plots*) and the state of all trainings, observed while they run.",
+        description="Live curves (*Metadata*, *Plots*) and the state of all trainings, observed while they run.",
     )
     return [*cast("list[dg.AssetsDefinition]", chain), scaling_report_asset(entry, OWNERS), live]

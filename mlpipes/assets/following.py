@@ -1,10 +1,10 @@
 """Following a training: its Ray job is submitted or found again, shown while it runs, and submitted again if it died."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -31,17 +31,18 @@ def follow_training(
     connect: Callable[[], "RayAddress"],
     job: TrainingJob,
     stall_seconds: float,
+    links: Mapping[str, Any],
 ) -> None:
     """Return when the result of a training is in the store; `job` is its first attempt, later ones differ in number.
 
-    A training that reports nothing for `stall_seconds` is ended, its workers' stacks kept, and started again from its
-    last checkpoint. Raises TrainingFailedError if the training reports an error that a restart would not mend, was
-    stopped, or died too often.
+    `links` (one is `mlflow`) are shown with the training's progress. A training that reports nothing for `stall_seconds` is
+    ended, its workers' stacks kept, and started again from its last checkpoint. Raises TrainingFailedError if the training
+    reports an error that a restart would not mend, was stopped, or died too often.
     """
     from mlpipes.compute.jobs import RayJobs
     from mlpipes.compute.submission import attach_or_submit
 
-    folder, died, view = job.folder, 0, LiveView(context, job)
+    folder, died, view = job.folder, 0, LiveView(context, job, links)
     while True:
         jobs, log = RayJobs(connect()), ""
         try:

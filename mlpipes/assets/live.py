@@ -15,6 +15,7 @@ from mlpipes.training.specification import TrainingJob
 
 OBSERVATION_SECONDS = 5.0
 _SHOWN = 20
+_COLUMNS = ("scale", "seed", "state", "step", "loss", "samples/s", "ETA s")
 
 
 def live_asset(workload: str) -> dg.AssetKey:
@@ -28,34 +29,43 @@ def live_asset(workload: str) -> dg.AssetKey:
 class LiveView:
     """Turns a training's messages into observations, some seconds apart."""
 
-    def __init__(self, context: dg.AssetExecutionContext, job: TrainingJob) -> None:
-        self.context, self.job, self._shown = context, job, 0.0
-        self._latest_checkpoint: int | None = None
+    def __init__(self, context: dg.AssetExecutionContext, job: TrainingJob, links: Mapping[str, Any]) -> None:
+        self.context, self.job, self.links, self._shown = context, job, dict(links), 0.0
+        self._figures: dict[str, float] = {}
+        self._where = ""
 
     def show(self, message: Mapping[str, Any]) -> None:
-        """Take note of any message, and show progress and validation."""
-        kind, scale = message["kind"], self.job.recipe.scale.key
+        """Take note of a message, and show the latest figures if it is time to."""
+        kind = message["kind"]
         if kind == "checkpoint":
-            self._latest_checkpoint = message["step"]
-        elif kind == "progress" and time.monotonic() - self._shown >= OBSERVATION_SECONDS:
-            self._shown = time.monotonic()
-            figures = {name: message[name] for name in ("epoch", "loss", "samples_per_second", "eta_seconds")}
-            text = f"step {message['step']} of {message['total_steps']}"
-            checkpoint = {} if self._latest_checkpoint is None else {"latest_checkpoint": self._latest_checkpoint}
-            partition = self.context.partition_key
-            self.context.log_event(
-                dg.AssetObservation(
-                    self.context.asset_key, partition=partition, description=text, metadata=figures | checkpoint
-                )
-            )
-            self._curves({f"{name} · {scale}": figures[name] for name in ("loss", "samples_per_second", "eta_seconds")})
+            self._figures["latest_checkpoint"] = message["step"]
+        elif kind == "progress":
+            self._figures |= {name: message[name] for name in ("epoch", "loss", "samples_per_second", "eta_seconds")}
+            self._where = f"step {message['step']} of {message['total_steps']}"
         elif kind == "epoch":
-            self._curves({f"validation {name} · {scale}": value for name, value in message["metrics"].items()})
+            self._figures |= {f"validation_{name}": value for name, value in message["metrics"].items()}
+        due = time.monotonic() - self._shown >= OBSERVATION_SECONDS
+        if self._figures and (kind == "finished" or (due and kind in ("progress", "epoch"))):
+            self._shown = time.monotonic()
+            self._observe()
 
-    def _curves(self, figures: dict[str, float]) -> None:
-        workload = self.job.recipe.workload
-        rows = [progress_text(s) for s in all_statuses(Store(Path(self.job.store))) if s.workload == workload][:_SHOWN]
-        shown: dict[str, Any] = dict(figures)
-        if rows:
-            shown["trainings"] = table(Table("Trainings", list(rows[0]), [list(row.values()) for row in rows]))
-        self.context.log_event(dg.AssetObservation(live_asset(workload), metadata=shown))
+    def _observe(self) -> None:
+        recipe = self.job.recipe
+        self.context.log_event(
+            dg.AssetObservation(
+                self.context.asset_key,
+                partition=self.context.partition_key,
+                description=self._where,
+                metadata=self._figures | self.links,
+            )
+        )
+        curves: dict[str, Any] = {f"{name} · {recipe.scale.key}": value for name, value in self._figures.items()}
+        curves[f"mlflow · {recipe.scale.key}"] = self.links["mlflow"]
+        curves["trainings"] = table(_table_of(Store(Path(self.job.store)), recipe.workload))
+        self.context.log_event(dg.AssetObservation(live_asset(recipe.workload), metadata=curves))
+
+
+def _table_of(store: Store, workload: str) -> Table:
+    """The state of a workload's trainings, the latest heard of first."""
+    rows = [progress_text(status) for status in all_statuses(store) if status.workload == workload]
+    return Table("Trainings", _COLUMNS, [[row[name] for name in _COLUMNS] for row in rows[:_SHOWN]])

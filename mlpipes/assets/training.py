@@ -137,6 +137,7 @@ def materialize_training(
                     requested_by=context.run.run_id,
                 ),
                 config.stall_seconds,
+                {"mlflow": mlflow_link},
             )
         except BaseException as error:
             # An interruption that nobody asked for leaves the run RUNNING in MLflow, as the training is.

@@ -1,0 +1,1 @@
+"""Browser tests: what a user does and sees in the Dagster UI."""

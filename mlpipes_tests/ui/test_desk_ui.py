@@ -1,0 +1,183 @@
+"""The experiment desk in a browser: materialize, watch it live, backfill, cancel, gates, and a night; screenshots kept."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlpipes_tests.conftest import missing
+from mlpipes_tests.integration.test_readme_and_ui import CHROMIUM_FLAGS, OUTPUT
+from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
+
+LONG, SHORT = "w1-b64-e200-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
+FIRST = SHORT[0]
+JOB = "locations/mlpipes.definitions/jobs/digits_chain"
+_RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
+SLOW = 240_000
+"""Milliseconds that a training may take here, the start of Ray included."""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """A running `mlpipes dev` with four small scales of digits, and a night every minute."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("desk"))
+    scales = "\n".join(f"  - {key}" for key in [*SHORT, LONG])
+    (sandbox.path / "scales.yaml").write_text(f"digits:\n{scales}\n")
+    sandbox.environment |= {
+        "MLPIPES_SCALES": str(sandbox.path / "scales.yaml"),
+        "MLPIPES_NIGHTLY": "* * * * *",
+        "MLPIPES_DAGSTER_UI": f"http://127.0.0.1:{free_port()}",
+    }
+    sandbox.address = sandbox.environment["MLPIPES_DAGSTER_UI"]  # type: ignore[attr-defined]
+    port, mlflow = sandbox.environment["MLPIPES_DAGSTER_UI"].rpartition(":")[2], str(free_port())
+    dev = sandbox.start(".venv/bin/mlpipes", "dev", "--port", port, "--mlflow", "--mlflow-port", mlflow)
+    try:
+        wait_for(f"{sandbox.environment['MLPIPES_DAGSTER_UI']}/server_info")
+        yield sandbox
+    finally:
+        end(dev)
+        sandbox.run(".venv/bin/mlpipes ray down")
+
+
+@pytest.fixture(scope="module")
+def page(desk: Sandbox) -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        missing("no Chromium on PATH: the UI cannot be used")
+    from playwright.sync_api import sync_playwright
+
+    OUTPUT.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        opened = browser.new_page(viewport={"width": 1500, "height": 1150})
+        opened.set_default_timeout(60_000)
+        yield opened
+        browser.close()
+
+
+def go(page: Any, desk: Sandbox, path: str) -> None:
+    page.goto(f"{desk.address}/{path}")  # type: ignore[attr-defined]
+
+
+def picture(page: Any, name: str) -> None:
+    page.wait_for_timeout(1500)
+    page.screenshot(path=OUTPUT / f"{name}.png")
+
+
+def materialize(page: Any, desk: Sandbox, scales: list[str]) -> None:
+    """Launch the chain for some scales, as a user does."""
+    go(page, desk, JOB)
+    page.get_by_role("button", name="Materialize all").first.click()
+    page.get_by_role("button", name="Custom").click()
+    for key in {*SHORT, LONG} - set(scales):
+        page.locator(f"[data-tooltip='{key}']").last.get_by_role("img", name="close").click()
+    page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)")).click()
+
+
+def runs(desk: Sandbox, scale: str, job: str | None = None) -> list[str]:
+    """The statuses of a scale's runs, the latest first."""
+    found = graphql(desk.address, _RUNS)["runsOrError"]["results"]  # type: ignore[attr-defined]
+    return [
+        run["status"]
+        for run in found
+        if {"key": "dagster/partition", "value": scale} in run["tags"] and (job is None or run["jobName"] == job)
+    ]
+
+
+def until(condition: Any, what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s it is not so that {what}"
+        time.sleep(1)
+
+
+def test_a_partition_is_materialized_and_its_checks_are_seen(page: Any, desk: Sandbox) -> None:
+    materialize(page, desk, [FIRST])
+    until(lambda: runs(desk, FIRST) == ["SUCCESS"], "the first scale is materialized")
+    go(page, desk, "assets/digits/eval_report?view=checks")
+    for name in ("floor", "regression", "calibration", "drift"):
+        page.get_by_text(name, exact=True).first.wait_for()
+    page.get_by_text("floor", exact=True).first.click()
+    page.get_by_text("This is a blocking asset check").wait_for()
+    page.get_by_text("Passed").first.wait_for()
+    picture(page, "checks")
+
+
+def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: Any, desk: Sandbox) -> None:
+    materialize(page, desk, [LONG])
+    go(page, desk, "assets/digits/live")
+    step = re.compile(r"^\d+/\d+$")
+
+    def shown() -> str:
+        cells = page.get_by_role("cell", name=step).all_inner_texts()
+        return cells[0] if cells else ""
+
+    page.get_by_text(f"loss · {LONG}").first.wait_for(timeout=SLOW)
+    for name in ("validation_accuracy", "samples_per_second", "eta_seconds", "latest_checkpoint", "mlflow"):
+        page.get_by_text(f"{name} · {LONG}").first.wait_for()
+    before = shown()
+    until(lambda: shown() not in ("", before), "the live view has changed without a reload", 60)
+    page.get_by_role("button", name="Plots").click()
+    picture(page, "live")
+
+    go(page, desk, "runs")
+    page.get_by_role("link", name=re.compile("^[0-9a-f]{8}$")).first.click()
+    page.get_by_role("button", name=re.compile("Terminate")).first.click()
+    page.get_by_role("button", name=re.compile("Terminate")).last.click()
+    until(lambda: runs(desk, LONG)[0] == "CANCELED", "the run is cancelled", 60)
+    picture(page, "cancelled")
+
+
+def test_a_backfill_over_three_scales_and_the_report_that_follows(page: Any, desk: Sandbox) -> None:
+    materialize(page, desk, SHORT)
+    until(
+        lambda: all(runs(desk, key) and runs(desk, key)[0] == "SUCCESS" for key in SHORT), "all three are materialized"
+    )
+    # Nobody asks for the report: it follows when nothing is in progress any more.
+    report = desk.home / "store" / "reports" / "digits" / "scaling_report.md"
+    until(lambda: report.is_file() and all(key in report.read_text() for key in SHORT), "the report has followed")
+    go(page, desk, "assets/digits/scaling_report")
+    page.get_by_text("recommended", exact=True).first.wait_for()
+    page.get_by_text("[Show Markdown]").first.wait_for()
+    picture(page, "report")
+    assert f"{LONG} (training " in report.read_text()
+
+    done = desk.run(".venv/bin/mlpipes backfill digits " + " ".join(f"--scale {key}" for key in SHORT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Fresh, nothing to do: " + ", ".join(SHORT) in done.stdout
+
+
+def test_a_backfill_from_the_command_line_goes_on_where_the_cancelled_run_stopped(desk: Sandbox) -> None:
+    (path,) = [p for p in (desk.home / "store").glob("trainings/*/") if not (p / "result.json").is_file()]
+    done = desk.run(f".venv/bin/mlpipes backfill digits --scale {LONG} --smallest-first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{LONG}: SUCCESS" in done.stdout
+    assert (path / "result.json").is_file()
+    assert '"resumed_from_step": 0' not in (path / "result.json").read_text()
+
+
+def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(page: Any, desk: Sandbox) -> None:
+    go(page, desk, "locations/mlpipes.definitions/schedules/digits_nightly")
+    switch = page.locator("input[type=checkbox]").first
+    switch.wait_for(state="attached")
+    for wanted in (False, True):
+        if switch.is_checked() != wanted:
+            switch.locator("xpath=..").click()
+            until(lambda wanted=wanted: switch.is_checked() == wanted, "the switch has moved", 30)
+    until(lambda: all(runs(desk, key, "digits_evaluation") for key in SHORT), "a tick has judged each scale", 150)
+    until(lambda: all(runs(desk, key, "digits_evaluation") == ["SUCCESS"] for key in SHORT), "they have passed")
+    page.reload()
+    page.get_by_text("requested").first.wait_for()
+    picture(page, "nights")
+    history = desk.run(f".venv/bin/mlpipes history digits {FIRST}")
+    assert history.stdout.count("passed") >= 2
+
+
+def test_pictures_were_kept(desk: Sandbox) -> None:
+    for name in ("checks", "live", "cancelled", "report", "nights"):
+        path: Path = OUTPUT / f"{name}.png"
+        assert path.stat().st_size > 20_000, name
