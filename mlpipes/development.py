@@ -43,6 +43,7 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
     # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
     environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **os.environ}
     environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: f"http://{HOST}:{port}"}
+    _prepare_storage(environment["DAGSTER_HOME"])
     programs = Path(sys.executable).parent
     commands: list[list[Any]] = []
     if mlflow_port is not None:
@@ -62,6 +63,16 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
         console.print(f"Dagster UI: http://{HOST}:{port}")
         console.print("Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it.")
         return _keep_up(console, commands, environment, f"http://{HOST}:{port}/graphql")
+
+
+def _prepare_storage(folder: str) -> None:
+    """Have Dagster create its tables: daemon and webserver, started at once, would trip over each other."""
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(folder) as instance:
+        instance.get_run_records(limit=1)
+        instance.get_asset_keys(limit=1)
+        instance.all_instigator_state()
 
 
 def code_servers(workspace: Path, folder: Path) -> tuple[list[list[str]], Path]:
