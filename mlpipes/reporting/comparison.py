@@ -63,4 +63,4 @@ def unpaired(first: Estimate, second: Estimate) -> Difference:
     value = second.value - first.value
     low = value - float(np.hypot(second.value - second.low, first.high - first.value))
     high = value + float(np.hypot(second.high - second.value, first.value - first.low))
-    return Difference(value, low, high, None, min(first.n, second.n), "on different samples")
+    return Difference(value, low, high, None, min(first.n, second.n), "from intervals")

@@ -192,15 +192,22 @@ def _throughput(axes: Any, rows: Sequence[Mapping[str, Any]], laws: Sequence[Any
     # One entry a kind, however many points it has.
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(entries.values(), entries.keys(), frameon=False, fontsize=8)
-    axes.set(xlabel="workers", title="samples/s, law and 95 % band", ylim=(0, None))
+    # A band that says "anything" must not make the measurements invisible.
+    tallest = max(row["samples_per_second"] for row in [*rows, *(row for law in laws for row in law.forecasts)])
+    axes.set(xlabel="workers", title="samples/s, 95 % band", ylim=(0, 2 * tallest))
 
 
 def _front(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
-    for row in rows:
+    for number, row in enumerate(rows):
         marker, colour = ("o", _COLOURS[1]) if row["pareto"] else ("x", "grey")
         axes.scatter(row["device_hours"], row["value"], marker=marker, color=colour)
         axes.annotate(
-            row["scale"], (row["device_hours"], row["value"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            row["scale"],
+            (row["device_hours"], row["value"]),
+            fontsize=7,
+            xytext=(0, 8 + 10 * (number % 3)),
+            textcoords="offset points",
+            ha="center",
         )
-    axes.set(xlabel="device-hours", title=f"test {metric} against cost (o: Pareto front)")
-    axes.margins(0.25)
+    axes.set(xlabel="device-hours", title=f"test {metric}, Pareto front: o")
+    axes.margins(0.35)

@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from mlpipes.compare import compare, evaluation_named
 from mlpipes.definitions import build_defs
 from mlpipes.evaluations import evaluations_of
 from mlpipes.scales import scales_of
@@ -95,6 +96,16 @@ def test_a_fortnight_with_one_bad_model(home: Path) -> None:
     assert verdict is not None
     assert not verdict["gates"]["regression"]["passed"]
     assert "against the last good one" in verdict["gates"]["regression"]["text"]
+
+    bad = evaluation_named(
+        desk.store, {"nights": desk.entry}, f"nights/{SCALE}@{nights[BAD_NIGHT].meta['fingerprint'][:12]}"
+    )
+    assert bad.name == nights[BAD_NIGHT].name
+    comparison = compare(desk.store, nights[0], bad, "accuracy")
+    assert comparison.differences["recipe.hyperparameters.learning_rate"] == (0.02, 1e-7)
+    assert not [name for name in comparison.differences if name.startswith(("data", "environment"))]
+    assert comparison.metrics["score per sample"][2].is_worse(0.001)
+    assert compare(desk.store, nights[0], nights[-1], "accuracy").differences == {}
 
     report = make_report(desk.store, desk.entry, Prices())
     assert report.nights is not None
