@@ -33,7 +33,7 @@ REFERENCE_SCALE = "w1-b128-e40-g0"  # the same bits at any number of workers: on
 _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
-_RUNS = "{ runsOrError(limit: 30) { ... on Runs { results { runId rootRunId status } } } }"
+_RUNS = "{ runsOrError(limit: 30) { ... on Runs { results { runId rootRunId status tags { key value } } } } }"
 _JOBS = """{ repositoriesOrError { ... on RepositoryConnection { nodes { jobs { name } } } } }"""
 _TERMINATE = """mutation($run: String!) { terminateRun(runId: $run) { __typename } }"""
 _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
@@ -303,7 +303,9 @@ class Session:
             runs = graphql(self.address, _RUNS)["runsOrError"]["results"]
         except (OSError, RuntimeError, ValueError):
             return []
-        return [run for run in runs if run_id in (run["runId"], run["rootRunId"])]
+        # A retry that Dagster lost is launched by a sensor, and such runs know their root by a tag only.
+        root = {"key": "dagster/root_run_id", "value": run_id}
+        return [run for run in runs if run_id in (run["runId"], run["rootRunId"]) or root in run["tags"]]
 
     def final_failure(self, run_id: str) -> bool:
         """Whether a run's failure is one of its step, which nobody repeats; a crash is repeated by Dagster."""

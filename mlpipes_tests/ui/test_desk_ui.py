@@ -118,9 +118,11 @@ def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: An
         cells = page.locator("td", has_text=step).all_inner_texts()
         return cells[0] if cells else ""
 
-    until(shown, "the live view shows the training")
-    for name in ("validation_accuracy", "samples_per_second", "eta_seconds", "latest_checkpoint", "mlflow"):
-        page.get_by_text(f"{name} · {LONG}").first.wait_for()
+    figures = ("loss", "validation_accuracy", "samples_per_second", "eta_seconds", "latest_checkpoint", "mlflow")
+    until(
+        lambda: shown() and all(page.get_by_text(f"{name} · {LONG}").count() for name in figures),
+        "the live view shows the training",
+    )
     before = shown()
     until(lambda: shown() not in ("", before), "the live view has changed", 60)
     page.get_by_role("button", name="Plots").click()
