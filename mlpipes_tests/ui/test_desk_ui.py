@@ -74,7 +74,9 @@ def materialize(page: Any, desk: Sandbox, scales: list[str]) -> None:
     page.get_by_role("button", name="Custom").click()
     for key in {*SHORT, LONG} - set(scales):
         page.locator(f"[data-tooltip='{key}']").last.get_by_role("img", name="close").click()
-    page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)")).click()
+    launch = page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)"))
+    launch.click()
+    launch.wait_for(state="hidden")  # who leaves the page sooner takes the request back
 
 
 def runs(desk: Sandbox, scale: str, job: str | None = None) -> list[str]:
