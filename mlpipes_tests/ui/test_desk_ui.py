@@ -13,7 +13,7 @@ from mlpipes_tests.conftest import missing
 from mlpipes_tests.integration.test_readme_and_ui import CHROMIUM_FLAGS, OUTPUT
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 
-LONG, SHORT = "w1-b64-e200-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
+LONG, SHORT = "w1-b64-e400-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
 FIRST = SHORT[0]
 JOB = "locations/mlpipes.definitions/jobs/digits_chain"
 _RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
@@ -130,8 +130,9 @@ def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: An
     page.get_by_role("button", name="Plots").click()
     picture(page, "live")
 
-    go(page, desk, "runs")
-    page.get_by_role("link", name=re.compile("^[0-9a-f]{8}$")).first.click()
+    found = graphql(desk.address, _RUNS)["runsOrError"]["results"]  # type: ignore[attr-defined]
+    mine = next(run for run in found if {"key": "dagster/partition", "value": LONG} in run["tags"])
+    go(page, desk, f"runs/{mine['runId']}")
     page.get_by_role("button", name=re.compile("Terminate")).first.click()
     page.get_by_role("button", name=re.compile("Terminate")).last.click()
     until(lambda: runs(desk, LONG)[0] == "CANCELED", "the run is cancelled", 60)
