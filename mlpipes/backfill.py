@@ -8,11 +8,11 @@ from typing import Any
 
 import requests
 
+from mlpipes.assets.training import DAGSTER_UI_VARIABLE
 from mlpipes.errors import ConfigError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.workloads.catalog import Entry
 
-UI_VARIABLE = "MLPIPES_DAGSTER_UI"
 DEFAULT_UI = "http://127.0.0.1:3000"
 CHAIN = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion")
 PATIENCE_SECONDS = 600.0
@@ -31,7 +31,7 @@ class DagsterUi:
     """A Dagster webserver, asked over GraphQL."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = (address or os.environ.get(UI_VARIABLE) or DEFAULT_UI).rstrip("/")
+        self.address = (address or os.environ.get(DAGSTER_UI_VARIABLE) or DEFAULT_UI).rstrip("/")
 
     def ask(self, query: str, **variables: Any) -> Any:
         """The answer's data. Raises ConfigError if nobody answers or the answer is an error."""

@@ -1,7 +1,5 @@
 """A fortnight of nightly evaluations with one bad model in it: the gate holds, the champion stays, the report shows it."""
 
-import os
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,9 @@ BAD_NIGHT = 8
 
 
 @pytest.fixture
-def home(ray_home: Path) -> Iterator[Path]:
-    before = os.environ.get("MLPIPES_HOME")
-    os.environ["MLPIPES_HOME"] = str(ray_home)
-    yield ray_home
-    os.environ.pop("MLPIPES_HOME")
-    if before:
-        os.environ["MLPIPES_HOME"] = before
+def home(ray_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLPIPES_HOME", str(ray_home))
+    return ray_home
 
 
 class Desk:

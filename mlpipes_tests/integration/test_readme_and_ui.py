@@ -1,7 +1,6 @@
 """What the README says, done as a new user would: every command is run, every example is loaded, the UI is looked at."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +10,11 @@ import pytest
 import yaml
 
 from mlpipes.workloads.catalog import CATALOG
+from mlpipes_tests.browser import OUTPUT, browser_page
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, graphql, wait_for
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-OUTPUT = CHECKOUT / "mlpipes_tests" / "output"
-CHROMIUM_FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
 ELSEWHERE = {
     "make test": "this very test runs in it",
     "make dev": "the fixture `ui`",
@@ -206,31 +201,20 @@ def test_a_backfill_over_all_scales_is_one_run_a_scale(ui: str, folder: Sandbox)
 
 
 def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        missing("no Chromium on PATH: the UI cannot be looked at")
-    from playwright.sync_api import sync_playwright
+    with browser_page(1000) as page:
+        page.goto(f"{ui}/locations/mlpipes.definitions/asset-groups/digits")
+        for name in ("dataset", "snapshot", "checkpoints", "model", "eval_report", "scaling_report"):
+            page.get_by_text(name, exact=True).first.wait_for(timeout=30_000)
+        page.screenshot(path=OUTPUT / "graph.png")
 
-    OUTPUT.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport={"width": 1500, "height": 1000})
-        try:
-            page.goto(f"{ui}/locations/mlpipes.definitions/asset-groups/digits")
-            for name in ("dataset", "snapshot", "checkpoints", "model", "eval_report", "scaling_report"):
-                page.get_by_text(name, exact=True).first.wait_for(timeout=30_000)
-            page.screenshot(path=OUTPUT / "graph.png")
+        page.goto(f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0")
+        page.get_by_text("weights_digest").wait_for(timeout=30_000)
+        page.get_by_text("[Show Markdown]").first.click()
+        picture = page.locator("img[alt='loss and validation curves']")
+        picture.wait_for(timeout=30_000)
+        assert picture.evaluate("image => image.naturalWidth") > 300
+        page.screenshot(path=OUTPUT / "checkpoints.png")
 
-            page.goto(f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0")
-            page.get_by_text("weights_digest").wait_for(timeout=30_000)
-            page.get_by_text("[Show Markdown]").first.click()
-            picture = page.locator("img[alt='loss and validation curves']")
-            picture.wait_for(timeout=30_000)
-            assert picture.evaluate("image => image.naturalWidth") > 300
-            page.screenshot(path=OUTPUT / "checkpoints.png")
-
-            page.goto(f"{ui}/assets/digits/scaling_report")
-            page.get_by_text("efficiency").first.wait_for(timeout=30_000)
-            page.screenshot(path=OUTPUT / "scaling_report.png")
-        finally:
-            browser.close()
+        page.goto(f"{ui}/assets/digits/scaling_report")
+        page.get_by_text("efficiency").first.wait_for(timeout=30_000)
+        page.screenshot(path=OUTPUT / "scaling_report.png")

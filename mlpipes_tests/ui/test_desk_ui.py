@@ -1,7 +1,6 @@
 """The experiment desk in a browser: materialize, watch it live, backfill, cancel, gates, and a night; screenshots kept."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.conftest import missing
-from mlpipes_tests.integration.test_readme_and_ui import CHROMIUM_FLAGS, OUTPUT
+from mlpipes_tests.browser import OUTPUT, browser_page
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 
 LONG, SHORT = "w1-b64-e400-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
@@ -43,18 +41,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="module")
 def page(desk: Sandbox) -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        missing("no Chromium on PATH: the UI cannot be used")
-    from playwright.sync_api import sync_playwright
-
-    OUTPUT.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        opened = browser.new_page(viewport={"width": 1500, "height": 1150})
+    with browser_page(1150) as opened:
         opened.set_default_timeout(60_000)
         yield opened
-        browser.close()
 
 
 def go(page: Any, desk: Sandbox, path: str) -> None:

@@ -1,0 +1,32 @@
+"""A page of headless Chromium, and where pictures of it are kept."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlpipes_tests.conftest import missing
+from mlpipes_tests.sandbox import CHECKOUT
+
+OUTPUT = CHECKOUT / "mlpipes_tests" / "output"
+_FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+
+
+@contextmanager
+def browser_page(height: int) -> Iterator[Any]:
+    """A page of 1500 pixels' width; skips the test where there is no Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        missing("no Chromium on PATH: the UI cannot be looked at")
+    from playwright.sync_api import sync_playwright
+
+    OUTPUT.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
+        try:
+            yield browser.new_page(viewport={"width": 1500, "height": height})
+        finally:
+            browser.close()
