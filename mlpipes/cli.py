@@ -160,9 +160,8 @@ def replay(
     ] = None,
 ) -> None:
     """Train again elsewhere, from the source data on, and compare data, order, every loss and the weights."""
-    from mlpipes.compute.address import resolve
-    from mlpipes.compute.jobs import RayJobs
     from mlpipes.compute.local import LocalRay
+    from mlpipes.compute.places import jobs_for
     from mlpipes.replay import find_training
     from mlpipes.replay import replay as replay_training
 
@@ -176,7 +175,7 @@ def replay(
                 bar.update(task, completed=message["step"], total=message["total_steps"])
 
         try:
-            found = replay_training(store(), folder, lambda: RayJobs(resolve()), show)
+            found = replay_training(store(), folder, jobs_for, show)
         finally:
             if ours:  # a private Ray that was started for this
                 LocalRay().stop()

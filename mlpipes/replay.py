@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError
 from mlpipes.files import read_record, write_record
+from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store, TrainingFolder
 from mlpipes.training.recipe import Recipe, code_version
 from mlpipes.training.specification import Checkpointing, TrainingJob
 
 if TYPE_CHECKING:
-    from mlpipes.compute.jobs import RayJobs
+    from mlpipes.compute.jobs import Jobs
 
 DIGESTS = ("order_digest", "loss_digest", "weights_digest")
 
@@ -103,7 +104,7 @@ def _names(folder: TrainingFolder) -> Iterator[str]:
 def replay(
     store: Store,
     folder: TrainingFolder,
-    connect: Callable[[], "RayJobs"],
+    connect: Callable[[RayScaleConfig], "Jobs"],
     progress: Callable[[Mapping[str, Any]], None] = lambda message: None,
 ) -> Comparison:
     """Build the snapshot and train again, in a folder of its own that is removed afterwards, and compare everything.
@@ -111,7 +112,6 @@ def replay(
     Nothing in the store, in MLflow or in Dagster is touched. Raises ConfigError if the training has not finished, and
     TrainingFailedError if the replay fails.
     """
-    from mlpipes.compute.submission import attach_or_submit
     from mlpipes.data.snapshot import snapshot_of
     from mlpipes.workloads.catalog import load_workload
 
@@ -136,19 +136,19 @@ def replay(
                 recipe=recipe, store=str(scratch.root), attempt=1, checkpointing=Checkpointing(every_seconds=None)
             )
             write_record(job.folder.recipe, recipe.model_dump(mode="json"))
-            jobs = connect()
-            handle = attach_or_submit(jobs, job, name=f"replay-{folder.fingerprint[:16]}-{secrets.token_hex(4)}")
+            jobs = connect(recipe.scale)
+            handle = jobs.attach_or_submit(job, f"replay-{folder.fingerprint[:16]}-{secrets.token_hex(4)}")
             try:
-                for message in jobs.follow(handle, job.folder.messages(handle.attempt)):
+                for message in jobs.follow(handle, job.folder):
                     progress(message)
             except BaseException:
-                jobs.stop(handle.submission_id)
+                jobs.stop(handle)
                 raise
             try:
                 second = read_record(job.folder.result)
             except FileNotFoundError as error:
                 raise TrainingFailedError(
-                    f"the replay ended without a result. Its log:\n{jobs.logs(handle.submission_id)[-3000:]}"
+                    f"the replay ended without a result. Its log:\n{jobs.logs(handle, job.folder)[-3000:]}"
                 ) from error
             found.digests |= {name: (first[name], second[name]) for name in DIGESTS}
             found.first_difference = _first_difference(first, second)

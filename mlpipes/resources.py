@@ -10,7 +10,8 @@ from mlpipes.errors import ConfigError
 from mlpipes.store import Store, home
 
 if TYPE_CHECKING:
-    from mlpipes.compute.address import RayAddress
+    from mlpipes.compute.jobs import Jobs
+    from mlpipes.scales import RayScaleConfig
     from mlpipes.tracking.runs import Tracker
 
 
@@ -26,18 +27,21 @@ class StoreResource(dg.ConfigurableResource):
 
 
 class RayResource(dg.ConfigurableResource):
-    """The Ray cluster that trains."""
+    """Where the Ray is that trains: on this machine, at an address, or in allocations of Slurm."""
 
     address: str | None = Field(
         default=None,
         description="http://host:8265 of the head's dashboard; default $MLPIPES_RAY_ADDRESS, else a private local Ray",
     )
+    slurm: str | None = Field(
+        default=None, description="file with the settings of Slurm, which then trains; default $MLPIPES_SLURM"
+    )
 
-    def connect(self) -> "RayAddress":
-        """The cluster's address; starts the private local Ray if that is meant and it does not run."""
-        from mlpipes.compute.address import resolve
+    def jobs(self, scale: "RayScaleConfig") -> "Jobs":
+        """Where the trainings of a scale run; starts the private local Ray if that is meant and it does not run."""
+        from mlpipes.compute.places import jobs_for
 
-        return resolve(self.address)
+        return jobs_for(scale, self.address, self.slurm)
 
 
 class MlflowResource(dg.ConfigurableResource):

@@ -8,7 +8,7 @@ from mlpipes.compute.jobs import JobHandle
 from mlpipes.errors import ConfigError
 from mlpipes.files import read_record, write_record
 from mlpipes.replay import Comparison, find_training, replay
-from mlpipes.store import Store
+from mlpipes.store import Store, TrainingFolder
 from mlpipes.training.specification import TrainingJob
 from mlpipes_tests.training.harness import make_job, run_here
 
@@ -21,23 +21,20 @@ class JobsHere:
     def __init__(self) -> None:
         self.job: TrainingJob | None = None
 
-    def follow(self, handle: JobHandle, messages: Path) -> Iterator[dict[str, Any]]:
+    def attach_or_submit(self, job: TrainingJob, name: str) -> JobHandle:
+        assert name.startswith("replay-"), "the job of a replay must never be taken for the training's own"
+        self.job = job
+        return JobHandle(name, 1, attached=False)
+
+    def follow(self, handle: JobHandle, folder: TrainingFolder) -> Iterator[dict[str, Any]]:
         assert self.job is not None
         run_here(self.job)
         yield {"kind": "ended", "status": "SUCCEEDED"}
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> JobsHere:
-    made = JobsHere()
-
-    def submit(_: Any, job: TrainingJob, name: str) -> JobHandle:
-        assert name.startswith("replay-"), "the job of a replay must never be taken for the training's own"
-        made.job = job
-        return JobHandle(name, 1, attached=False)
-
-    monkeypatch.setattr("mlpipes.compute.submission.attach_or_submit", submit)
-    return made
+def jobs() -> JobsHere:
+    return JobsHere()
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ def trained(tmp_path: Path) -> TrainingJob:
 
 
 def done_again(job: TrainingJob, jobs: Any) -> Comparison:
-    return replay(Store(Path(job.store)), job.folder, lambda: jobs)
+    return replay(Store(Path(job.store)), job.folder, lambda scale: jobs)
 
 
 def test_a_training_done_again_is_equal_and_leaves_nothing(trained: TrainingJob, jobs: JobsHere) -> None:

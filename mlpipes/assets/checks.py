@@ -194,12 +194,11 @@ def _replay_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinit
         if not config.enabled:
             context.log.info("not asked for; set `enabled: true` to train a second time and compare")
             return
-        from mlpipes.compute.jobs import RayJobs
         from mlpipes.replay import find_training, replay
 
         with user_errors():
             folder = find_training(store.store, entry.name, context.partition_key)
-            found = replay(store.store, folder, lambda: RayJobs(ray.connect()))
+            found = replay(store.store, folder, ray.jobs)
         yield dg.AssetCheckResult(
             passed=found.equal,
             asset_key=asset,

@@ -1,5 +1,6 @@
 """The assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report, champion."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,12 +11,14 @@ from mlpipes.assets.live import live_asset
 from mlpipes.assets.metadata import mapping_table, user_errors
 from mlpipes.assets.scaling import scaling_report_asset
 from mlpipes.assets.training import TrainingConfig, materialize_training
+from mlpipes.compute.slurm import SETTINGS_VARIABLE
 from mlpipes.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.training.recipe import code_version
 from mlpipes.workloads.catalog import Entry
 
 OWNERS = ["team:ml-platform"]
 TRAINING_POOL = "training"
+"""Not used with Slurm: its queue decides how many train at once, and a slot held while a job waits in it helps nobody."""
 EVALUATION_POOL = "evaluation"
 PROMOTION_POOL = "promotion"
 """One at a time: two scales that finish together must not both compare with the same champion."""
@@ -100,7 +103,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         ),
         ins={"snapshot": upstream("snapshot")},
         code_version=code_version(entry.implementation),
-        pool=TRAINING_POOL,
+        pool=None if os.environ.get(SETTINGS_VARIABLE) else TRAINING_POOL,
     )
     def checkpoints(
         context: dg.AssetExecutionContext,

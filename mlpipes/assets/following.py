@@ -1,8 +1,8 @@
-"""Following a training: its Ray job is submitted or found again, shown while it runs, and submitted again if it died."""
+"""Following a training: its job is submitted or found again, shown while it runs, and submitted again if it died."""
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ from mlpipes.store import TrainingFolder, read_messages
 from mlpipes.training.specification import TrainingJob
 
 if TYPE_CHECKING:
-    from mlpipes.compute.address import RayAddress
-    from mlpipes.compute.jobs import JobHandle, RayJobs
+    from mlpipes.compute.jobs import JobHandle, Jobs
 
 DEAD, STALLED = "DEAD", "STALLED"
 DEAD_SECONDS = 30.0
@@ -23,12 +22,12 @@ DEAD_SECONDS = 30.0
 FAREWELL_SECONDS = 4.0
 """What a cancelled training gets for its last checkpoint."""
 MAX_JOBS = 5
-"""Jobs that one step submits for a training that keeps dying without an error of its own."""
+"""Jobs that one step submits for a training that keeps dying without an error of its own and gets no further."""
 
 
 def follow_training(
     context: dg.AssetExecutionContext,
-    connect: Callable[[], "RayAddress"],
+    connect: Callable[[], "Jobs"],
     job: TrainingJob,
     stall_seconds: float,
     links: Mapping[str, Any],
@@ -39,15 +38,12 @@ def follow_training(
     ended, its workers' stacks kept, and started again from its last checkpoint. Raises TrainingFailedError if the training
     reports an error that a restart would not mend, was stopped, or died too often.
     """
-    from mlpipes.compute.jobs import RayJobs
-    from mlpipes.compute.submission import attach_or_submit
-
-    folder, died, view = job.folder, 0, LiveView(context, job, links)
+    folder, died, best, view = job.folder, 0, -1, LiveView(context, job, links)
     while True:
-        jobs, log = RayJobs(connect()), ""
+        jobs, log = connect(), ""
         try:
-            handle = attach_or_submit(jobs, job)
-            context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} Ray job {handle.submission_id}")
+            handle = jobs.attach_or_submit(job)
+            context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} {jobs.name} {handle.id}")
             end = _watch(context, jobs, handle, folder, stall_seconds, view)
             if folder.result.is_file():
                 _see_off(context, jobs, handle)
@@ -58,27 +54,31 @@ def follow_training(
             end = _End("LOST", str(error))
         if folder.result.is_file():
             return
-        if (died := died + 1) == MAX_JOBS:
-            raise TrainingFailedError(f"{MAX_JOBS} Ray jobs in a row died without a result ({end.error}). Log:\n{log}")
+        reached = _latest_step(folder)
+        died, best = (1 if reached > best else died + 1), max(reached, best)
+        cause = end.error or "no error reported"
+        if died == MAX_JOBS:
+            raise TrainingFailedError(
+                f"{MAX_JOBS} jobs in a row died and got no further than step {best} ({cause}):\n{log}"
+            )
         context.log.warning(
-            f"The Ray job ended as {end.status} without a result ({end.error or 'no error reported'}); going on from the "
-            "last checkpoint"
+            f"The {jobs.name} ended as {end.status} without a result ({cause}); going on from the last checkpoint"
         )
 
 
-def _see_off(context: dg.AssetExecutionContext, jobs: "RayJobs", handle: "JobHandle") -> None:
+def _see_off(context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle") -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
     deadline = time.monotonic() + DEAD_SECONDS
-    while jobs.status(handle.submission_id) in ("PENDING", "RUNNING"):
+    while jobs.status(handle).state in ("PENDING", "RUNNING"):
         if time.monotonic() > deadline:
-            context.log.warning(f"Ray job {handle.submission_id} does not end although its training is done; ending it")
-            jobs.stop(handle.submission_id)
+            context.log.warning(f"{jobs.name} {handle.id} does not end although its training is done; ending it")
+            jobs.stop(handle)
             return
         time.sleep(0.2)
 
 
 def _settle(
-    context: dg.AssetExecutionContext, jobs: "RayJobs", handle: "JobHandle", folder: TrainingFolder, end: "_End"
+    context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle", folder: TrainingFolder, end: "_End"
 ) -> str:
     """Deal with a job that ended without a result; returns the end of its log. Raises TrainingFailedError if it is final."""
     from mlpipes.compute.stacks import keep_stacks
@@ -86,13 +86,15 @@ def _settle(
     if end.status == STALLED:
         stacks = keep_stacks(folder.fingerprint, folder.path / "jobs" / f"a{handle.attempt}.stacks.txt")
         context.log.warning(f"Stacks of the stalled processes on this machine: {stacks}")
+    if end.status == "REFUSED":
+        end.error, end.fatal = f"it waits and can never start, because of {end.error}; see `mlpipes doctor slurm`", True
     if end.fatal or end.status in (DEAD, STALLED):
-        jobs.stop(handle.submission_id)
+        jobs.stop(handle)
     if end.fatal:
-        raise TrainingFailedError(f"{end.error} (Ray job {handle.submission_id})")
+        raise TrainingFailedError(f"{end.error} ({jobs.name} {handle.id})")
     if end.status == "STOPPED":
-        raise TrainingFailedError(f"Ray job {handle.submission_id} was stopped; materialize again to go on from there")
-    return "" if end.status == "LOST" else jobs.logs(handle.submission_id)[-3000:]
+        raise TrainingFailedError(f"{jobs.name} {handle.id} was stopped; materialize again to go on from there")
+    return "" if end.status == "LOST" else jobs.logs(handle, folder)[-3000:]
 
 
 @dataclass
@@ -106,7 +108,7 @@ class _End:
 
 def _watch(
     context: dg.AssetExecutionContext,
-    jobs: "RayJobs",
+    jobs: "Jobs",
     handle: "JobHandle",
     folder: TrainingFolder,
     stall_seconds: float,
@@ -114,16 +116,21 @@ def _watch(
 ) -> _End:
     end = _End()
     # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
-    beat, beat_seen, heard = None, time.monotonic(), time.monotonic()
+    beat, beat_seen, heard, why = None, time.monotonic(), time.monotonic(), ""
     try:
-        for message in jobs.follow(handle, folder.messages(handle.attempt)):
+        for message in jobs.follow(handle, folder):
             kind, now = message["kind"], time.monotonic()
             if kind == "waiting":
+                if message["reason"] not in (why, "None"):
+                    why = message["reason"]
+                    context.log.info(f"{jobs.name} {handle.id} waits: {why}")
+                if message["status"] == "PENDING":
+                    beat_seen = heard = now
                 if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
                     beat, beat_seen = current, now
                 if beat is not None and now - beat_seen > DEAD_SECONDS:
                     return _End(DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
-                if message["status"] == "RUNNING" and now - heard > stall_seconds:
+                if now - heard > stall_seconds:
                     return _End(STALLED, f"it reported nothing for {stall_seconds:.0f} s")
                 continue
             heard = now
@@ -136,6 +143,14 @@ def _watch(
                 context.log.info(f"trains from {where} with {message['workers']} workers in {message['precision']}")
             elif kind == "warning":
                 context.log.warning(message["text"])
+            elif kind == "allocated":
+                context.log.info(f"{jobs.name} {handle.id} has its allocation: {message['nodes']}")
+            elif kind == "requeued":
+                handle, beat = replace(handle, attempt=message["attempt"]), None
+                end = _End()
+                context.log.info(
+                    f"{jobs.name} {handle.id} is back in its queue ({message['reason']}); attempt {handle.attempt}"
+                )
             elif kind == "failed":
                 end.error, end.fatal = message["error"], message["fatal"]
                 if end.fatal:
@@ -143,13 +158,13 @@ def _watch(
             elif kind == "finished" and folder.result.is_file():
                 break
             elif kind == "ended":
-                end.status = message["status"]
+                end.status, end.error = message["status"], end.error or message["reason"]
     except BaseException:
         # A cancelled run ends its training. Any other interruption (the code server goes away, say) leaves it running:
         # the next attempt attaches to it.
         if is_cancelled(context):
             _say_farewell(folder, handle.attempt)
-            jobs.stop(handle.submission_id)
+            jobs.stop(handle)
         raise
     return end
 
@@ -169,6 +184,12 @@ def _say_farewell(folder: TrainingFolder, attempt: int) -> None:
         if any(message.get("kind") == "stopping" for message in found):
             return
         time.sleep(0.1)
+
+
+def _latest_step(folder: TrainingFolder) -> int:
+    from mlpipes.training.checkpoints import Checkpoints  # only after a death: it imports torch
+
+    return max(Checkpoints(folder.checkpoints).steps(), default=0)
 
 
 def _modified(path: Path) -> int | None:

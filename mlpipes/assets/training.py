@@ -103,8 +103,7 @@ def materialize_training(
     outcome = finished(folder)
     if outcome is None:  # before anything is written: what does not fit leaves no trace
         preflight.check_disk(store.store.root)
-        nodes = preflight.nodes_of(ray.connect())
-        preflight.check_cluster(recipe.scale, nodes, snapshot.published.size, config.min_workers)
+        ray.jobs(recipe.scale).check(recipe.scale, snapshot.published.size, config.min_workers)
     write_record(folder.recipe, recipe.model_dump(mode="json"))
     tracker = mlflow.tracker()
     run_id = tracker.run_of(
@@ -123,7 +122,7 @@ def materialize_training(
         try:
             follow_training(
                 context,
-                ray.connect,
+                lambda: ray.jobs(recipe.scale),
                 TrainingJob(
                     recipe=recipe,
                     store=str(store.store.root),

@@ -1,158 +1,140 @@
-"""Ray jobs: submitted under an id that follows from the fingerprint, found again by it, followed, stopped.
+"""Jobs: how a training is submitted, found again, followed and stopped, wherever it runs.
 
-Submission ids are `<fingerprint>-aN`. Whoever needs a training looks for its job first and attaches to one that is
-pending or running; only otherwise the next attempt is submitted. What a job achieved is read from the
-store by the caller; this module only tells when it has ended.
+Whoever needs a training looks for its job first and attaches to one that waits or runs; only otherwise the next attempt is
+submitted. What a job achieved is read from the store by the caller; this module only tells when it has ended.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
+from filelock import FileLock
 
-from mlpipes.compute.address import RayAddress
-from mlpipes.store import read_messages
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
-T = TypeVar("T")
+from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
+from mlpipes.scales import RayScaleConfig
+from mlpipes.store import TrainingFolder, read_messages
+from mlpipes.training.specification import TrainingJob
 
 ALIVE = ("PENDING", "RUNNING")
 LOST = "LOST"
-"""State of a job that its cluster knows nothing of: the head was replaced."""
+"""State of a job that nobody knows of: the head was replaced, or it ended long ago."""
+REQUEUED = "REQUEUED"
+"""State of a job that was put back into its queue: `attempt` is the one that it waits for or runs now."""
+REFUSED = "REFUSED"
+"""State of a job that waits and can never start."""
 
 
 @dataclass(frozen=True)
 class JobHandle:
     """One attempt on the cluster."""
 
-    submission_id: str
+    id: str
+    """By which the cluster knows the job."""
     attempt: int
     attached: bool
     """Whether it was there already."""
 
 
-class RayJobs:
-    """The Jobs API of one cluster, patient with a head that is away for a while."""
+@dataclass(frozen=True)
+class JobStatus:
+    """How a job stands."""
 
-    def __init__(self, address: RayAddress, patience_seconds: float | None = None) -> None:
-        address.enter()
-        # A private head that is away will not come back by itself: better to start it again soon.
-        self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED, LOST, REQUEUED or REFUSED."""
+    reason: str = ""
+    """Why it is so, in the cluster's words."""
+    attempt: int = 0
 
-    def attach_or_submit(
-        self,
-        name: str,
-        first_free_attempt: int,
-        entrypoint: Callable[[int], str],
-        environment: Mapping[str, str],
-        metadata: Mapping[str, str],
+
+class Jobs(ABC):
+    """A place where trainings run as jobs. All methods raise ConnectionError if it does not answer for long."""
+
+    name: ClassVar[str]
+    """What a job is called there."""
+    module: ClassVar[str]
+    """What the job runs, with the specification's path as its argument."""
+    python: str
+    """The command that starts Python there."""
+    shares_machine: bool
+    """Whether the job finds this checkout where it is here."""
+    poll_seconds: float = 1.0
+    """How often the place is asked how a job stands."""
+
+    def check(self, scale: RayScaleConfig, data_bytes: int, min_workers: int | None = None) -> None:  # noqa: B027
+        """Raises PreflightError if it is known beforehand that the place cannot hold a training of a scale."""
+
+    @abstractmethod
+    def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
+        """The latest attempt under a name that is known there, and how it stands; None if there is none."""
+
+    @abstractmethod
+    def submit(
+        self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
     ) -> JobHandle:
-        """Attach to the latest job of a name if it is alive; otherwise submit the next attempt.
+        """Submit an attempt; `about` is for people. Raises PreflightError if it is refused."""
+
+    def attach_or_submit(self, job: TrainingJob, name: str | None = None) -> JobHandle:
+        """The job of a training, named after its fingerprint: the one that is alive, or the next attempt, submitted.
 
         A job that has succeeded is none to attach to: whoever asks has looked for its result before and found none.
-
-        `entrypoint(attempt)` is the command of an attempt. Attempts start at `first_free_attempt` at least, because a
-        new head has forgotten the jobs of the old one. Of two callers at once, one submits and the other attaches.
         """
-        known = self._attempts(name)
-        latest = max(known, default=0)
-        if latest and known[latest] in ALIVE:
-            return JobHandle(f"{name}-a{latest}", latest, attached=True)
-        attempt = max(latest + 1, first_free_attempt)
-        submission_id = f"{name}-a{attempt}"
-        command = entrypoint(attempt)
-        try:
-            self._patiently(
-                lambda client: client.submit_job(
-                    entrypoint=command,
-                    submission_id=submission_id,
-                    runtime_env={"env_vars": dict(environment)},
-                    metadata=dict(metadata),
-                )
-            )
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise
-            return JobHandle(submission_id, attempt, attached=True)
-        return JobHandle(submission_id, attempt, attached=False)
+        recipe, folder, name = job.recipe, job.folder, name or job.recipe.fingerprint
+        jobs = folder.specification(0).parent
+        jobs.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(jobs / "submit.lock")):  # of two callers at once, one submits and the other attaches
+            latest = self.latest(name)
+            if latest is not None and latest[1].state in ALIVE:
+                return latest[0]
+            # The place may have forgotten earlier attempts. A job that was put back into its queue counts on by itself,
+            # so specifications count as well as messages.
+            earlier = [*folder.messages(0).parent.glob("a*.jsonl"), *jobs.glob("a*.json")]
+            attempt = 1 + max([latest[0].attempt if latest else 0, *(int(path.stem[1:]) for path in earlier)])
+            environment = {
+                FINGERPRINT_VARIABLE: name,
+                "MLPIPES_HOME": str(Path(job.store).parent),
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "PYTHONUNBUFFERED": "1",
+            }
+            if self.shares_machine:
+                environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+            specification = job.model_copy(update={"attempt": attempt}).write()
+            about = f"{recipe.workload} {recipe.scale.key} Dagster run {job.requested_by}"
+            return self.submit(name, specification, attempt, environment, about)
 
-    def status(self, submission_id: str) -> str:
-        """PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED, or LOST."""
-        try:
-            return str(self._patiently(lambda client: client.get_job_status(submission_id)).value)
-        except RuntimeError as error:
-            if "does not exist" in str(error):
-                return LOST
-            raise
+    @abstractmethod
+    def status(self, handle: JobHandle) -> JobStatus:
+        """How a job stands."""
 
-    def follow(self, handle: JobHandle, messages: Path, poll_seconds: float = 0.3) -> Iterator[dict[str, Any]]:
+    @abstractmethod
+    def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:
+        """End a job and wait until it has ended."""
+
+    @abstractmethod
+    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        """What the job of a training printed; for people."""
+
+    def follow(self, handle: JobHandle, folder: TrainingFolder, poll_seconds: float = 0.3) -> Iterator[dict[str, Any]]:
         """All messages of an attempt from its first, until the job has ended; the last item has kind `ended`.
 
-        Between them come items of kind `waiting`, once a poll, so that the caller can look at other signs of life.
+        Between them come items of kind `waiting`, once a poll, so that the caller can look at other signs of life. A job
+        that is put back into its queue is followed into its next attempt, which an item of kind `requeued` names.
         """
-        offset, status, asked = 0, "PENDING", 0.0
+        offset, status, asked = 0, JobStatus("PENDING"), float("-inf")
         while True:
-            if time.monotonic() - asked >= 1.0:
+            if time.monotonic() - asked >= self.poll_seconds:
                 # Asked before reading, so that nothing is missed that was written before the job ended.
-                status, asked = self.status(handle.submission_id), time.monotonic()
-            found, offset = read_messages(messages, offset)
+                status, asked = self.status(handle), time.monotonic()
+            found, offset = read_messages(folder.messages(handle.attempt), offset)
             yield from found
-            if status not in ALIVE:
-                yield {"kind": "ended", "status": status}
+            if status.state == REQUEUED:
+                handle, offset, asked = replace(handle, attempt=status.attempt), 0, float("-inf")
+                yield {"kind": "requeued", "attempt": status.attempt, "reason": status.reason}
+                continue
+            if status.state not in ALIVE:
+                yield {"kind": "ended", "status": status.state, "reason": status.reason}
                 return
-            yield {"kind": "waiting", "status": status}
+            yield {"kind": "waiting", "status": status.state, "reason": status.reason}
             time.sleep(poll_seconds)
-
-    def stop(self, submission_id: str, timeout_seconds: float = 10) -> str:
-        """Ask a job to stop and wait until it has; returns its last status."""
-        self._patiently(lambda client: client.stop_job(submission_id))
-        deadline = time.monotonic() + timeout_seconds
-        while (status := self.status(submission_id)) in ALIVE and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return status
-
-    def logs(self, submission_id: str) -> str:
-        """What the driver printed; for people."""
-        return self._patiently(lambda client: client.get_job_logs(submission_id))
-
-    def _attempts(self, name: str) -> dict[int, str]:
-        prefix = f"{name}-a"
-        jobs = self._patiently(lambda client: client.list_jobs())
-        return {
-            int(job.submission_id.removeprefix(prefix)): str(job.status.value)
-            for job in jobs
-            if job.submission_id and job.submission_id.startswith(prefix)
-        }
-
-    def _patiently(self, call: Callable[["JobSubmissionClient"], T]) -> T:
-        """Call the head; while it is unreachable or in trouble, try again. Raises ConnectionError when patience is out."""
-        from ray.job_submission import JobSubmissionClient
-
-        try:
-            for attempt in Retrying(
-                retry=retry_if_exception(_is_passing),
-                stop=stop_after_delay(self.patience_seconds),
-                wait=wait_exponential(multiplier=0.2, max=3),
-                reraise=True,
-            ):
-                with attempt:
-                    return call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers()))
-        except Exception as error:
-            if _is_passing(error):
-                raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
-            raise
-        raise AssertionError("unreachable")
-
-
-def _is_passing(error: BaseException) -> bool:
-    """Whether an error tells of a head that is away or in trouble, as against a wrong request."""
-    import requests
-
-    if isinstance(error, RuntimeError):  # how the client reports what the server answered
-        return "status code 5" in str(error)
-    return isinstance(error, ConnectionError | requests.RequestException)

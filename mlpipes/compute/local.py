@@ -3,10 +3,7 @@
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,14 +14,12 @@ from filelock import FileLock
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
+from mlpipes.compute.ray_node import LOOPBACK, end_marked, free_port, start_command, start_environment
 from mlpipes.errors import CorruptionError, PreflightError
 from mlpipes.files import read_record, write_atomic, write_record
 from mlpipes.store import home
 
-_MARK = "MLPIPES_RAY_HEAD"
-"""Environment variable that every process of a head inherits, so that exactly these can be found and ended."""
 _START_SECONDS = 90
-_OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
 
 
 class LocalRay:
@@ -68,29 +63,11 @@ class LocalRay:
         token.chmod(0o600)
         # Ray puts Unix sockets in here, whose paths may have 107 characters: the home folder could be too deep.
         temporary = Path(tempfile.mkdtemp(prefix="mlpipes-ray-"))
-        dashboard, mark = _free_port(), secrets.token_hex(8)
-        names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
-        names += ("metrics-export-port", "ray-client-server-port")
-        command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-            *(f"--{name}={_free_port()}" for name in names),
-            *("--min-worker-port=0", "--max-worker-port=0"),
-            *(
-                f"--num-cpus={os.cpu_count()}",
-                f"--object-store-memory={_OBJECT_STORE_BYTES}",
-                f"--temp-dir={temporary}",
-            ),
-        ]
-        environment = {
-            **os.environ,
-            **self._client_environment(),
-            _MARK: mark,
-            # Despite its name, 0 makes Ray bind every port to loopback on Linux too, as it does on a laptop elsewhere.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
+        dashboard, mark = free_port(), secrets.token_hex(8)
+        role = ["--head", f"--node-ip-address={LOOPBACK}", f"--port={free_port()}", f"--temp-dir={temporary}"]
+        role += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
+        command = start_command(role, os.cpu_count() or 1, head=True)
+        environment = os.environ | self._client_environment() | start_environment(mark, LOOPBACK)
         log = self.folder / "head.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -100,7 +77,7 @@ class LocalRay:
             "pid": process.pid,
             "created": psutil.Process(process.pid).create_time(),
             "mark": mark,
-            "dashboard": f"http://127.0.0.1:{dashboard}",
+            "dashboard": f"http://{LOOPBACK}:{dashboard}",
             "temporary": str(temporary),
         }
         # Written before it answers: if we die now, the next caller finds the half-started head and ends it.
@@ -153,14 +130,8 @@ class LocalRay:
 
     # -- end ----------------------------------------------------------------------------------------------------------
     def _end(self, state: dict[str, Any]) -> None:
-        """End every process that carries the head's mark: first gently, then for good."""
-        for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-            processes = _marked(state["mark"])
-            if not processes:
-                break
-            for process in processes:
-                _signal(process, number)
-            psutil.wait_procs(processes, timeout=seconds)
+        """End every process of a head."""
+        end_marked(state["mark"])
         shutil.rmtree(state["temporary"], ignore_errors=True)
         self._state.unlink(missing_ok=True)
 
@@ -171,27 +142,3 @@ def _is_alive(state: dict[str, Any]) -> bool:
         return process.create_time() == state["created"] and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.Error:
-        return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

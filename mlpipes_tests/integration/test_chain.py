@@ -211,8 +211,9 @@ def test_the_replay_check_trains_again_elsewhere_and_says_nothing_unless_asked(p
 
 
 def test_a_failing_training_says_why_and_leaves_no_job(home: Path) -> None:
-    from mlpipes.compute.jobs import ALIVE, RayJobs
+    from mlpipes.compute.jobs import ALIVE
     from mlpipes.compute.local import LocalRay
+    from mlpipes.compute.ray_jobs import RayJobs
 
     pipeline = Pipeline(home, ["w1-b64-e9-g0"])
     config = {

@@ -11,7 +11,7 @@ import pytest
 from mlpipes_tests.browser import OUTPUT, browser_page
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 
-LONG, SHORT = "w1-b64-e400-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
+LONG, SHORT = "w1-b64-e240-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
 FIRST = SHORT[0]
 JOB = "locations/mlpipes.definitions/jobs/digits_chain"
 _RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
@@ -57,12 +57,19 @@ def picture(page: Any, name: str) -> None:
 
 def materialize(page: Any, desk: Sandbox, scales: list[str]) -> None:
     """Launch the chain for some scales, as a user does."""
-    go(page, desk, JOB)
-    page.get_by_role("button", name="Materialize all").first.click()
-    page.get_by_role("button", name="All", exact=True).click()  # by default those that are missing are chosen
-    page.get_by_role("button", name="Custom").click()
-    for key in {*SHORT, LONG} - set(scales):
-        page.locator(f"[data-tooltip='{key}']").last.get_by_role("img", name="close").click()
+    chips = {key: page.locator(f"[data-tooltip='{key}']") for key in (*SHORT, LONG)}
+
+    def all_are_chosen() -> bool:
+        go(page, desk, JOB)
+        page.get_by_role("button", name="Materialize all").first.click()
+        page.get_by_role("button", name="All", exact=True).click()  # by default those that are missing are chosen
+        page.get_by_role("button", name="Custom").click()
+        page.wait_for_timeout(2000)  # what is missing may come to be known late, and be chosen then
+        return all(chip.last.get_by_role("img", name="close").count() for chip in chips.values())
+
+    until(all_are_chosen, "the dialog offers each scale")
+    for key in set(chips) - set(scales):
+        chips[key].last.get_by_role("img", name="close").click()
     launch = page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)"))
     launch.click()
     launch.wait_for(state="hidden")  # who leaves the page sooner takes the request back

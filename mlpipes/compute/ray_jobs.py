@@ -1,0 +1,128 @@
+"""Ray jobs: submitted over the Jobs API under an id that follows from the fingerprint, and found again by it.
+
+Submission ids are `<fingerprint>-aN`.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
+
+from mlpipes.compute.address import RayAddress
+from mlpipes.compute.jobs import ALIVE, LOST, JobHandle, Jobs, JobStatus
+from mlpipes.compute.preflight import check_cluster, nodes_of
+from mlpipes.scales import RayScaleConfig
+from mlpipes.store import TrainingFolder
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+T = TypeVar("T")
+
+
+class RayJobs(Jobs):
+    """The Jobs API of one cluster, patient with a head that is away for a while."""
+
+    name = "Ray job"
+    module = "mlpipes.training.job"
+
+    def __init__(self, address: RayAddress, patience_seconds: float | None = None) -> None:
+        address.enter()
+        # A private head that is away will not come back by itself: better to start it again soon.
+        self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
+        self.shares_machine, self.python = address.local, sys.executable if address.local else "python"
+
+    def check(self, scale: RayScaleConfig, data_bytes: int, min_workers: int | None = None) -> None:
+        """Raises PreflightError if the cluster's nodes cannot hold a scale's workers."""
+        check_cluster(scale, nodes_of(self.address), data_bytes, min_workers)
+
+    def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
+        """The latest attempt that the head knows; a new head has forgotten the jobs of the old one."""
+        known = self._attempts(name)
+        if not known:
+            return None
+        attempt = max(known)
+        return JobHandle(f"{name}-a{attempt}", attempt, attached=True), JobStatus(known[attempt])
+
+    def submit(
+        self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
+    ) -> JobHandle:
+        """Submit an attempt, or attach to it if somebody else has."""
+        submission_id = f"{name}-a{attempt}"
+        # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
+        command = f"exec {self.python} -m {self.module} {shlex.quote(str(specification))}"
+        try:
+            self._patiently(
+                lambda client: client.submit_job(
+                    entrypoint=command,
+                    submission_id=submission_id,
+                    runtime_env={"env_vars": dict(environment)},
+                    metadata={"about": about},
+                )
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise
+            return JobHandle(submission_id, attempt, attached=True)
+        return JobHandle(submission_id, attempt, attached=False)
+
+    def status(self, handle: JobHandle) -> JobStatus:
+        """How a job stands; LOST if the head does not know it."""
+        try:
+            return JobStatus(str(self._patiently(lambda client: client.get_job_status(handle.id)).value))
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return JobStatus(LOST)
+            raise
+
+    def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:
+        """Ask a job to stop and wait until it has."""
+        self._patiently(lambda client: client.stop_job(handle.id))
+        deadline = time.monotonic() + timeout_seconds
+        while self.status(handle).state in ALIVE and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        """What the driver printed; for people."""
+        return self._patiently(lambda client: client.get_job_logs(handle.id))
+
+    def _attempts(self, name: str) -> dict[int, str]:
+        prefix = f"{name}-a"
+        jobs = self._patiently(lambda client: client.list_jobs())
+        return {
+            int(job.submission_id.removeprefix(prefix)): str(job.status.value)
+            for job in jobs
+            if job.submission_id and job.submission_id.startswith(prefix)
+        }
+
+    def _patiently(self, call: Callable[["JobSubmissionClient"], T]) -> T:
+        """Call the head; while it is unreachable or in trouble, try again. Raises ConnectionError when patience is out."""
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            for attempt in Retrying(
+                retry=retry_if_exception(_is_passing),
+                stop=stop_after_delay(self.patience_seconds),
+                wait=wait_exponential(multiplier=0.2, max=3),
+                reraise=True,
+            ):
+                with attempt:
+                    return call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers()))
+        except Exception as error:
+            if _is_passing(error):
+                raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
+            raise
+        raise AssertionError("unreachable")
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether an error tells of a head that is away or in trouble, as against a wrong request."""
+    import requests
+
+    if isinstance(error, RuntimeError):  # how the client reports what the server answered
+        return "status code 5" in str(error)
+    return isinstance(error, ConnectionError | requests.RequestException)

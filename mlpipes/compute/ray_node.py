@@ -1,0 +1,138 @@
+"""One Ray node of ours: its command line and environment, and its end, the same on a laptop and in a Slurm allocation.
+
+Run as `python -m mlpipes.compute.ray_node …` it holds a node until it is asked to end, and leaves nothing behind.
+"""
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import psutil
+
+MARK = "MLPIPES_RAY_HEAD"
+"""Environment variable that every process of a node inherits, so that exactly these can be found and ended."""
+LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
+_HEAD_SECONDS = 90
+
+
+def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
+    """The command that holds a Ray node; `role` says whether it is a head or joins one. Ports come from the system."""
+    names = [
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+    ]
+    names += ["ray-client-server-port"] * head
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", "--disable-usage-stats"),
+        *(f"--{name}={free_port()}" for name in names),
+        *("--min-worker-port=0", "--max-worker-port=0"),
+        *(f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+    ]
+
+
+def start_environment(mark: str, ip: str) -> dict[str, str]:
+    """What the processes of a node with an address need besides the clients' variables."""
+    return binding(ip) | {MARK: mark, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def binding(ip: str) -> dict[str, str]:
+    """What a node and its clients need to know about the node's address: on loopback, Ray is to stay there."""
+    # Despite its name, 0 makes Ray bind every port to loopback on Linux too, as it does on a laptop elsewhere; without it
+    # Ray replaces loopback by another address of this machine.
+    return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if ip == LOOPBACK else {}
+
+
+def end_marked(mark: str) -> None:
+    """End every process of this machine that carries a node's mark: first gently, then for good."""
+    for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+        if not (processes := _marked(mark)):
+            return
+        for process in processes:
+            try:
+                process.send_signal(number)
+            except psutil.Error:
+                continue
+        psutil.wait_procs(processes, timeout=seconds)
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def own_ip(towards: str) -> str:
+    """The address of this machine on its way to another one. Raises OSError if there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((towards, 9))  # of a datagram socket: sends nothing, asks the routing table
+        return probe.getsockname()[0]
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody accepts connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Hold a node of the cluster whose head is (or will be) at an address; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mlpipes.compute.ray_node")
+    parser.add_argument("head", help="ip:port of the cluster's head")
+    parser.add_argument("temporary", help="folder for Ray's own files on each node; removed at the end")
+    parser.add_argument("--cpus", type=int, required=True)
+    parser.add_argument("--is-head", action="store_true")
+    chosen = parser.parse_args(arguments)
+    host, _, port = chosen.head.rpartition(":")
+    if chosen.is_head:
+        # No dashboard: nobody submits jobs to this cluster, and each of its processes costs a second or two of start-up.
+        role = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={chosen.temporary}"]
+        role.append(f"--node-ip-address={host}")
+    else:
+        deadline = time.monotonic() + _HEAD_SECONDS
+        while not listens(host, int(port)):
+            if time.monotonic() > deadline:
+                print(f"no Ray head at {chosen.head} after {_HEAD_SECONDS} s; can this node reach that address?")
+                return 1
+            time.sleep(0.1)
+        role = [f"--address={chosen.head}", f"--node-ip-address={own_ip(host)}"]
+    # Said explicitly, because Ray counts the machine's devices, not those of this job.
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name not in ("", "NoDevFiles")]
+    mark = secrets.token_hex(8)
+    environment = os.environ | start_environment(mark, host)
+    command = [*start_command(role, chosen.cpus, head=chosen.is_head), f"--num-gpus={len(devices)}"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_marked(mark)
+        shutil.rmtree(chosen.temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

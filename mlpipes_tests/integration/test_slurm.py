@@ -1,0 +1,322 @@
+"""Slurm, the real one with two nodes on this machine: trained at one and two nodes, and every fault survived."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+
+from mlpipes.compute.stacks import processes_of
+from mlpipes.definitions import build_defs
+from mlpipes.scales import scales_of
+from mlpipes.scaling_report import make_report, prices_from_environment
+from mlpipes.store import Store, TrainingFolder, read_messages
+from mlpipes.workloads.catalog import CATALOG, Entry
+from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
+from mlpipes_tests.training.harness import make_job, run_here
+
+SCALE = "w1-b128-e100-g0"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def idle(cluster: SlurmCluster) -> Iterator[None]:
+    """Nothing is left from one test to the next: no job, and no process of one."""
+    yield
+    cluster.ask("scancel", "--user=root")
+    cluster.wait_until_idle()
+    assert not [process.cmdline() for process in cluster.processes()]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outcome of the same training, uninterrupted, in one process, without Ray and Slurm."""
+    return run_here(make_job(tmp_path_factory.mktemp("reference"), SCALE))
+
+
+class Training:
+    """A scale's training on Slurm, and the Dagster runs that ask for it."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, scale: str = SCALE) -> None:
+        self.cluster, self.folder, self.scale, self.runs = cluster, folder, scale, 0
+        self.store = Store(folder / "home" / "store")
+        self.settings(poll_seconds=0.5, time="00:20:00", workers_per_node=1)
+
+    def settings(self, **changes: Any) -> None:
+        """Change the site's settings."""
+        path = self.folder / "slurm.yaml"
+        known = yaml.safe_load(path.read_text()) if path.exists() else {}
+        path.write_text(yaml.safe_dump(known | changes))
+
+    def run(self) -> "subprocess.Popen[bytes]":
+        """Start a Dagster run in a process of its own."""
+        self.runs += 1
+        environment = os.environ | self.cluster.environment
+        environment |= {"MLPIPES_SLURM": str(self.folder / "slurm.yaml"), "MLPIPES_HOME": str(self.folder / "home")}
+        with (self.folder / f"run{self.runs}.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "mlpipes_tests.slurm_step", self.scale, str(self.folder / "instance")],
+                cwd=CHECKOUT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self) -> str:
+        """What the latest run printed."""
+        return (self.folder / f"run{self.runs}.log").read_text()
+
+    def job(self) -> str:
+        """The Slurm job that the latest run follows."""
+        return re.findall(r"(?:Submitted|Attached to) Slurm job (\d+)", self.log())[-1]
+
+    def training_folder(self) -> TrainingFolder | None:
+        found = list(self.store.root.glob("trainings/*/"))
+        return TrainingFolder(found[0]) if found else None
+
+    def step(self) -> int:
+        """The latest step that any attempt has reported."""
+        folder = self.training_folder()
+        if folder is None:
+            return 0
+        files = folder.messages(0).parent.glob("a*.jsonl")
+        return max((m.get("step", 0) for path in files for m in read_messages(path)[0]), default=0)
+
+    def until(self, condition: Any, what: str, seconds: float = 120) -> None:
+        """Wait for something to be so."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"after {seconds:.0f} s it is not so that {what}:\n{self.log()[-3000:]}"
+            time.sleep(0.2)
+
+    def until_step(self, step: int) -> None:
+        """Wait until the training has come so far."""
+        self.until(lambda: self.step() >= step, f"step {step} is reached")
+
+    def end(self, run: "subprocess.Popen[bytes]", seconds: float = 180) -> int:
+        """Wait for a run's end."""
+        try:
+            return run.wait(seconds)
+        finally:
+            run.kill()
+
+    def outcome(self) -> dict[str, Any]:
+        folder = self.training_folder()
+        assert folder is not None
+        deadline = time.monotonic() + 20
+        while processes_of(folder.fingerprint):
+            assert time.monotonic() < deadline, processes_of(folder.fingerprint)
+            time.sleep(0.2)
+        return json.loads(folder.result.read_text())["content"]
+
+
+def assert_equal(outcome: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in ("weights_digest", "order_digest", "loss_digest", "steps", "best"):
+        assert outcome[name] == expected[name], name
+
+
+def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(cluster, tmp_path)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLPIPES_SLURM", str(tmp_path / "slurm.yaml"))
+    monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "home"))
+    scales = ["w1-b128-e3-g0", "w2-b128-e3-g0"]
+    entry = Entry("digits", "Digits", CATALOG[0].implementation, scales_of(scales, "test"))
+    definitions = build_defs(catalog=[entry])
+    checkpoints = definitions.resolve_assets_def(dg.AssetKey(["digits", "checkpoints"]))
+    assert checkpoints.op.pool is None, "a job that waits in Slurm's queue holds no slot of Dagster"
+    local = run_here(make_job(tmp_path / "reference", scales[0]))
+    with dg.DagsterInstance.ephemeral() as instance:
+        for scale, nodes in zip(scales, ("1", "2"), strict=True):
+            chain = definitions.resolve_job_def("digits_chain")
+            result = chain.execute_in_process(instance=instance, partition_key=scale)
+            assert result.success
+            reference = training.store.read_reference("digits", "eval_report", scale)
+            assert reference is not None
+            folder = training.store.training(reference["fingerprint"])
+            assert_equal(json.loads(folder.result.read_text())["content"], local)
+            (job,) = {
+                path.read_text().split('slurm_job": "')[1].split('"')[0] for path in folder.path.glob("messages/*")
+            }
+            shown = cluster.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%D %T")
+            assert shown.split() == [nodes, "COMPLETED"]
+    text, _ = make_report(training.store, entry, prices_from_environment()).write(training.store, entry)
+    assert all(scale in text for scale in scales)
+
+
+def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
+    cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
+) -> None:
+    training = Training(cluster, tmp_path)
+    full = cluster.ask("sbatch", "--parsable", "-N2", "-c2", "-o", "/dev/null", "--wrap", "sleep 1000").strip()
+    run = training.run()
+    training.until(lambda: "waits: Resources" in training.log(), "the queue's reason is shown")
+    first = training.job()
+    run.kill()
+    run = training.run()
+    training.until(lambda: f"Attached to Slurm job {first}" in training.log(), "the waiting job is found again")
+    cluster.ask("scancel", full)
+    training.until_step(200)
+    run.kill()
+    before = training.step()
+    cluster.kill("slurmctld")
+    run = training.run()
+    time.sleep(5)
+    cluster.start_controller()
+    assert training.end(run) == 0, training.log()[-3000:]
+    assert f"Attached to Slurm job {first}" in training.log()
+    assert training.step() > before
+    assert_equal(training.outcome(), expected)
+    assert training.outcome()["attempt"] == 1
+    assert len([job for job in cluster.jobs() if int(job) > int(full)]) == 1, "one job did it all"
+
+
+def test_cancelled_by_an_administrator_and_out_of_time(
+    cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
+) -> None:
+    training = Training(cluster, tmp_path)
+    run = training.run()
+    training.until_step(100)
+    cluster.ask("scancel", training.job())
+    assert training.end(run) == 1
+    assert f"Slurm job {training.job()} was stopped; materialize again to go on from there" in training.log()
+
+    training.settings(resubmit_cancelled=True)
+    run = training.run()
+    training.until_step(250)
+    cancelled = training.job()
+    cluster.ask("scancel", cancelled)
+    training.until(lambda: training.job() != cancelled, "another job is submitted")
+    for step in (400, 550):
+        training.until_step(step)
+        # What Slurm does ahead of the time limit (`--signal=B:USR1@…`).
+        cluster.ask("scancel", "--batch", "--signal=USR1", training.job())
+        attempts = training.log().count("is back in its queue")
+        training.until(lambda seen=attempts: training.log().count("is back in its queue") > seen, "it was requeued")
+    assert training.end(run) == 0, training.log()[-3000:]
+    outcome = training.outcome()
+    assert_equal(outcome, expected)
+    assert outcome["attempt"] == 5, "cancelled twice, requeued twice"
+    folder = training.training_folder()
+    assert folder is not None
+    for attempt in (3, 4):  # the last checkpoint was made on demand, so not a step was lost
+        messages, later = read_messages(folder.messages(attempt))[0], read_messages(folder.messages(attempt + 1))[0]
+        stopped = [message["step"] for message in messages if message["kind"] == "stopping"]
+        (resumed,) = [message["step"] for message in later if message["kind"] == "resumed"]
+        assert resumed >= stopped[0]
+
+
+def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]) -> None:
+    training = Training(cluster, tmp_path)
+    run = training.run()
+    training.until_step(100)
+    node = cluster.ask("squeue", "-h", "-j", training.job(), "-o", "%N").strip()
+    cluster.kill(f"slurmd-{node}")
+    try:
+        # Slurm gives the node up and requeues the job; what still runs on the node is fenced off by the lease.
+        assert training.end(run) == 0, training.log()[-3000:]
+    finally:
+        cluster.start_node(node)
+    assert "is back in its queue" in training.log()
+    assert_equal(training.outcome(), expected)
+    assert training.outcome()["attempt"] == 2
+
+
+def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    training = Training(cluster, tmp_path)
+    run = training.run()
+    training.until_step(50)
+    with dg.DagsterInstance.local_temp(str(tmp_path / "instance")) as instance:
+        (record,) = instance.get_runs()
+        instance.report_run_canceling(record)
+        began = time.monotonic()
+        run.send_signal(signal.SIGINT)  # as Dagster's code server does
+        training.end(run)
+        assert cluster.jobs()[training.job()] == "CANCELLED"
+        assert time.monotonic() - began < 20
+    folder = training.training_folder()
+    assert folder is not None
+    messages = read_messages(folder.messages(1))[0]
+    (stopped,) = [message["step"] for message in messages if message["kind"] == "stopping"]
+    assert (folder.checkpoints / f"step-{stopped:08d}").is_dir(), "a last checkpoint"
+    from mlpipes.tracking.runs import Tracker, default_uri
+
+    assert default_uri()
+    client = Tracker(f"sqlite:///{tmp_path}/home/mlflow/mlflow.db").client
+    experiment = client.get_experiment_by_name("mlpipes/digits")
+    assert experiment is not None
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"workers_per_node": 1}, "PartitionConfig"),
+        ({"partition": "physics"}, "account not known"),
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+    ],
+)
+def test_a_job_that_can_never_start_fails_at_once_with_the_reason_of_slurm(
+    cluster: SlurmCluster, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    training = Training(cluster, tmp_path, "w4-b128-e3-g0" if "workers_per_node" in settings else SCALE)
+    training.settings(**settings)
+    assert training.end(training.run(), 60) == 1
+    assert reason in training.log()
+    assert "PENDING" not in cluster.jobs().values()
+
+
+def test_devices_of_the_allocation_reach_the_workers(cluster: SlurmCluster, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os
+import ray
+from mlpipes.compute.allocation import ray_cluster
+
+with ray_cluster() as cluster:
+    os.environ.update(cluster.environment)
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    @ray.remote(num_gpus=1, scheduling_strategy="SPREAD")
+    def devices():
+        import time
+        time.sleep(3)
+        return os.environ["SLURMD_NODENAME"], os.environ["CUDA_VISIBLE_DEVICES"]
+
+    while ray.cluster_resources().get("GPU", 0) < 4:
+        pass
+    print("DEVICES", sorted(ray.get([devices.remote() for _ in range(4)])), flush=True)
+    ray.shutdown()
+"""
+    )
+    log = tmp_path / "job.log"
+    environment = os.environ | cluster.environment | {"PYTHONPATH": str(CHECKOUT)}
+    subprocess.run(
+        ["sbatch", "--wait", "-N2", "--ntasks-per-node=1", "-c2", "--gres=gpu:2", f"--output={log}"],
+        input=f"#!/bin/bash\nexec {sys.executable} {program}\n",
+        text=True,
+        env=environment,
+        timeout=120,
+        check=True,
+    )
+    assert "DEVICES [('n1', '0'), ('n1', '1'), ('n2', '0'), ('n2', '1')]" in log.read_text()
