@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 ray_app = typer.Typer(help="The private local Ray of this machine.", no_args_is_help=True)
 app.add_typer(ray_app, name="ray")
+doctor_app = typer.Typer(help="Say what a place to train needs and what is missing.", no_args_is_help=True)
+app.add_typer(doctor_app, name="doctor")
 console = Console()
 
 
@@ -282,6 +284,22 @@ def ray_status() -> None:
 
     state = LocalRay().status()
     console.print(f"Ray runs (pid {state['pid']}); dashboard {state['dashboard']}" if state else "No local Ray runs.")
+
+
+@doctor_app.command("slurm")
+@friendly
+def doctor_slurm(probe: Annotated[bool, typer.Option(help="also send a small job to a node")] = False) -> None:
+    """Look at everything that training on Slurm needs, and say what is missing."""
+    from mlpipes.doctor import examine_slurm
+
+    good = True
+    for found in examine_slurm(configured(), store(), probe=probe):
+        good &= found.good
+        mark = "[green]good[/]   " if found.good else "[bold red]missing[/]"
+        console.print(f"{mark} {found.what}: ", end="")
+        console.print(found.detail, soft_wrap=True, markup=False, highlight=False)
+    if not good:
+        raise typer.Exit(1)
 
 
 def dagster_home() -> Path:

@@ -15,6 +15,7 @@ from mlpipes.workloads.catalog import CATALOG, Entry
 
 def main(scale: str, folder: Path) -> int:
     """Run it; returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
     entry = Entry("digits", "Digits", CATALOG[0].implementation, scales_of([scale], "test"))
     chain = [dg.AssetKey(["digits", name]) for name in ("dataset", "snapshot", "checkpoints")]
     job = dg.define_asset_job("training", dg.AssetSelection.assets(*chain))

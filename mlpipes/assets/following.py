@@ -38,13 +38,13 @@ def follow_training(
     ended, its workers' stacks kept, and started again from its last checkpoint. Raises TrainingFailedError if the training
     reports an error that a restart would not mend, was stopped, or died too often.
     """
-    folder, died, best, view = job.folder, 0, -1, LiveView(context, job, links)
+    folder, restarts, view = job.folder, _Restarts(job.folder), LiveView(context, job, links)
     while True:
         jobs, log = connect(), ""
         try:
             handle = jobs.attach_or_submit(job)
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} {jobs.name} {handle.id}")
-            end = _watch(context, jobs, handle, folder, stall_seconds, view)
+            end = _watch(context, jobs, handle, folder, stall_seconds, view, restarts)
             if folder.result.is_file():
                 _see_off(context, jobs, handle)
             else:
@@ -54,13 +54,9 @@ def follow_training(
             end = _End("LOST", str(error))
         if folder.result.is_file():
             return
-        reached = _latest_step(folder)
-        died, best = (1 if reached > best else died + 1), max(reached, best)
         cause = end.error or "no error reported"
-        if died == MAX_JOBS:
-            raise TrainingFailedError(
-                f"{MAX_JOBS} jobs in a row died and got no further than step {best} ({cause}):\n{log}"
-            )
+        if restarts.are_in_vain():
+            raise TrainingFailedError(f"{restarts} ({cause}):\n{log}")
         context.log.warning(
             f"The {jobs.name} ended as {end.status} without a result ({cause}); going on from the last checkpoint"
         )
@@ -113,6 +109,7 @@ def _watch(
     folder: TrainingFolder,
     stall_seconds: float,
     view: LiveView,
+    restarts: "_Restarts",
 ) -> _End:
     end = _End()
     # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
@@ -148,6 +145,8 @@ def _watch(
             elif kind == "requeued":
                 handle, beat = replace(handle, attempt=message["attempt"]), None
                 end = _End()
+                if restarts.are_in_vain():
+                    return _End(error=f"{restarts}; is the time limit of a job too short?", fatal=True)
                 context.log.info(
                     f"{jobs.name} {handle.id} is back in its queue ({message['reason']}); attempt {handle.attempt}"
                 )
@@ -186,10 +185,22 @@ def _say_farewell(folder: TrainingFolder, attempt: int) -> None:
         time.sleep(0.1)
 
 
-def _latest_step(folder: TrainingFolder) -> int:
-    from mlpipes.training.checkpoints import Checkpoints  # only after a death: it imports torch
+class _Restarts:
+    """Counts the restarts of a training that brought no new checkpoint."""
 
-    return max(Checkpoints(folder.checkpoints).steps(), default=0)
+    def __init__(self, folder: TrainingFolder) -> None:
+        self.folder, self.step, self.count = folder, -1, 0
+
+    def __str__(self) -> str:
+        return f"{self.count} jobs in a row ended without a result and got no further than step {self.step}"
+
+    def are_in_vain(self) -> bool:
+        """Note one more; whether there were too many."""
+        from mlpipes.training.checkpoints import Checkpoints  # not before: it imports torch
+
+        reached = max(Checkpoints(self.folder.checkpoints).steps(), default=0)
+        self.step, self.count = (reached, 1) if reached > self.step else (self.step, self.count + 1)
+        return self.count >= MAX_JOBS
 
 
 def _modified(path: Path) -> int | None:

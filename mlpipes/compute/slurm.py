@@ -178,7 +178,7 @@ class SlurmJobs(Jobs):
         raise AssertionError("unreachable")
 
 
-def run_slurm(prefix: str, command: Sequence[str], stdin: str = "") -> str:
+def run_slurm(prefix: str, command: Sequence[str], stdin: str = "", timeout_seconds: float = 300) -> str:
     """Run one of Slurm's commands, behind a prefix if there is one; returns what it prints.
 
     Raises ConfigError if the command is not there, ConnectionError if nobody answers, and PreflightError otherwise.
@@ -186,7 +186,7 @@ def run_slurm(prefix: str, command: Sequence[str], stdin: str = "") -> str:
     # A prefix such as ssh hands what follows to a shell, so it gets one word.
     words = [*shlex.split(prefix), shlex.join(command)] if prefix else list(command)
     try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=timeout_seconds)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{words[0]} is not on PATH. Install Slurm's commands here, set `command_prefix` to a host that has them, or "

@@ -270,14 +270,16 @@ class Session:
 
     # -- Dagster ------------------------------------------------------------------------------------------------------
     def launch(self, parent: str | None = None, **settings: Any) -> str:
-        """Launch the chain with a fresh training, or go on with that of a parent run; returns the run's id."""
+        """Launch the chain, up to a fresh training, or go on with that of a parent run; returns the run's id."""
         config = {"ops": {"digits__checkpoints": {"config": {"fresh": True, **settings}}}}
         metadata: dict[str, Any] = {"tags": [{"key": "dagster/partition", "value": self.scale}]}
         if parent is not None:  # as the UI's button "re-execute" does
             metadata |= {"parentRunId": parent, "rootRunId": parent}
         selector = {"repositoryLocationName": "mlpipes.definitions", "repositoryName": "__repository__"}
+        # Up to the training, which all faults are aimed at; what follows it would only lengthen a trial.
+        assets = [{"path": ["digits", name]} for name in ("dataset", "snapshot", "checkpoints")]
         parameters = {
-            "selector": {**selector, "jobName": "digits_chain"},
+            "selector": {**selector, "jobName": "digits_chain", "assetSelection": assets},
             "runConfigData": json.dumps(config),
             "executionMetadata": metadata,
         }

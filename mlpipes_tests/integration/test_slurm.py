@@ -25,7 +25,7 @@ from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 from mlpipes_tests.training.harness import make_job, run_here
 
-SCALE = "w1-b128-e100-g0"
+SCALE = "w1-b128-e60-g0"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ class Training:
     def run(self) -> "subprocess.Popen[bytes]":
         """Start a Dagster run in a process of its own."""
         self.runs += 1
+        (self.folder / f"run{self.runs}.log").touch()
         environment = os.environ | self.cluster.environment
         environment |= {"MLPIPES_SLURM": str(self.folder / "slurm.yaml"), "MLPIPES_HOME": str(self.folder / "home")}
         with (self.folder / f"run{self.runs}.log").open("wb") as log:
@@ -101,7 +102,8 @@ class Training:
         """Wait for something to be so."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"after {seconds:.0f} s it is not so that {what}:\n{self.log()[-3000:]}"
+            late = time.monotonic() > deadline or "Traceback" in self.log()
+            assert not late, f"after {seconds:.0f} s it is not so that {what}:\n{self.log()[-3000:]}"
             time.sleep(0.2)
 
     def until_step(self, step: int) -> None:
@@ -163,9 +165,10 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
 
 
 def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
-    cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
+    cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    training = Training(cluster, tmp_path)
+    scale = "w1-b128-e150-g0"  # long enough for a third run to start
+    training = Training(cluster, tmp_path, scale)
     full = cluster.ask("sbatch", "--parsable", "-N2", "-c2", "-o", "/dev/null", "--wrap", "sleep 1000").strip()
     run = training.run()
     training.until(lambda: "waits: Resources" in training.log(), "the queue's reason is shown")
@@ -174,7 +177,7 @@ def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
     run = training.run()
     training.until(lambda: f"Attached to Slurm job {first}" in training.log(), "the waiting job is found again")
     cluster.ask("scancel", full)
-    training.until_step(200)
+    training.until_step(30)
     run.kill()
     before = training.step()
     cluster.kill("slurmctld")
@@ -184,7 +187,7 @@ def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
     assert training.end(run) == 0, training.log()[-3000:]
     assert f"Attached to Slurm job {first}" in training.log()
     assert training.step() > before
-    assert_equal(training.outcome(), expected)
+    assert_equal(training.outcome(), run_here(make_job(tmp_path / "reference", scale)))
     assert training.outcome()["attempt"] == 1
     assert len([job for job in cluster.jobs() if int(job) > int(full)]) == 1, "one job did it all"
 
@@ -194,18 +197,18 @@ def test_cancelled_by_an_administrator_and_out_of_time(
 ) -> None:
     training = Training(cluster, tmp_path)
     run = training.run()
-    training.until_step(100)
+    training.until_step(60)
     cluster.ask("scancel", training.job())
     assert training.end(run) == 1
     assert f"Slurm job {training.job()} was stopped; materialize again to go on from there" in training.log()
 
     training.settings(resubmit_cancelled=True)
     run = training.run()
-    training.until_step(250)
+    training.until_step(150)
     cancelled = training.job()
     cluster.ask("scancel", cancelled)
     training.until(lambda: training.job() != cancelled, "another job is submitted")
-    for step in (400, 550):
+    for step in (240, 330):
         training.until_step(step)
         # What Slurm does ahead of the time limit (`--signal=B:USR1@…`).
         cluster.ask("scancel", "--batch", "--signal=USR1", training.job())
@@ -227,7 +230,7 @@ def test_cancelled_by_an_administrator_and_out_of_time(
 def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]) -> None:
     training = Training(cluster, tmp_path)
     run = training.run()
-    training.until_step(100)
+    training.until_step(60)
     node = cluster.ask("squeue", "-h", "-j", training.job(), "-o", "%N").strip()
     cluster.kill(f"slurmd-{node}")
     try:

@@ -1,0 +1,98 @@
+"""Doctor: says what a place to train needs, what is there, and what to do about what is missing."""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmSettings, run_slurm, shape
+from mlpipes.errors import ConfigError, PreflightError, UserError
+from mlpipes.store import Store
+from mlpipes.workloads.catalog import Entry
+
+COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
+_PROBE_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    good: bool
+    detail: str
+
+
+def examine_slurm(entries: Sequence[Entry], store: Store, *, probe: bool) -> Iterator[Finding]:
+    """What training on Slurm needs, one after the other; `probe` sends a job to a node. Nothing is left behind."""
+    path = os.environ.get(SETTINGS_VARIABLE, "")
+    try:
+        settings = SlurmSettings.load(Path(path)) if path else SlurmSettings()
+    except UserError as error:
+        yield Finding("settings", False, str(error))
+        return
+    missing = (
+        f"{SETTINGS_VARIABLE} is not set, so trainings run on this machine; set it to a YAML file, which may be empty"
+    )
+    yield Finding("settings", bool(path), path or missing)
+    versions = set()
+    for name in COMMANDS:
+        found = _tried(name, lambda name=name: run_slurm(settings.command_prefix, [name, "--version"]))
+        if not found.good:
+            yield found
+            return
+        versions.add(found.detail)
+    yield Finding("commands", True, f"{', '.join(COMMANDS)} ({', '.join(sorted(versions))})")
+    yield (ping := _tried("controller", lambda: run_slurm(settings.command_prefix, ["scontrol", "ping"])))
+    if not ping.good or "is DOWN" in ping.detail:
+        return
+    where = [f"--partition={settings.partition}"] if settings.partition else []
+    nodes = run_slurm(settings.command_prefix, ["sinfo", "-h", *where, "-o", "%P: %D nodes, %c CPUs, %G, %l, %T"])
+    yield Finding("partition", bool(nodes.strip()), nodes.strip() or f"there is no partition {settings.partition}")
+    for entry in entries:
+        for scale in entry.scales:
+            options = shape(scale, settings.of_scale(scale.key))
+            yield _tried(
+                f"{entry.name} {scale.key}",
+                lambda options=options: (
+                    run_slurm(settings.command_prefix, ["sbatch", "--test-only", *options], "#!/bin/sh\n")
+                    or f"could start: {' '.join(options)}"
+                ),
+            )
+    store.root.mkdir(parents=True, exist_ok=True)
+    if probe:
+        yield _tried("a node", lambda: _probe(settings, store))
+    else:
+        yield Finding("store", True, f"{store.root} must be the same on all nodes; `--probe` sends a job to see")
+
+
+def _probe(settings: SlurmSettings, store: Store) -> str:
+    """Run a small job on a node: does it see the store, and can its Python import what a training needs?"""
+    witness = store.root / f"probe-{os.getpid()}"
+    checks = (
+        "import mlpipes, ray, platform, torch; print(platform.node(), platform.python_version(), torch.__version__)"
+    )
+    lines = [*settings.setup, f"export PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parents[1]))}"]
+    lines += [f"{settings.python} -c {shlex.quote(checks)} > {shlex.quote(str(witness))}"]
+    options = [f"--partition={settings.partition}"] if settings.partition else []
+    options += [f"--account={settings.account}"] if settings.account else []
+    try:
+        run_slurm(
+            settings.command_prefix,
+            ["sbatch", "--wait", "--time=5", "--output=/dev/null", *options],
+            "\n".join(["#!/bin/bash", "set -e", *lines, ""]),
+            _PROBE_SECONDS,
+        )
+        return f"node, Python and torch: {witness.read_text(encoding='utf-8').strip()}"
+    except FileNotFoundError as error:
+        raise PreflightError(f"a node wrote to {witness}, and nothing is there: {store.root} is not shared") from error
+    finally:
+        witness.unlink(missing_ok=True)
+
+
+def _tried(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, True, " ".join(look().split()))
+    except (ConfigError, PreflightError, ConnectionError) as error:
+        return Finding(what, False, str(error))
