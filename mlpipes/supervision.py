@@ -56,7 +56,8 @@ class SupervisedRunLauncher(DefaultRunLauncher):
 def lost_retries(workload: str) -> dg.SensorDefinition:
     """A sensor that launches a workload's automatic retries that Dagster promised and never made.
 
-    Dagster may see a failure before the run's row says so, pass it over, and never look at it again.
+    Dagster may see a failure before the run's row says so, pass it over, and never look at it again; or try to launch the
+    retry while the code server is away, and give up. Both were seen.
     """
 
     @dg.sensor(
@@ -68,12 +69,14 @@ def lost_retries(workload: str) -> dg.SensorDefinition:
     )
     def sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
         found = 0
-        failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": "true"})
+        failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": ["true", "false"]})
         for record in context.instance.get_run_records(failed, limit=50):
             run, age = record.dagster_run, time.time() - (record.end_time or time.time())
             if not _SETTLED_SECONDS <= age <= _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
                 continue
             if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
+                continue
+            if run.tags["dagster/will_retry"] == "false" and not _was_given_up(context.instance, run):
                 continue
             planned = context.instance.get_records_for_run(
                 run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
@@ -87,6 +90,12 @@ def lost_retries(workload: str) -> dg.SensorDefinition:
             yield dg.SkipReason("no retry was lost")
 
     return sensor
+
+
+def _was_given_up(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether Dagster tried to launch a run's retry and could not, as against not wanting to."""
+    logged = instance.all_logs(run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
+    return any("Failed to retry run" in (entry.message or "") for entry in logged)
 
 
 def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest:

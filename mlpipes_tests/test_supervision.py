@@ -57,6 +57,18 @@ def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch:
         assert requests(instance) == [], "it has a child now"
 
 
+def test_a_retry_that_could_not_be_launched_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        given_up = failed_run(instance, monkeypatch, **{"dagster/will_retry": "false"})
+        failed_run(instance, monkeypatch, **{"dagster/will_retry": "false"})  # out of retries, or failed in its step
+        run = instance.get_run_by_id(given_up)
+        instance.report_engine_event("Failed to retry run", run)  # what Dagster writes while the code server is away
+        real = time.time
+        monkeypatch.setattr(supervision.time, "time", lambda: real() + 60)
+        (request,) = requests(instance)
+        assert request.run_key == f"retry-{given_up}"
+
+
 def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = SupervisedRunLauncher()
     run: Any = type("Run", (), {"run_id": "r"})()

@@ -110,6 +110,7 @@ class SlurmJobs(Jobs):
         self.settings, self.scale = settings.of_scale(scale.key), scale
         self.python, self.patience_seconds = self.settings.python, patience_seconds
         self.poll_seconds = self.settings.poll_seconds
+        self._hurried: set[JobHandle] = set()
 
     def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
         """The latest job of a name that Slurm remembers, which it does for some minutes after a job has ended."""
@@ -141,9 +142,11 @@ class SlurmJobs(Jobs):
             return JobStatus(LOST)
         if found[0].attempt != handle.attempt:
             return JobStatus(REQUEUED, found[0].status.reason, found[0].attempt)
-        if found[0].status.reason == "BeginTime" and found[0].restarts:
+        if found[0].status.reason == "BeginTime" and found[0].restarts and handle not in self._hurried:
             # Slurm keeps a requeued job waiting for two minutes, lest a broken node takes it again; ours ended in order.
-            self._command(["scontrol", "update", f"JobId={handle.id}", "StartTime=now"])
+            # Not at once: within the same second, the node believes that it is still to kill the job of that number.
+            self._hurried.add(handle)
+            self._command(["scontrol", "update", f"JobId={handle.id}", "StartTime=now+3"])
         return found[0].status
 
     def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:

@@ -25,7 +25,7 @@ from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 from mlpipes_tests.training.harness import make_job, run_here
 
-SCALE = "w1-b128-e60-g0"
+SCALE = "w1-b128-e150-g0"  # long enough for a run to start, and for Slurm to miss a node, while it trains
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ class Training:
         """Wait for something to be so."""
         deadline = time.monotonic() + seconds
         while not condition():
-            late = time.monotonic() > deadline or "Traceback" in self.log()
+            late = time.monotonic() > deadline or ("Traceback" in self.log() and "Interrupted" not in self.log())
             assert not late, f"after {seconds:.0f} s it is not so that {what}:\n{self.log()[-3000:]}"
             time.sleep(0.2)
 
@@ -165,10 +165,9 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
 
 
 def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
-    cluster: SlurmCluster, tmp_path: Path
+    cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
-    scale = "w1-b128-e150-g0"  # long enough for a third run to start
-    training = Training(cluster, tmp_path, scale)
+    training = Training(cluster, tmp_path)
     full = cluster.ask("sbatch", "--parsable", "-N2", "-c2", "-o", "/dev/null", "--wrap", "sleep 1000").strip()
     run = training.run()
     training.until(lambda: "waits: Resources" in training.log(), "the queue's reason is shown")
@@ -187,7 +186,7 @@ def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
     assert training.end(run) == 0, training.log()[-3000:]
     assert f"Attached to Slurm job {first}" in training.log()
     assert training.step() > before
-    assert_equal(training.outcome(), run_here(make_job(tmp_path / "reference", scale)))
+    assert_equal(training.outcome(), expected)
     assert training.outcome()["attempt"] == 1
     assert len([job for job in cluster.jobs() if int(job) > int(full)]) == 1, "one job did it all"
 
@@ -250,11 +249,11 @@ def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) 
     with dg.DagsterInstance.local_temp(str(tmp_path / "instance")) as instance:
         (record,) = instance.get_runs()
         instance.report_run_canceling(record)
-        began = time.monotonic()
         run.send_signal(signal.SIGINT)  # as Dagster's code server does
+        # 10 s are the goal; a busy machine gets some more.
+        training.until(lambda: cluster.jobs()[training.job()] == "CANCELLED", "the job is cancelled", 15)
+        training.until(lambda: not cluster.processes(), "nothing of it is left", 10)
         training.end(run)
-        assert cluster.jobs()[training.job()] == "CANCELLED"
-        assert time.monotonic() - began < 20
     folder = training.training_folder()
     assert folder is not None
     messages = read_messages(folder.messages(1))[0]
@@ -293,11 +292,12 @@ def test_devices_of_the_allocation_reach_the_workers(cluster: SlurmCluster, tmp_
     program.write_text(
         """
 import os
-import ray
 from mlpipes.compute.allocation import ray_cluster
 
 with ray_cluster() as cluster:
     os.environ.update(cluster.environment)
+    import ray  # reads its environment when it is imported
+
     ray.init(address=cluster.address, log_to_driver=False)
 
     @ray.remote(num_gpus=1, scheduling_strategy="SPREAD")
