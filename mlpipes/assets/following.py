@@ -65,9 +65,9 @@ def follow_training(
 def _see_off(context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle") -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
     deadline = time.monotonic() + DEAD_SECONDS
-    while jobs.status(handle).state in ("PENDING", "RUNNING"):
-        if time.monotonic() > deadline:
-            context.log.warning(f"{jobs.name} {handle.id} does not end although its training is done; ending it")
+    while (state := jobs.status(handle).state) in ("PENDING", "RUNNING", "REQUEUED"):
+        if state != "RUNNING" or time.monotonic() > deadline:
+            context.log.warning(f"{jobs.name} {handle.id} is {state} although its training is done; ending it")
             jobs.stop(handle)
             return
         time.sleep(0.2)
@@ -123,6 +123,8 @@ def _watch(
                     context.log.info(f"{jobs.name} {handle.id} waits: {why}")
                 if message["status"] == "PENDING":
                     beat_seen = heard = now
+                    if folder.result.is_file():  # by an earlier attempt, on a node that was given up too soon
+                        break
                 if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
                     beat, beat_seen = current, now
                 if beat is not None and now - beat_seen > DEAD_SECONDS:

@@ -4,6 +4,7 @@ Whoever needs a training looks for its job first and attaches to one that waits 
 submitted. What a job achieved is read from the store by the caller; this module only tells when it has ended.
 """
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -76,13 +77,21 @@ class Jobs(ABC):
     ) -> JobHandle:
         """Submit an attempt; `about` is for people. Raises PreflightError if it is refused."""
 
+    @staticmethod
+    def name_of(job: TrainingJob) -> str:
+        """The name under which a training's jobs are found: its fingerprint, and which store it is for.
+
+        Two stores may ask one cluster for the same training, and neither may take the other's job for its own.
+        """
+        return f"{job.recipe.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
+
     def attach_or_submit(self, job: TrainingJob, name: str | None = None) -> JobHandle:
-        """The job of a training, named after its fingerprint: the one that is alive, or the next attempt, submitted.
+        """The job of a training: the one that is alive, or the next attempt, submitted.
 
         A job that has succeeded is none to attach to: whoever asks has looked for its result before and found none.
         """
-        recipe, folder, name = job.recipe, job.folder, name or job.recipe.fingerprint
-        jobs = folder.specification(0).parent
+        recipe, folder = job.recipe, job.folder
+        name, jobs = name or self.name_of(job), folder.specification(0).parent
         jobs.mkdir(parents=True, exist_ok=True)
         with FileLock(str(jobs / "submit.lock")):  # of two callers at once, one submits and the other attaches
             latest = self.latest(name)
@@ -93,7 +102,7 @@ class Jobs(ABC):
             earlier = [*folder.messages(0).parent.glob("a*.jsonl"), *jobs.glob("a*.json")]
             attempt = 1 + max([latest[0].attempt if latest else 0, *(int(path.stem[1:]) for path in earlier)])
             environment = {
-                FINGERPRINT_VARIABLE: name,
+                FINGERPRINT_VARIABLE: recipe.fingerprint if name == self.name_of(job) else name,
                 "MLPIPES_HOME": str(Path(job.store).parent),
                 "MLFLOW_DISABLE_TELEMETRY": "true",
                 "PYTHONUNBUFFERED": "1",

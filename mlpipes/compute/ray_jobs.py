@@ -1,6 +1,6 @@
 """Ray jobs: submitted over the Jobs API under an id that follows from the fingerprint, and found again by it.
 
-Submission ids are `<fingerprint>-aN`.
+Submission ids are `<fingerprint>-<store>-aN`.
 """
 
 import shlex

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "make test": "this very test runs in it",
     "make dev": "the fixture `ui`",
     ".venv/bin/mlpipes backfill digits": "test_desk_ui.py, for a Dagster must run",
+    ".venv/bin/mlpipes doctor slurm": "test_slurm.py, for a Slurm must run",
     ".venv/bin/mlpipes demo --workload digits --scale w1-b128-e30-g0": "the fixture `folder`, as part of make demo",
 }
 

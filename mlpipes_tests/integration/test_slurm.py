@@ -234,12 +234,12 @@ def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, exp
     cluster.kill(f"slurmd-{node}")
     try:
         # Slurm gives the node up and requeues the job; what still runs on the node is fenced off by the lease.
-        assert training.end(run) == 0, training.log()[-3000:]
+        assert training.end(run, 300) == 0, training.log()[-3000:]
     finally:
         cluster.start_node(node)
+    # Slurm may need so long for that that the driver on the lost node, which nobody can end, is done before.
     assert "is back in its queue" in training.log()
     assert_equal(training.outcome(), expected)
-    assert training.outcome()["attempt"] == 2
 
 
 def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) -> None:
@@ -323,3 +323,40 @@ with ray_cluster() as cluster:
         check=True,
     )
     assert "DEVICES [('n1', '0'), ('n1', '1'), ('n2', '0'), ('n2', '1')]" in log.read_text()
+
+
+def test_the_doctor_says_what_is_there_and_what_is_missing(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scales.yaml").write_text("digits: [w1-b128-e3-g0, w9-b126-e3-g0]\n")
+    settings = tmp_path / "slurm.yaml"
+    settings.write_text("partition: main\nworkers_per_node: 1\n")
+    environment = os.environ | cluster.environment | {"MLPIPES_HOME": str(tmp_path / "home"), "COLUMNS": "300"}
+    environment |= {"MLPIPES_SLURM": str(settings), "MLPIPES_SCALES": str(tmp_path / "scales.yaml")}
+
+    def doctor(*options: str) -> tuple[int, str]:
+        command = [Path(sys.executable).parent / "mlpipes", "doctor", "slurm", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = doctor("--probe")
+    assert code == 1, "nine nodes are asked for, and two are there"
+    assert re.search(r"missing +digits w9-b126-e3-g0: Slurm refuses: .*node configuration is not available", said)
+    for good in ("settings", "commands", "controller", "partition", "digits w1-b128-e3-g0", "a node"):
+        assert re.search(rf"good +{good}: ", said), said
+    settings.write_text("partition: main\npartitoin: x\n")
+    code, said = doctor()
+    assert code == 1
+    assert "partitoin: Extra inputs are not permitted" in said
+    environment["PATH"] = "/nowhere"
+    settings.write_text("")
+    code, said = doctor()
+    assert code == 1
+    assert "sbatch is not on PATH. Install Slurm's commands here" in said
+
+
+def test_commands_behind_a_prefix_do_the_same(cluster: SlurmCluster, tmp_path: Path) -> None:
+    training = Training(cluster, tmp_path, "w1-b128-e3-g0")
+    training.settings(command_prefix="bash -c")  # like ssh, it hands one word to a shell
+    assert training.end(training.run()) == 0, training.log()[-3000:]
+    assert training.outcome()["attempt"] == 1
