@@ -24,6 +24,15 @@ def user_errors() -> Iterator[None]:
             raise
         text = f"the disk is full ({error.filename or error}). Make room, and materialize again."
         raise dg.Failure(description=text, allow_retries=False) from error
+    except Exception as error:
+        # By name, for MLflow is heavy to import. It has tried for minutes by then.
+        if type(error).__name__ != "MlflowException" or "Max retries exceeded" not in str(error):
+            raise
+        text = (
+            "the MLflow server does not answer. A training that runs goes on, and nothing is lost: start the server (or "
+            f"correct MLFLOW_TRACKING_URI), and materialize again. {str(error)[:300]}"
+        )
+        raise dg.Failure(description=text, allow_retries=False) from error
 
 
 def picture(png: bytes, alternative: str) -> dg.MarkdownMetadataValue:

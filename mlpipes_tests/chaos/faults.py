@@ -87,6 +87,8 @@ def strike(session: "Session", victim: str, run_id: str, folder: TrainingFolder,
             process.send_signal(signal.SIGSTOP if victim in HUNG else signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
+    if victim not in HUNG:
+        psutil.wait_procs(struck, timeout=20)  # what is dying still looks alive to whoever starts it again
     if victim == BYTE:
         return _flip(folder.path, chance)
     if victim == SNAPSHOT_BYTE:
