@@ -10,7 +10,10 @@ def test_an_mlflow_server_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch)
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(dg.Failure, match=r"the MLflow server does not answer.*nothing is lost") as caught, user_errors():
+    with (
+        pytest.raises(dg.Failure, match=r"the MLflow server does not answer.*nothing is lost") as caught,
+        user_errors(),
+    ):
         MlflowClient("http://127.0.0.1:9").search_experiments()
     assert "127.0.0.1" in str(caught.value.description)
 

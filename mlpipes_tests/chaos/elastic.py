@@ -86,6 +86,7 @@ def main() -> int:
 
 def trial(session: Session, ray: TwoNodes) -> int:
     """One training, with a node more, and a node less; returns the exit code."""
+    session.until(session.is_ready, "Dagster can launch runs")
     run_id = session.launch(min_workers=2, resize_seconds=5.0)
     training = session.folder_of(run_id)
     session.until(lambda: workers_over_time(session, training) == [2], "it trains with 2 workers")
