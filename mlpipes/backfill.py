@@ -24,6 +24,8 @@ _LAUNCH = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(
   ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } ... on UnauthorizedError { message } } }"""
 _STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename ... on PartitionBackfill {
   status runs { runId status tags { key value } } } } }"""
+_RETRY_SECONDS = 90.0
+"""In which a run that crashed has its retry, even one that Dagster loses and the sensor launches."""
 _OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
 
 
@@ -92,18 +94,27 @@ class Backfill:
     """Status by scale: REQUESTED until it has a run, then the run's."""
 
     def watch(self, pause: float = 2.0) -> Iterator[Mapping[str, str]]:
-        """The status of each scale whenever it was looked at, until all backfills are over."""
-        statuses = dict(self.scales)
+        """The status of each scale whenever it was looked at, until all backfills and the retries of their runs are over.
+
+        Dagster calls a backfill failed while the retry of a run that crashed is still on its way.
+        """
+        statuses, crashed = dict(self.scales), dict[str, float]()
         while True:
             over = True
             for number in self.ids:
                 found = self.ui.ask_patiently(_STATUS, id=number)["partitionBackfillOrError"]
                 over &= found.get("status") in _OVER
                 # The latest run of a scale comes last: a retry counts, not what it repeats.
+                latest: dict[str, Mapping[str, str]] = {}
                 for run in sorted(found.get("runs", []), key=lambda run: _retry(run)):
                     tags = {tag["key"]: tag["value"] for tag in run["tags"]}
                     if (scale := tags.get("dagster/partition")) in statuses:
-                        statuses[scale] = run["status"]
+                        statuses[scale], latest[scale] = run["status"], tags
+                for scale, tags in latest.items():
+                    over &= statuses[scale] in ("SUCCESS", "FAILURE", "CANCELED")
+                    if statuses[scale] == "FAILURE" and tags.get("dagster/failure_reason") != "STEP_FAILURE":
+                        attempt = f"{scale} {tags.get('dagster/retry_number')}"
+                        over &= time.monotonic() - crashed.setdefault(attempt, time.monotonic()) > _RETRY_SECONDS
             self.scales = statuses
             yield statuses
             if over:
