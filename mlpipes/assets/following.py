@@ -65,9 +65,11 @@ def follow_training(
 def _see_off(context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle") -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
     deadline = time.monotonic() + DEAD_SECONDS
-    while (state := jobs.status(handle).state) in ("PENDING", "RUNNING", "REQUEUED"):
-        if state != "RUNNING" or time.monotonic() > deadline:
-            context.log.warning(f"{jobs.name} {handle.id} is {state} although its training is done; ending it")
+    while (status := jobs.status(handle)).state in ("PENDING", "RUNNING", "REQUEUED"):
+        if status.state == "REQUEUED":
+            handle = replace(handle, attempt=status.attempt)
+        elif status.state == "PENDING" or time.monotonic() > deadline:
+            context.log.warning(f"{jobs.name} {handle.id} is {status.state} although its training is done; ending it")
             jobs.stop(handle)
             return
         time.sleep(0.2)

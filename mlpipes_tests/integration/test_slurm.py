@@ -214,6 +214,7 @@ def test_cancelled_by_an_administrator_and_out_of_time(
         attempts = training.log().count("is back in its queue")
         training.until(lambda seen=attempts: training.log().count("is back in its queue") > seen, "it was requeued")
     assert training.end(run) == 0, training.log()[-3000:]
+    assert "although its training is done" not in training.log(), "the last attempt ended by itself"
     outcome = training.outcome()
     assert_equal(outcome, expected)
     assert outcome["attempt"] == 5, "cancelled twice, requeued twice"
