@@ -28,7 +28,7 @@ FAREWELL_SECONDS = 40.0
 GO_ON = 75
 """Exit code of a job whose time was up and that Slurm would not requeue (EX_TEMPFAIL)."""
 _HEAD_SECONDS = 90
-_END_SECONDS = 10
+_END_SECONDS = 15
 
 
 def main(path: Path) -> int:

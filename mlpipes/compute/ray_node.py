@@ -53,8 +53,11 @@ def binding(ip: str) -> dict[str, str]:
 
 
 def end_marked(mark: str) -> None:
-    """End every process of this machine that carries a node's mark: first gently, then for good."""
-    for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+    """End every process of this machine that carries a node's mark: first gently, then for good.
+
+    More than once for good: what is just being started by what is just dying is seen at the next look only.
+    """
+    for number, seconds in ((signal.SIGTERM, 2.0), *((signal.SIGKILL, 2.0),) * 5):
         if not (processes := _marked(mark)):
             return
         for process in processes:
