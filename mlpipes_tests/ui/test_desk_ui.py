@@ -15,6 +15,8 @@ LONG, SHORT = "w1-b64-e240-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0
 FIRST = SHORT[0]
 ALL = [*SHORT, LONG]  # the dialog shows four at most by name
 JOB = "locations/mlpipes.definitions/jobs/digits_chain"
+_LAUNCHED = """{ runsOrError { ... on Runs { results { jobName } } }
+  partitionBackfillsOrError { ... on PartitionBackfills { results { id } } } }"""
 _RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
 
 
@@ -72,8 +74,16 @@ def materialize(page: Any, desk: Sandbox, scales: list[str]) -> None:
     for key in set(chips) - set(scales):
         chips[key].last.get_by_role("img", name="close").click()
     launch = page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)"))
+    before = launched(desk)
     launch.click()
-    launch.wait_for(state="hidden")  # who leaves the page sooner takes the request back
+    until(lambda: launched(desk) > before, "the launch is known", 60)  # who leaves the page sooner takes it back
+
+
+def launched(desk: Sandbox) -> int:
+    """How many runs of the chain and backfills there are."""
+    found = graphql(desk.address, _LAUNCHED)  # type: ignore[attr-defined]
+    chains = [run for run in found["runsOrError"]["results"] if run["jobName"] == "digits_chain"]
+    return len(chains) + len(found["partitionBackfillsOrError"]["results"])
 
 
 def runs(desk: Sandbox, scale: str, job: str | None = None) -> list[str]:
