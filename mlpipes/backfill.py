@@ -25,7 +25,7 @@ _LAUNCH = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(
 _STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename ... on PartitionBackfill {
   status runs { runId status tags { key value } } } } }"""
 _RETRY_SECONDS = 90.0
-"""In which a run that crashed has its retry, even one that Dagster loses and the sensor launches."""
+"""How long the retry of a crashed run is waited for. Dagster lists only some of them under their backfill."""
 _OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
 
 
