@@ -110,7 +110,7 @@ class Training:
         """Wait until the training has come so far."""
         self.until(lambda: self.step() >= step, f"step {step} is reached")
 
-    def end(self, run: "subprocess.Popen[bytes]", seconds: float = 180) -> int:
+    def end(self, run: "subprocess.Popen[bytes]", seconds: float = 400) -> int:
         """Wait for a run's end."""
         try:
             return run.wait(seconds)
@@ -232,7 +232,7 @@ def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, exp
     cluster.kill(f"slurmd-{node}")
     try:
         # Slurm gives the node up and requeues the job; what still runs on the node is fenced off by the lease.
-        assert training.end(run, 300) == 0, training.log()[-3000:]
+        assert training.end(run) == 0, training.log()[-3000:]
     finally:
         cluster.start_node(node)
     # Slurm may need so long for that that the driver on the lost node, which nobody can end, is done before.
