@@ -2,12 +2,14 @@
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmSettings, run_slurm, shape
 from mlpipes.errors import ConfigError, PreflightError, UserError
+from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store
 from mlpipes.workloads.catalog import Entry
 
@@ -44,12 +46,13 @@ def examine_slurm(entries: Sequence[Entry], store: Store, *, probe: bool) -> Ite
             return
         versions.add(found.detail)
     yield Finding("commands", True, f"{', '.join(COMMANDS)} ({', '.join(sorted(versions))})")
-    yield (ping := _tried("controller", lambda: run_slurm(settings.command_prefix, ["scontrol", "ping"])))
-    if not ping.good or "is DOWN" in ping.detail:
-        return
     where = [f"--partition={settings.partition}"] if settings.partition else []
-    nodes = run_slurm(settings.command_prefix, ["sinfo", "-h", *where, "-o", "%P: %D nodes, %c CPUs, %G, %l, %T"])
-    yield Finding("partition", bool(nodes.strip()), nodes.strip() or f"there is no partition {settings.partition}")
+    shown = ["sinfo", "-h", *where, "-o", "%P: %D nodes, %c CPUs, %G, %l, %T"]
+    yield (nodes := _tried("partition", lambda: run_slurm(settings.command_prefix, shown)))
+    if not nodes.good:  # the controller is away
+        return
+    if not nodes.detail:
+        yield Finding("partition", False, f"there is no partition {settings.partition or 'at all'}")
     for entry in entries:
         for scale in entry.scales:
             options = shape(scale, settings.of_scale(scale.key))
@@ -73,14 +76,15 @@ def _probe(settings: SlurmSettings, store: Store) -> str:
     checks = (
         "import mlpipes, ray, platform, torch; print(platform.node(), platform.python_version(), torch.__version__)"
     )
-    lines = [*settings.setup, f"export PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parents[1]))}"]
+    lines = list(settings.setup)
+    if settings.python == sys.executable:  # as for a training
+        lines.append(f"export PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parents[1]))}")
     lines += [f"{settings.python} -c {shlex.quote(checks)} > {shlex.quote(str(witness))}"]
-    options = [f"--partition={settings.partition}"] if settings.partition else []
-    options += [f"--account={settings.account}"] if settings.account else []
+    options = shape(RayScaleConfig(workers=1, batch_size=1, epochs=1), settings)
     try:
         run_slurm(
             settings.command_prefix,
-            ["sbatch", "--wait", "--time=5", "--output=/dev/null", *options],
+            ["sbatch", "--wait", "--output=/dev/null", *options, "--time=5"],
             "\n".join(["#!/bin/bash", "set -e", *lines, ""]),
             _PROBE_SECONDS,
         )

@@ -4,17 +4,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 
 from mlpipes.assets.live import LiveView
+from mlpipes.compute.jobs import JobHandle, Jobs, ask_for_last_checkpoint
 from mlpipes.errors import TrainingFailedError
-from mlpipes.store import TrainingFolder, read_messages
+from mlpipes.store import TrainingFolder
 from mlpipes.training.specification import TrainingJob
-
-if TYPE_CHECKING:
-    from mlpipes.compute.jobs import JobHandle, Jobs
 
 DEAD, STALLED = "DEAD", "STALLED"
 DEAD_SECONDS = 30.0
@@ -27,7 +25,7 @@ MAX_JOBS = 5
 
 def follow_training(
     context: dg.AssetExecutionContext,
-    connect: Callable[[], "Jobs"],
+    connect: Callable[[], Jobs],
     job: TrainingJob,
     stall_seconds: float,
     links: Mapping[str, Any],
@@ -62,7 +60,7 @@ def follow_training(
         )
 
 
-def _see_off(context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle") -> None:
+def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle) -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
     deadline = time.monotonic() + DEAD_SECONDS
     while (status := jobs.status(handle)).state in ("PENDING", "RUNNING", "REQUEUED"):
@@ -76,7 +74,7 @@ def _see_off(context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle
 
 
 def _settle(
-    context: dg.AssetExecutionContext, jobs: "Jobs", handle: "JobHandle", folder: TrainingFolder, end: "_End"
+    context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle, folder: TrainingFolder, end: "_End"
 ) -> str:
     """Deal with a job that ended without a result; returns the end of its log. Raises TrainingFailedError if it is final."""
     from mlpipes.compute.stacks import keep_stacks
@@ -106,8 +104,8 @@ class _End:
 
 def _watch(
     context: dg.AssetExecutionContext,
-    jobs: "Jobs",
-    handle: "JobHandle",
+    jobs: Jobs,
+    handle: JobHandle,
     folder: TrainingFolder,
     stall_seconds: float,
     view: LiveView,
@@ -120,11 +118,11 @@ def _watch(
         for message in jobs.follow(handle, folder):
             kind, now = message["kind"], time.monotonic()
             if kind == "waiting":
-                if message["reason"] not in (why, "None"):
-                    why = message["reason"]
-                    context.log.info(f"{jobs.name} {handle.id} waits: {why}")
                 if message["status"] == "PENDING":
                     beat_seen = heard = now
+                    if message["reason"] not in (why, "None"):
+                        why = message["reason"]
+                        context.log.info(f"{jobs.name} {handle.id} waits: {why}")
                     if folder.result.is_file():  # by an earlier attempt, on a node that was given up too soon
                         break
                 if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
@@ -166,7 +164,7 @@ def _watch(
         # A cancelled run ends its training. Any other interruption (the code server goes away, say) leaves it running:
         # the next attempt attaches to it.
         if is_cancelled(context):
-            _say_farewell(folder, handle.attempt)
+            ask_for_last_checkpoint(folder, handle.attempt, FAREWELL_SECONDS)
             jobs.stop(handle)
         raise
     return end
@@ -176,17 +174,6 @@ def is_cancelled(context: dg.AssetExecutionContext) -> bool:
     """Whether somebody asked for this run to end, as against its process being interrupted."""
     run = context.instance.get_run_by_id(context.run.run_id)
     return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
-
-
-def _say_farewell(folder: TrainingFolder, attempt: int) -> None:
-    """Ask for a last checkpoint and wait for it a little."""
-    folder.stop_request(attempt).touch()
-    deadline, offset = time.monotonic() + FAREWELL_SECONDS, 0
-    while time.monotonic() < deadline:
-        found, offset = read_messages(folder.messages(attempt), offset)
-        if any(message.get("kind") == "stopping" for message in found):
-            return
-        time.sleep(0.1)
 
 
 class _Restarts:

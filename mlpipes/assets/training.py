@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from mlpipes.assets.following import follow_training, is_cancelled
 from mlpipes.assets.metadata import link, mapping_table, picture
 from mlpipes.data.snapshot import open_snapshot
-from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError
+from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError, UserError
 from mlpipes.files import read_record, set_aside, write_record
 from mlpipes.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.store import TrainingFolder
@@ -140,8 +140,8 @@ def materialize_training(
             )
         except BaseException as error:
             # An interruption that nobody asked for leaves the run RUNNING in MLflow, as the training is.
-            if isinstance(error, TrainingFailedError) or is_cancelled(context):
-                tracker.set_status(run_id, "FAILED" if isinstance(error, TrainingFailedError) else "KILLED")
+            if isinstance(error, UserError) or is_cancelled(context):
+                tracker.set_status(run_id, "FAILED" if isinstance(error, UserError) else "KILLED")
             raise
         outcome = finished(folder)
         if outcome is None:

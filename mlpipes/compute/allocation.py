@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlpipes.compute.jobs import ask_for_last_checkpoint
 from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip
-from mlpipes.store import read_messages
 from mlpipes.training.messages import MessageWriter
 from mlpipes.training.specification import TrainingJob
 
@@ -63,26 +63,17 @@ def main(path: Path) -> int:
             if driver.poll() is not None:
                 return driver.returncode
             notify("warning", text="the job's time is nearly up: a last checkpoint, then it is requeued")
-            _say_farewell(job)
+            ask_for_last_checkpoint(job.folder, job.attempt, FAREWELL_SECONDS)
         finally:
             _end(driver)
+    if job.folder.result.is_file():  # it was done before it was asked
+        return 0
     # Slurm kills this process when it requeues the job; what comes after is for sites that do not allow it.
     done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
     if done.returncode == 0:
         time.sleep(60)
     notify("warning", text=f"Slurm did not requeue the job: {done.stderr.strip()}")
     return GO_ON
-
-
-def _say_farewell(job: TrainingJob) -> None:
-    """Ask for a last checkpoint and wait until it is there, or for as long as the time limit allows."""
-    job.folder.stop_request(job.attempt).touch()
-    deadline, offset = time.monotonic() + FAREWELL_SECONDS, 0
-    while time.monotonic() < deadline:
-        found, offset = read_messages(job.folder.messages(job.attempt), offset)
-        if any(message.get("kind") in ("stopping", "finished") for message in found):
-            return
-        time.sleep(0.2)
 
 
 class Cluster:

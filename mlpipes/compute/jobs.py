@@ -48,6 +48,18 @@ class JobStatus:
     reason: str = ""
     """Why it is so, in the cluster's words."""
     attempt: int = 0
+    """Of a job that was put back into its queue, the attempt that it waits for or runs now."""
+
+
+def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float) -> None:
+    """Ask an attempt that is about to be ended for a last checkpoint; returns when it is there, or the time is over."""
+    folder.stop_request(attempt).touch()
+    deadline, offset = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline:
+        found, offset = read_messages(folder.messages(attempt), offset)
+        if any(message.get("kind") in ("stopping", "finished") for message in found):
+            return
+        time.sleep(0.1)
 
 
 class Jobs(ABC):
@@ -118,8 +130,15 @@ class Jobs(ABC):
         """How a job stands."""
 
     @abstractmethod
+    def ask_to_stop(self, handle: JobHandle) -> None:
+        """Have a job ended; it may take its time."""
+
     def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:
         """End a job and wait until it has ended."""
+        self.ask_to_stop(handle)
+        deadline = time.monotonic() + timeout_seconds
+        while self.status(handle).state in ALIVE and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     @abstractmethod
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:

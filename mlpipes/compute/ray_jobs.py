@@ -5,7 +5,6 @@ Submission ids are `<fingerprint>-<store>-aN`.
 
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from mlpipes.compute.address import RayAddress
-from mlpipes.compute.jobs import ALIVE, LOST, JobHandle, Jobs, JobStatus
+from mlpipes.compute.jobs import LOST, JobHandle, Jobs, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store import TrainingFolder
@@ -79,12 +78,9 @@ class RayJobs(Jobs):
                 return JobStatus(LOST)
             raise
 
-    def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:
-        """Ask a job to stop and wait until it has."""
+    def ask_to_stop(self, handle: JobHandle) -> None:
+        """Have the head end a job."""
         self._patiently(lambda client: client.stop_job(handle.id))
-        deadline = time.monotonic() + timeout_seconds
-        while self.status(handle).state in ALIVE and time.monotonic() < deadline:
-            time.sleep(0.2)
 
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         """What the driver printed; for people."""

@@ -7,7 +7,6 @@ import math
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from mlpipes.compute.allocation import PYTHON_VARIABLE
-from mlpipes.compute.jobs import ALIVE, LOST, REFUSED, REQUEUED, JobHandle, Jobs, JobStatus
+from mlpipes.compute.jobs import LOST, REFUSED, REQUEUED, JobHandle, Jobs, JobStatus
 from mlpipes.errors import ConfigError, PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store import TrainingFolder
@@ -104,12 +103,13 @@ class SlurmJobs(Jobs):
 
     name = "Slurm job"
     module = "mlpipes.compute.allocation"
-    shares_machine = True
 
     def __init__(self, settings: SlurmSettings, scale: RayScaleConfig, patience_seconds: float = 180) -> None:
         self.settings, self.scale = settings.of_scale(scale.key), scale
         self.python, self.patience_seconds = self.settings.python, patience_seconds
         self.poll_seconds = self.settings.poll_seconds
+        # Another Python, in a container say, has its own packages, and ours could break it.
+        self.shares_machine = self.python == sys.executable
         self._hurried: set[JobHandle] = set()
 
     def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
@@ -149,12 +149,9 @@ class SlurmJobs(Jobs):
             self._command(["scontrol", "update", f"JobId={handle.id}", "StartTime=now+3"])
         return found[0].status
 
-    def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:
-        """Cancel a job and wait until it has ended."""
+    def ask_to_stop(self, handle: JobHandle) -> None:
+        """Cancel a job."""
         self._command(["scancel", handle.id])
-        deadline = time.monotonic() + timeout_seconds
-        while self.status(handle).state in ALIVE and time.monotonic() < deadline:
-            time.sleep(0.2)
 
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         """What the training's latest job printed; for people."""

@@ -258,9 +258,8 @@ def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) 
     messages = read_messages(folder.messages(1))[0]
     (stopped,) = [message["step"] for message in messages if message["kind"] == "stopping"]
     assert (folder.checkpoints / f"step-{stopped:08d}").is_dir(), "a last checkpoint"
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.tracking.runs import Tracker
 
-    assert default_uri()
     client = Tracker(f"sqlite:///{tmp_path}/home/mlflow/mlflow.db").client
     experiment = client.get_experiment_by_name("mlpipes/digits")
     assert experiment is not None
@@ -324,9 +323,7 @@ with ray_cluster() as cluster:
     assert "DEVICES [('n1', '0'), ('n1', '1'), ('n2', '0'), ('n2', '1')]" in log.read_text()
 
 
-def test_the_doctor_says_what_is_there_and_what_is_missing(
-    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_doctor_says_what_is_there_and_what_is_missing(cluster: SlurmCluster, tmp_path: Path) -> None:
     (tmp_path / "scales.yaml").write_text("digits: [w1-b128-e3-g0, w9-b126-e3-g0]\n")
     settings = tmp_path / "slurm.yaml"
     settings.write_text("partition: main\nworkers_per_node: 1\n")
@@ -341,7 +338,7 @@ def test_the_doctor_says_what_is_there_and_what_is_missing(
     code, said = doctor("--probe")
     assert code == 1, "nine nodes are asked for, and two are there"
     assert re.search(r"missing +digits w9-b126-e3-g0: Slurm refuses: .*node configuration is not available", said)
-    for good in ("settings", "commands", "controller", "partition", "digits w1-b128-e3-g0", "a node"):
+    for good in ("settings", "commands", "partition", "digits w1-b128-e3-g0", "a node"):
         assert re.search(rf"good +{good}: ", said), said
     settings.write_text("partition: main\npartitoin: x\n")
     code, said = doctor()
