@@ -24,8 +24,10 @@ _LAUNCH = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(
   ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } ... on UnauthorizedError { message } } }"""
 _STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename ... on PartitionBackfill {
   status runs { runId status tags { key value } } } } }"""
+_RETRIES = """query($root: String!) { runsOrError(filter: {tags: [{key: "dagster/root_run_id", value: $root}]}) {
+  ... on Runs { results { runId status tags { key value } } } } }"""
 _RETRY_SECONDS = 90.0
-"""How long the retry of a crashed run is waited for. Dagster lists only some of them under their backfill."""
+"""How long the retry of a crashed run is waited for."""
 _OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
 
 
@@ -96,7 +98,8 @@ class Backfill:
     def watch(self, pause: float = 2.0) -> Iterator[Mapping[str, str]]:
         """The status of each scale whenever it was looked at, until all backfills and the retries of their runs are over.
 
-        Dagster calls a backfill failed while the retry of a run that crashed is still on its way.
+        Dagster calls a backfill failed while the retry of a run that crashed is still on its way, and a retry that it
+        makes after that does not belong to the backfill any more; it is found by the run that it repeats.
         """
         statuses, crashed = dict(self.scales), dict[str, float]()
         while True:
@@ -106,8 +109,8 @@ class Backfill:
                 over &= found.get("status") in _OVER
                 # The latest run of a scale comes last: a retry counts, not what it repeats.
                 latest: dict[str, Mapping[str, str]] = {}
-                for run in sorted(found.get("runs", []), key=lambda run: _retry(run)):
-                    tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+                for run in self._with_retries(found.get("runs", [])):
+                    tags = _tags(run)
                     if (scale := tags.get("dagster/partition")) in statuses:
                         statuses[scale], latest[scale] = run["status"], tags
                 for scale, tags in latest.items():
@@ -121,9 +124,18 @@ class Backfill:
                 return
             time.sleep(pause)
 
+    def _with_retries(self, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Runs and the retries of those that failed, the first attempts first."""
+        found = {run["runId"]: run for run in runs}
+        for run in runs:
+            if run["status"] == "FAILURE" and "dagster/root_run_id" not in _tags(run):
+                answer = self.ui.ask_patiently(_RETRIES, root=run["runId"])["runsOrError"]
+                found |= {retry["runId"]: retry for retry in answer.get("results", [])}
+        return sorted(found.values(), key=lambda run: int(_tags(run).get("dagster/retry_number", 0)))
 
-def _retry(run: Mapping[str, Any]) -> int:
-    return next((int(tag["value"]) for tag in run["tags"] if tag["key"] == "dagster/retry_number"), 0)
+
+def _tags(run: Mapping[str, Any]) -> dict[str, str]:
+    return {tag["key"]: tag["value"] for tag in run["tags"]}
 
 
 def work(scale: RayScaleConfig) -> float:

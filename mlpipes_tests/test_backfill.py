@@ -10,20 +10,33 @@ from mlpipes.backfill import Backfill
 
 
 def run(status: str, retry: int = 0, **tags: str) -> dict[str, Any]:
-    known = {"dagster/partition": "w1-b1-e1-g0", "dagster/retry_number": str(retry)}
+    known = {"dagster/partition": "w1-b1-e1-g0"}
+    known |= {"dagster/retry_number": str(retry), "dagster/root_run_id": "r0"} if retry else {}
     known |= {f"dagster/{name}": value for name, value in tags.items()}
-    return {"status": status, "tags": [{"key": key, "value": value} for key, value in known.items()]}
+    return {
+        "runId": f"r{retry}",
+        "status": status,
+        "tags": [{"key": key, "value": value} for key, value in known.items()],
+    }
 
 
 class Answers:
-    """Stands for a Dagster that gives one answer after the other, and the last one for ever."""
+    """Stands for a Dagster that gives one answer after the other, and the last one for ever.
+
+    As with Dagster, a backfill that is over does not list the retries that come after.
+    """
 
     def __init__(self, *answers: tuple[str, list[dict[str, Any]]]) -> None:
         self.answers = list(answers)
+        self.retries: list[dict[str, Any]] = []
 
     def ask_patiently(self, query: str, **variables: Any) -> dict[str, Any]:
+        if "runsOrError" in query:
+            assert variables == {"root": "r0"}
+            return {"runsOrError": {"results": self.retries}}
         status, runs = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return {"partitionBackfillOrError": {"status": status, "runs": runs}}
+        self.retries = [run for run in runs if run["runId"] != "r0"]
+        return {"partitionBackfillOrError": {"status": status, "runs": [run for run in runs if run["runId"] == "r0"]}}
 
 
 @pytest.fixture(autouse=True)
