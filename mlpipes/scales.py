@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlpipes.errors import ScaleError
+from mlpipes.settings import load_mapping, problems
 
 SCALES_VARIABLE = "MLPIPES_SCALES"
 _NUMBER = r"(?:0|[1-9]\d*)(?:\.\d{1,4})?"
@@ -96,11 +96,7 @@ def _validated(fields: Mapping[str, Any], where: str) -> RayScaleConfig:
     try:
         return RayScaleConfig.model_validate(dict(fields))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, p['loc'])) or 'scale'}: {p['msg'].removeprefix('Value error, ')} (got {p['input']!r})"
-            for p in error.errors()
-        )
-        raise ScaleError(f"{where}: {problems}") from error
+        raise ScaleError(f"{where}: {problems(error, whole='scale')}") from error
 
 
 def scales_of(entries: Iterable[str | Mapping[str, Any]], where: str) -> tuple[RayScaleConfig, ...]:
@@ -125,34 +121,12 @@ def scales_of(entries: Iterable[str | Mapping[str, Any]], where: str) -> tuple[R
     return tuple(scales.values())
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader to which a repeated mapping key is an error instead of a silent overwrite."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                mark = key_node.start_mark
-                raise ScaleError(f"scale file {mark.name}, line {mark.line + 1}: {key!r} occurs twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_scale_file(path: Path, workloads: Iterable[str]) -> dict[str, tuple[RayScaleConfig, ...]]:
     """Scales by workload from a YAML file; workloads that it does not name keep their declared scales.
 
     Raises ScaleError naming the file, the entry and the rule: unreadable, unknown workload, duplicate, invalid value.
     """
-    try:
-        with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
-    except OSError as error:
-        raise ScaleError(f"scale file {path} (from {SCALES_VARIABLE}) cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ScaleError(f"scale file {path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ScaleError(f"scale file {path}: expected a mapping of workload names to lists of scales")
+    content = load_mapping(path, "scale file", SCALES_VARIABLE, ScaleError)
     known = set(workloads)
     scales = {}
     for workload, entries in content.items():

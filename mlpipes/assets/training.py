@@ -13,6 +13,7 @@ from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError, UserError
 from mlpipes.files import read_record, set_aside, write_record
 from mlpipes.resources import MlflowResource, RayResource, StoreResource
+from mlpipes.settings import problems
 from mlpipes.store import TrainingFolder
 from mlpipes.training.recipe import Recipe, code_version
 from mlpipes.training.specification import Checkpointing, Tracking, TrainingJob
@@ -52,9 +53,8 @@ def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: Trai
     try:
         hyperparameters = workload.hyperparameters.model_validate(config.hyperparameters)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors())
-        known = ", ".join(workload.hyperparameters.model_fields)
-        raise ConfigError(f"hyperparameters of {entry.name}: {problems}. Known: {known}.") from error
+        said = problems(error, workload.hyperparameters.model_fields)
+        raise ConfigError(f"hyperparameters of {entry.name}: {said}") from error
     return Recipe(
         workload=entry.name,
         implementation=entry.implementation,

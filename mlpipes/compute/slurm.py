@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
@@ -19,6 +18,7 @@ from mlpipes.compute.allocation import PYTHON_VARIABLE
 from mlpipes.compute.jobs import LOST, REFUSED, REQUEUED, JobHandle, Jobs, JobStatus
 from mlpipes.errors import ConfigError, PreflightError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.settings import load_mapping, problems
 from mlpipes.store import TrainingFolder
 
 SETTINGS_VARIABLE = "MLPIPES_SLURM"
@@ -61,15 +61,7 @@ class SlurmSettings(BaseModel):
     @classmethod
     def load(cls, path: Path) -> "SlurmSettings":
         """Settings from a YAML file. Raises ConfigError saying what is wrong with it."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"Slurm settings {path} (from {SETTINGS_VARIABLE}): {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Slurm settings {path} are not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"Slurm settings {path}: expected `setting: value` lines")
-        settings = _validated(content, str(path))
+        settings = _validated(load_mapping(path, "Slurm settings", SETTINGS_VARIABLE), str(path))
         for key in settings.scales:
             RayScaleConfig.from_key(key)
             settings.of_scale(key)
@@ -80,9 +72,7 @@ def _validated(content: Mapping[str, Any], where: str) -> SlurmSettings:
     try:
         return SlurmSettings.model_validate(dict(content))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors())
-        known = ", ".join(SlurmSettings.model_fields)
-        raise ConfigError(f"Slurm settings, {where}: {problems}. Known: {known}.") from error
+        raise ConfigError(f"Slurm settings, {where}: {problems(error, SlurmSettings.model_fields)}") from error
 
 
 def shape(scale: RayScaleConfig, settings: SlurmSettings) -> list[str]:

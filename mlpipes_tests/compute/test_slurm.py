@@ -53,7 +53,8 @@ def test_settings_can_differ_by_scale(tmp_path: Path) -> None:
         ("signal_seconds: 5", ConfigError, "signal_seconds: .* greater than or equal to 60"),
         ("scales: {w2-b3-e1-g0: {}}", ScaleError, "not divisible"),
         ("scales: {w1-b1-e1-g0: {tmie: 1}}", ConfigError, "scale w1-b1-e1-g0: tmie"),
-        ("- a", ConfigError, "setting: value"),
+        ("- a", ConfigError, "name: value"),
+        ("partition: x\npartition: y", ConfigError, "'partition' occurs twice"),
         ("a: [", ConfigError, "not valid YAML"),
     ],
 )
