@@ -1,0 +1,122 @@
+"""The contract of places that run trainings: who is attached to, how attempts are counted, asking for a last checkpoint."""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from mlpipes.compute.jobs import JobHandle, Jobs, JobStatus, ask_for_last_checkpoint
+from mlpipes.scales import RayScaleConfig
+from mlpipes.store import TrainingFolder
+from mlpipes.training.messages import MessageWriter
+from mlpipes.training.recipe import Recipe
+from mlpipes.training.specification import TrainingJob
+
+
+class Notebook(Jobs):
+    """A place that only writes down what it is asked to run."""
+
+    name, module, python, shares_machine = "entry", "none", "python", True
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, JobHandle]] = []
+        self.state = "RUNNING"
+
+    def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
+        mine = [handle for known, handle in self.entries if known == name]
+        return (mine[-1], JobStatus(self.state)) if mine else None
+
+    def submit(
+        self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
+    ) -> JobHandle:
+        assert TrainingJob.read(specification).attempt == attempt
+        self.entries.append((name, JobHandle(f"{name}-a{attempt}", attempt, attached=False)))
+        return self.entries[-1][1]
+
+    def status(self, handle: JobHandle) -> JobStatus:
+        return JobStatus(self.state)
+
+    def ask_to_stop(self, handle: JobHandle) -> None:
+        threading.Timer(0.5, lambda: setattr(self, "state", "CANCELLED")).start()
+
+    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        return ""
+
+
+def job_in(store: Path) -> TrainingJob:
+    recipe = Recipe(
+        workload="digits",
+        implementation="mlpipes.workloads.image_classification:digits",
+        snapshot="s",
+        scale=RayScaleConfig(workers=1, batch_size=1, epochs=1),
+        hyperparameters={},
+        seed=0,
+        code="test",
+    )
+    return TrainingJob(recipe=recipe, store=str(store), attempt=0)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainingJob:
+    made = job_in(tmp_path)
+    made.folder.stop_request(1).parent.mkdir(parents=True)
+    return made
+
+
+def test_a_training_has_one_name_and_another_store_another(tmp_path: Path) -> None:
+    here, there = job_in(tmp_path / "a"), job_in(tmp_path / "b")
+    assert here.recipe.fingerprint == there.recipe.fingerprint
+    assert Jobs.name_of(here) == Jobs.name_of(job_in(tmp_path / "a"))
+    assert Jobs.name_of(here) != Jobs.name_of(there)
+    assert Jobs.name_of(here).startswith(here.recipe.fingerprint), "people find it by the fingerprint"
+
+
+def test_a_job_that_lives_is_attached_to_and_one_that_ended_is_followed_by_the_next_attempt(job: TrainingJob) -> None:
+    place = Notebook()
+    first = place.attach_or_submit(job)
+    assert place.attach_or_submit(job).id == first.id
+    assert len(place.entries) == 1
+    place.state = "FAILED"
+    assert [place.attach_or_submit(job).attempt for _ in range(2)] == [2, 3]
+
+
+def test_attempts_count_on_where_the_place_has_forgotten_them(job: TrainingJob) -> None:
+    place = Notebook()
+    place.attach_or_submit(job)
+    MessageWriter(job.folder.messages(4))("started")
+    assert Notebook().attach_or_submit(job).attempt == 5
+
+
+def test_two_callers_at_once_submit_one_job(job: TrainingJob) -> None:
+    place = Notebook()
+    callers = [threading.Thread(target=place.attach_or_submit, args=[job]) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(place.entries) == 1
+
+
+def test_stopping_waits_until_the_job_has_ended(job: TrainingJob) -> None:
+    place = Notebook()
+    place.stop(place.attach_or_submit(job))
+    assert place.state == "CANCELLED"
+
+
+@pytest.mark.parametrize("kind", ["stopping", "finished"])
+def test_a_last_checkpoint_is_waited_for(job: TrainingJob, kind: str) -> None:
+    messages, began = MessageWriter(job.folder.messages(1)), time.monotonic()
+    messages("progress", step=1)
+    threading.Timer(0.5, lambda: messages(kind, step=1)).start()
+    ask_for_last_checkpoint(job.folder, 1, seconds=30)
+    assert job.folder.stop_request(1).exists()
+    assert 0.4 < time.monotonic() - began < 20
+
+
+def test_a_last_checkpoint_is_not_waited_for_for_ever(job: TrainingJob) -> None:
+    MessageWriter(job.folder.messages(1))("progress", step=1)
+    began = time.monotonic()
+    ask_for_last_checkpoint(job.folder, 1, seconds=0.5)
+    assert 0.4 < time.monotonic() - began < 20
