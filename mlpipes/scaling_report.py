@@ -35,7 +35,8 @@ NOTE = (
     "Training seconds and samples/s count time in steps only: no start-up, no evaluation, no checkpoints; so do "
     "device-hours and cost. Speed-up and efficiency compare with the fewest workers that did the same work (same data, "
     "batch, epochs, seed, hyperparameters and code). Equal weights digests mean the same model, bit for bit. CPU "
-    "utilisation is CPU seconds per second and worker. Pareto: no other scale is as good on test for fewer device-hours."
+    "utilisation is CPU seconds per second and worker; GPU utilisation is NVML's (a dash: no GPU, or "
+    "not known). Pareto: no other scale is as good on test for fewer device-hours."
 )
 
 

@@ -149,9 +149,7 @@ def _watch(
                 end = _End()
                 if restarts.are_in_vain():
                     return _End(error=f"{restarts}; is the time limit of a job too short?", fatal=True)
-                context.log.info(
-                    f"{jobs.name} {handle.id} is back in its queue ({message['reason']}); attempt {handle.attempt}"
-                )
+                context.log.info(f"{jobs.name} {handle.id} is back in its queue, for attempt {handle.attempt}")
             elif kind == "failed":
                 end.error, end.fatal = message["error"], message["fatal"]
                 if end.fatal:

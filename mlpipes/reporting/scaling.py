@@ -25,7 +25,7 @@ class ScaleResult:
     comparable: str
     """What must be equal for two trainings to be the same work: all of the recipe but the workers."""
     samples: int = 0
-    usage: Mapping[str, float] | None = None
+    usage: Mapping[str, float | None] | None = None
     """CPU seconds per second of all workers, peak memory of the greatest one, as the training measured them."""
 
 
@@ -58,6 +58,7 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
         same = [other for other in results if other.comparable == result.comparable]
         baseline = min(same, key=lambda other: other.scale.workers)
         alone, usage = len(same) == 1, result.usage or {}
+        busy = usage.get("cpu_seconds_per_second")
         speed_up = result.samples_per_second / baseline.samples_per_second
         rows.append(
             {
@@ -73,7 +74,8 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
                 "efficiency": None if alone else speed_up * baseline.scale.workers / result.scale.workers,
                 "device_hours": device_hours(result.scale, result.train_seconds),
                 "cost": (prices or Prices()).cost(result.scale, result.train_seconds),
-                "cpu_utilisation": usage.get("cpu_seconds_per_second", 0.0) / result.scale.workers if usage else None,
+                "cpu_utilisation": None if busy is None else busy / result.scale.workers,
+                "gpu_utilisation": usage.get("gpu_utilisation"),
                 "peak_memory_bytes": usage.get("peak_memory_bytes"),
                 "peak_gpu_memory_bytes": usage.get("peak_gpu_memory_bytes"),
                 "weights_digest": result.weights_digest,
@@ -211,7 +213,8 @@ def scaling_table(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each scale used."""
-    columns = ("scale", "device-hours", "cost", "CPU utilisation", "peak memory MiB", "peak GPU memory MiB", "Pareto")
+    columns = ("scale", "device-hours", "cost", "CPU utilisation", "GPU utilisation")
+    columns += ("peak memory MiB", "peak GPU memory MiB", "Pareto")
 
     def mebibytes(value: float | None) -> str:
         return _optional(value / 2**20 if value else None, ",.0f")
@@ -222,6 +225,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['device_hours']:.4g}",
             _optional(row["cost"], ".4g"),
             _optional(row["cpu_utilisation"], ".0%"),
+            _optional(row["gpu_utilisation"], ".0%"),
             mebibytes(row["peak_memory_bytes"]),
             mebibytes(row["peak_gpu_memory_bytes"]),
             "yes" if row["pareto"] else "",

@@ -20,7 +20,7 @@ from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.parallel import ShardedGradient, Workers
 from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import Checkpointing
-from mlpipes.training.stopwatch import Stopwatch, usage
+from mlpipes.training.stopwatch import Stopwatch
 from mlpipes.training.tensors import on_device
 from mlpipes.workloads.base import DataInfo, Workload
 
@@ -78,7 +78,7 @@ class Trainer:
         self._told = 0
         self._stopping = False
         self._last_message = self._last_save = time.perf_counter()
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(device)
 
     def resume(self) -> None:
         """Go back to the latest usable checkpoint, if there is one.
@@ -134,7 +134,7 @@ class Trainer:
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
         samples = self.total_steps * self.scale.batch_size
-        used = torch.stack(self.workers.gather(usage(self.stopwatch, self.device))).cpu()
+        used = torch.stack(self.workers.gather(self.stopwatch.usage())).cpu()
         return {
             "steps": self.total_steps,
             "steps_per_epoch": self.order.steps_per_epoch,
@@ -151,6 +151,7 @@ class Trainer:
                 "cpu_seconds_per_second": float(used[:, 0].sum()),
                 "peak_memory_bytes": int(used[:, 1].max()),
                 "peak_gpu_memory_bytes": int(used[:, 2].max()),
+                "gpu_utilisation": None if used[:, 3].isnan().any() else float(used[:, 3].mean()),
             },
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "resumed_from_step": first_step,

@@ -1,6 +1,5 @@
 """One worker's process: what Ray Train runs on every rank."""
 
-import resource
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -82,13 +81,11 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
     )
     trainer.resume()
     outcome = trainer.run()
-    peaks = workers.gather(torch.tensor(_peak_memory(device), dtype=torch.float64, device=device))
     if workers.rank == 0:
         outcome |= {
             "fingerprint": recipe.fingerprint,
             "attempt": job.attempt,
             "environment": environment(device),
-            "peak_memory_bytes": [float(peak) for peak in peaks],
         }
 
         def publish() -> None:
@@ -97,10 +94,3 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
 
         write_with_patience(publish, job.folder.path, RESULT_BYTES, notify)
         notify("finished", step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"])
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the device's memory on a GPU, of the process's resident memory otherwise."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

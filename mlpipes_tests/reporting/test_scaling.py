@@ -19,7 +19,12 @@ from mlpipes.scales import RayScaleConfig
 
 def result(key: str, speed: float, comparable: str = "same", value: float = 0.9, seconds: float = 10.0) -> ScaleResult:
     test = {"value": value, "low": value - 0.1, "high": value + 0.05, "n": 100}
-    usage = {"cpu_seconds_per_second": 1.5, "peak_memory_bytes": 2**30, "peak_gpu_memory_bytes": 0}
+    usage = {
+        "cpu_seconds_per_second": 1.5,
+        "peak_memory_bytes": 2**30,
+        "peak_gpu_memory_bytes": 0,
+        "gpu_utilisation": 0.5,
+    }
     return ScaleResult(
         RayScaleConfig.from_key(key), "s", "c", value, test, seconds, speed, "w" * 64, comparable, 3600, usage
     )
@@ -46,6 +51,7 @@ def test_cost_and_pareto_front_by_hand() -> None:
     assert [row["cost"] for row in rows] == pytest.approx([0.5, 2 / 3, 1, 3])
     assert [row["pareto"] for row in rows] == [True, False, True, False]
     assert rows[1]["cpu_utilisation"] == pytest.approx(0.75)
+    assert rows[1]["gpu_utilisation"] == 0.5
     assert "1,024" in cost_table(rows).markdown()
     assert all(row["cost"] is None for row in scaling_rows(results))
 
