@@ -65,7 +65,9 @@ def _watch_over(job: TrainingJob, stop: threading.Event) -> None:
 
 def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from mlpipes.training.process_group import GroupConfig
 
     scale = job.recipe.scale
     # Ray's own bookkeeping is not needed for recovery (our checkpoints are the truth) and is not written atomically, so
@@ -77,7 +79,7 @@ def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     TorchTrainer(
         _worker,
         train_loop_config={"job": str(path), "lease": lease.token},
-        torch_config=TorchConfig(backend=backend),
+        torch_config=GroupConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=(job.min_workers, scale.workers) if job.min_workers else scale.workers,
             elastic_resize_monitor_interval_s=job.resize_seconds,

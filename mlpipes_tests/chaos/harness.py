@@ -283,10 +283,16 @@ class Session:
             "runConfigData": json.dumps(config),
             "executionMetadata": metadata,
         }
-        answer = graphql(self.address, _LAUNCH, params=parameters)["launchRun"]
-        if "run" not in answer:
-            raise RuntimeError(str(answer))
-        return answer["run"]["runId"]
+        launched: list[str] = []
+
+        def try_to() -> bool:
+            # Refused for as long as the webserver has not found the code server that was started after a dead one.
+            answer = graphql(self.address, _LAUNCH, params=parameters)["launchRun"]
+            launched.extend([answer["run"]["runId"]] if "run" in answer else [])
+            return bool(launched)
+
+        self.until(try_to, "Dagster takes the run", 60)
+        return launched[0]
 
     def cancel(self, run_id: str) -> None:
         """Terminate a run as the UI does."""
