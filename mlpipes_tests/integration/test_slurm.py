@@ -26,7 +26,7 @@ from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 from mlpipes_tests.training.harness import make_job, run_here
 
-SCALE = "w1-b128-e150-g0"  # long enough for a run to start, and for Slurm to miss a node, while it trains
+SCALE = "w1-b128-e120-g0"  # long enough for a run to start, and for Slurm to miss a node, while it trains
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,11 @@ class Training:
         return json.loads(folder.result.read_text())["content"]
 
 
+def fill(cluster: SlurmCluster) -> str:
+    """Have a job take all nodes; returns its id."""
+    return cluster.ask("sbatch", "--parsable", "-N2", "-c2", "-o", "/dev/null", "--wrap", "sleep 1000").strip()
+
+
 def assert_equal(outcome: dict[str, Any], expected: dict[str, Any]) -> None:
     for name in ("weights_digest", "order_digest", "loss_digest", "steps", "best"):
         assert outcome[name] == expected[name], name
@@ -169,7 +174,7 @@ def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
     cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     training = Training(cluster, tmp_path)
-    full = cluster.ask("sbatch", "--parsable", "-N2", "-c2", "-o", "/dev/null", "--wrap", "sleep 1000").strip()
+    full = fill(cluster)
     run = training.run()
     training.until(lambda: "waits: Resources" in training.log(), "the queue's reason is shown")
     first = training.job()
@@ -196,11 +201,13 @@ def test_cancelled_by_an_administrator_and_out_of_time(
     cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     training = Training(cluster, tmp_path)
+    full = fill(cluster)
     run = training.run()
-    training.until_step(60)
+    training.until(lambda: "waits: Resources" in training.log(), "its job waits")
     cluster.ask("scancel", training.job())
     assert training.end(run) == 1
     assert f"Slurm job {training.job()} was stopped; materialize again to go on from there" in training.log()
+    cluster.ask("scancel", full)
 
     training.settings(resubmit_cancelled=True)
     run = training.run()

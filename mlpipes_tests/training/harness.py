@@ -89,7 +89,8 @@ def run(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path, context = job.write(), mp.get_context("spawn")
+    path, context = job.write(), mp.get_context("forkserver")
+    context.set_forkserver_preload(["mlpipes.training.worker", job.recipe.implementation.partition(":")[0]])
     arguments = [(rank, size, port, str(path), crash, discard) for rank in range(size)]
     processes = [context.Process(target=worker_process, args=a) for a in arguments]
     try:

@@ -11,7 +11,7 @@ import pytest
 from mlpipes_tests.browser import OUTPUT, browser_page
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 
-LONG, SHORT = "w1-b64-e240-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
+LONG, SHORT = "w1-b64-e140-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
 FIRST = SHORT[0]
 ALL = [*SHORT, LONG]  # the dialog shows four at most by name
 JOB = "locations/mlpipes.definitions/jobs/digits_chain"
