@@ -159,8 +159,14 @@ def test_a_backfill_over_three_scales_and_the_report_that_follows(page: Any, des
         return f"Not evaluated: {LONG} (training " in text and text.count("Not evaluated: ") == 1
 
     until(has_followed, "the report has followed")
-    go(page, desk, "assets/digits/scaling_report")
-    page.get_by_text("recommended", exact=True).first.wait_for()
+
+    def is_shown() -> bool:  # the file is there before Dagster has the event, and the page may show the report before
+        go(page, desk, "assets/digits/scaling_report")
+        page.get_by_text("recommended", exact=True).first.wait_for()
+        page.wait_for_timeout(1000)
+        return not page.get_by_text("never trained").count()
+
+    until(is_shown, "the page shows the report of all three", 60)
     page.get_by_text("[Show Markdown]").first.wait_for()
     picture(page, "report")
 
