@@ -3,15 +3,18 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.markdown import Markdown
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import Progress
 from rich.table import Table
 
@@ -117,15 +120,30 @@ def status(
             live.update(_status_table())
 
 
-def _status_table() -> Table | str:
+def _status_table() -> Group | str:
     from mlpipes.status import all_statuses, progress_text
 
-    rows = [progress_text(found) for found in all_statuses(store())]
-    if not rows:
+    found = list(all_statuses(store()))
+    if not found:
         return f"No training in {store().root} yet."
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
+    failures = [
+        f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {escape(status.error.splitlines()[0])}"
+        for status in found
+        if status.state == "failed" and status.error
+    ]
+    return Group(_fitting([progress_text(status) for status in found]), *failures)
+
+
+def _fitting(rows: Sequence[Mapping[str, str]]) -> Table:
+    """A table of rows with equal keys, less the columns that a narrow terminal has no room for."""
+    left_out: set[str] = set()
+    for column in (None, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"):
+        left_out |= {column} if column else set()
+        table = Table(*(name for name in rows[0] if name not in left_out), box=SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(cell for name, cell in row.items() if name not in left_out))
+        if Measurement.get(console, console.options.update(width=500), table).maximum <= console.width:
+            break
     return table
 
 

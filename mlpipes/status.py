@@ -29,6 +29,8 @@ class TrainingStatus:
     """Latest figures: loss, samples_per_second, eta_seconds, validation metrics."""
     last_heard: float
     """Unix time of the last message."""
+    checkpoint: int | None = None
+    """Step of the latest checkpoint of the latest attempt, or of the one that it went on from."""
     error: str | None = None
 
 
@@ -46,12 +48,14 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     from mlpipes.scales import RayScaleConfig
 
     messages, _ = read_messages(folder.messages(latest_attempt(folder)))
-    state, step, total, metrics, error, last = "starting", 0, None, {}, None, 0.0
+    state, step, total, metrics, error, last, checkpoint = "starting", 0, None, {}, None, 0.0, None
     for message in messages:
         last = max(last, message.get("time", 0.0))
         kind = message.get("kind")
         if kind in ("started", "resumed", "progress", "finished"):
             state, step, total = "running", message["step"], message["total_steps"]
+        if kind in ("checkpoint", "resumed"):
+            checkpoint = message["step"]
         if kind == "progress":
             metrics |= {key: message[key] for key in ("loss", "samples_per_second", "eta_seconds", "epoch")}
         elif kind == "epoch":
@@ -63,7 +67,9 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     elif state in ("running", "starting") and time.time() - last > _SILENT_SECONDS:
         state = "silent"
     scale = RayScaleConfig.model_validate(recipe["scale"]).key
-    return TrainingStatus(folder, recipe["workload"], scale, recipe["seed"], state, step, total, metrics, last, error)
+    return TrainingStatus(
+        folder, recipe["workload"], scale, recipe["seed"], state, step, total, metrics, last, checkpoint, error
+    )
 
 
 def all_statuses(store: Store) -> Iterator[TrainingStatus]:
@@ -82,9 +88,11 @@ def progress_text(status: TrainingStatus) -> dict[str, Any]:
         "seed": str(status.seed),
         "state": status.state,
         "step": f"{status.step}/{status.total_steps}" if status.total_steps else "–",
+        "epoch": f"{metrics['epoch']:.1f}" if "epoch" in metrics else "–",
         "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "–",
         "samples/s": f"{metrics['samples_per_second']:,.0f}" if "samples_per_second" in metrics else "–",
         "ETA s": f"{metrics['eta_seconds']:.0f}" if status.state == "running" and "eta_seconds" in metrics else "–",
+        "checkpoint": str(status.checkpoint) if status.checkpoint else "–",
         "fingerprint": status.folder.fingerprint[:12],
     }
 

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 
 from mlpipes.errors import CorruptionError
@@ -24,6 +26,7 @@ def test_the_store_tells_the_state_of_a_training(trained) -> None:
     assert (status.workload, status.scale, status.state, status.step) == ("digits", SCALE, "finished", 36)
     assert status.metrics["validation_accuracy"] > 0.5
     assert progress_text(status)["step"] == "36/36"
+    assert (status.checkpoint, progress_text(status)["checkpoint"], status.error) == (36, "36", None)
     trained.folder.result.unlink()
     MessageWriter(trained.folder.messages(2))("failed", error="on purpose", fatal=True)
     (status,) = all_statuses(store)
@@ -32,6 +35,30 @@ def test_the_store_tells_the_state_of_a_training(trained) -> None:
     MessageWriter(trained.folder.messages(10))("progress", step=5, total_steps=36, **figures)
     (status,) = all_statuses(store)
     assert (status.state, status.step, progress_text(status)["ETA s"]) == ("running", 5, "3")
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_failures_say_why(trained, monkeypatch) -> None:
+    from rich.console import Console
+
+    from mlpipes import cli
+
+    def shown(width: int) -> str:
+        console = Console(width=width, record=True, file=io.StringIO())
+        monkeypatch.setattr(cli, "console", console)
+        cli.status(watch=False)
+        return console.export_text()
+
+    store = Store(trained.folder.path.parents[1])
+    monkeypatch.setattr(cli, "store", lambda: store)
+    wide, narrow = shown(140), shown(80)
+    assert trained.folder.fingerprint[:12] in wide
+    for text in (SCALE, "finished", "36/36"):
+        assert text in wide, "whole"
+        assert text in narrow, "whole"
+    assert "fingerprint" not in narrow
+    trained.folder.result.unlink()
+    MessageWriter(trained.folder.messages(2))("failed", error="on [purpose]\nand so on", fatal=True)
+    assert f"digits {SCALE} seed 0: on [purpose]\n" in shown(80)
 
 
 def test_checkpoints_are_listed_verified_and_pruned(trained) -> None:
