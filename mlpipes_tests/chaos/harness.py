@@ -235,8 +235,9 @@ class Session:
         ]
         if [row[:3] for row in outcome["history"]] != [row[:3] for row in self.expected["history"]]:
             wrong.append("curve")
-        if (tracked := self.tracked_steps(folder)) != list(range(1, outcome["steps"] + 1)):
-            wrong.append(f"MLflow's curve ({len(tracked)} points for {outcome['steps']} steps)")
+        logged = [row[2] for row in outcome["history"] if row[0] == "train/loss"]  # of a long training, not every step
+        if (tracked := self.tracked_steps(folder)) != logged:
+            wrong.append(f"MLflow's curve ({len(tracked)} points instead of {len(logged)})")
         deadline = time.monotonic() + 30
         while (left := self.training_processes(folder)) and time.monotonic() < deadline:
             time.sleep(0.5)
