@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,25 @@ class Sandbox:
         self.environment |= {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
 
     def run(self, command: str, timeout: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell command to its end."""
-        return subprocess.run(
-            ["bash", "-c", command],
-            cwd=self.path,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        """Run a shell command to its end.
+
+        Its output goes to files: whatever it leaves behind (Dagster's `tail` of a run's log, say) would keep a pipe open.
+        """
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as error,
+        ):
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=self.path,
+                env=self.environment | environment,
+                stdout=out,
+                stderr=error,
+                timeout=timeout,
+            )
+            out.seek(0)
+            error.seek(0)
+            return subprocess.CompletedProcess(done.args, done.returncode, out.read(), error.read())
 
     def start(self, *command: str, log: str = "server.log") -> "subprocess.Popen[bytes]":
         """Start a server in a session of its own."""
