@@ -1,9 +1,11 @@
 """The demo: a workload's whole chain at several scales in one process, with progress bars and one table at the end."""
 
+import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,16 +39,15 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     from mlpipes.definitions import build_defs
     from mlpipes.tracking.runs import Tracker, default_uri
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    dagster_home()
     started = time.monotonic()
     ray = LocalRay()
     ours = ray.status() is None
     definitions = build_defs(catalog=[entry])
     try:
-        with dg.DagsterInstance.get() as instance, ThreadPoolExecutor(2) as pool:
+        with _instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
                 for future in [pool.submit(ray.ensure), pool.submit(lambda: Tracker(default_uri()))]:
                     future.result()
@@ -66,6 +67,19 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
                 ray.stop()
     _print_summary(console, entry, scales, store)
     console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
+
+
+def _instance(folder: Path) -> Any:
+    """The Dagster instance of a folder, less its capturing of what steps print.
+
+    That would take the progress bars from the terminal into a log, and a `tail` for each step into the user's pipe, which
+    must not outlive the demo.
+    """
+    from dagster import DagsterInstance
+    from dagster._core.instance import InstanceRef
+
+    nothing = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
+    return DagsterInstance.from_ref(InstanceRef.from_dir(str(folder), overrides={"compute_logs": nothing}))
 
 
 def _bars(console: Console) -> Progress:

@@ -16,6 +16,7 @@ from mlpipes.errors import TrainingFailedError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
+from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.parallel import ShardedGradient, Workers
 from mlpipes.training.room import write_with_patience
@@ -69,6 +70,7 @@ class Trainer:
         self.model: nn.Module = workload.build_model(hp, info)
         workload.initialize(self.model, hp, train)
         self.model.to(device).to(memory_format=torch.channels_last)
+        keep_embedding_gradients(self.model)
         self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
         for group in self._groups():
             group["peak_lr"] = group["lr"]

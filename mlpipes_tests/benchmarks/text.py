@@ -32,8 +32,8 @@ from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
 
-BATCH, ROUNDS = 32, 5
-STEPS = {True: 24, False: 2}
+BATCH, ROUNDS = 32, 15
+STEPS = {True: 10, False: 1}
 """Batches a round of ours and of the usual path."""
 
 
@@ -99,6 +99,7 @@ def main() -> int:
         paths = {"pad to 128, fp32": usual(snapshot)} | {
             "ours, fp32": ours(workload, snapshot, Path(scratch) / "c", precision="fp32"),
             f"ours, {'bf16' if bf16 else 'fp32'} (auto)": ours(workload, snapshot, Path(scratch) / "c"),
+            "ours, auto, frozen embeddings": ours(workload, snapshot, Path(scratch) / "c", freeze_embeddings=True),
             "ours, auto, 4 logical shards": ours(workload, snapshot, Path(scratch) / "c", logical_shards=4),
         }
         rates: dict[str, list[float]] = {name: [] for name in paths}
