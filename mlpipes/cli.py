@@ -33,6 +33,8 @@ app.add_typer(ray_app, name="ray")
 doctor_app = typer.Typer(help="Say what a place to train needs and what is missing.", no_args_is_help=True)
 app.add_typer(doctor_app, name="doctor")
 console = Console()
+_UNBOUNDED = 10_000
+"""Columns of a terminal that cuts nothing."""
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -126,11 +128,11 @@ def _status_table() -> Group | str:
     found = list(all_statuses(store()))
     if not found:
         return f"No training in {store().root} yet."
-    failures = [
-        f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {escape(status.error.splitlines()[0])}"
-        for status in found
-        if status.state == "failed" and status.error
-    ]
+    failures = []
+    for status in found:
+        if status.state == "failed" and status.error:
+            cause = escape(status.error.strip().partition("\n")[0])
+            failures.append(f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {cause}")
     return Group(_fitting([progress_text(status) for status in found]), *failures)
 
 
@@ -142,7 +144,7 @@ def _fitting(rows: Sequence[Mapping[str, str]]) -> Table:
         table = Table(*(name for name in rows[0] if name not in left_out), box=SIMPLE_HEAD, pad_edge=False)
         for row in rows:
             table.add_row(*(cell for name, cell in row.items() if name not in left_out))
-        if Measurement.get(console, console.options.update(width=500), table).maximum <= console.width:
+        if Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum <= console.width:
             break
     return table
 

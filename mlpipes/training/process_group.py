@@ -48,7 +48,8 @@ class GroupBackend(Backend):
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the group; a worker that hangs is not waited for long, for Ray ends it next."""
-        ray.wait(futures := worker_group.execute_async(_leave), num_returns=len(futures), timeout=_SHUTDOWN_SECONDS)
+        leaving = worker_group.execute_async(_leave)
+        ray.wait(leaving, num_returns=len(leaving), timeout=_SHUTDOWN_SECONDS)
 
 
 def _open_store(timeout: timedelta) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 
 import multiprocessing as mp
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -12,8 +11,6 @@ import torch
 import torch.distributed as dist
 
 from mlpipes.training.process_group import GroupBackend, GroupConfig
-
-LIMIT = timedelta(seconds=60)
 
 
 def worker(pipe: Any, address: str) -> None:
