@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import requests
@@ -94,6 +94,8 @@ class Backfill:
     ids: list[str]
     scales: Mapping[str, str]
     """Status by scale: REQUESTED until it has a run, then the run's."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """The id of each scale's latest run."""
 
     def watch(self, pause: float = 2.0) -> Iterator[Mapping[str, str]]:
         """The status of each scale whenever it was looked at, until all backfills and the retries of their runs are over.
@@ -113,6 +115,7 @@ class Backfill:
                     tags = _tags(run)
                     if (scale := tags.get("dagster/partition")) in statuses:
                         statuses[scale], latest[scale] = run["status"], tags
+                        self.runs[scale] = run["runId"]
                 for scale, tags in latest.items():
                     over &= statuses[scale] in ("SUCCESS", "FAILURE", "CANCELED")
                     if statuses[scale] == "FAILURE" and tags.get("dagster/failure_reason") != "STEP_FAILURE":

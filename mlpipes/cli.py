@@ -97,12 +97,20 @@ def dev(
 @friendly
 def scales() -> None:
     """List all workloads and their scales."""
-    table = Table("workload", "scale", "workers", "global batch", "epochs", "GPUs/worker", "CPUs/worker")
-    for entry in configured():
-        for s in entry.scales:
-            cells = (s.workers, s.batch_size, s.epochs, f"{s.gpus_per_worker:g}", f"{s.cpus_per_worker:g}")
-            table.add_row(entry.name, s.key, *map(str, cells))
-    console.print(table)
+    rows = [
+        {
+            "workload": entry.name,
+            "scale": s.key,
+            "workers": str(s.workers),
+            "global batch": str(s.batch_size),
+            "epochs": str(s.epochs),
+            "GPUs/worker": f"{s.gpus_per_worker:g}",
+            "CPUs/worker": f"{s.cpus_per_worker:g}",
+        }
+        for entry in configured()
+        for s in entry.scales
+    ]
+    console.print(_fitting(rows, "CPUs/worker", "GPUs/worker", "epochs", "global batch"))
 
 
 @app.command()
@@ -133,20 +141,21 @@ def _status_table() -> Group | str:
         if status.state == "failed" and status.error:
             cause = escape(status.error.strip().partition("\n")[0])
             failures.append(f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {cause}")
-    return Group(_fitting([progress_text(status) for status in found]), *failures)
+    rows = [progress_text(status) for status in found]
+    return Group(_fitting(rows, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"), *failures)
 
 
-def _fitting(rows: Sequence[Mapping[str, str]]) -> Table:
-    """A table of rows with equal keys, less the columns that a narrow terminal has no room for."""
-    left_out: set[str] = set()
-    for column in (None, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"):
-        left_out |= {column} if column else set()
-        table = Table(*(name for name in rows[0] if name not in left_out), box=SIMPLE_HEAD, pad_edge=False)
+def _fitting(rows: Sequence[Mapping[str, str]], *expendable: str) -> Table:
+    """A table of rows with equal keys, less the columns that a narrow terminal has no room for, the first named first."""
+    names, left_over = list(rows[0]), list(expendable)
+    while True:
+        table = Table(*names, box=SIMPLE_HEAD, pad_edge=False)
         for row in rows:
-            table.add_row(*(cell for name, cell in row.items() if name not in left_out))
-        if Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum <= console.width:
-            break
-    return table
+            table.add_row(*(row[name] for name in names))
+        width = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
+        if width <= console.width or not left_over:
+            return table
+        names.remove(left_over.pop(0))
 
 
 @app.command()
@@ -166,10 +175,7 @@ def checkpoints(
     if not rows:
         console.print(f"No checkpoint of {workload} {key} in {store().root}.", soft_wrap=True)
         return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    console.print(_fitting(rows, "fingerprint"))
 
 
 @app.command()
@@ -258,7 +264,8 @@ def backfill(
             running = [key for key, status in statuses.items() if status == "STARTED"]
             bar.update(task, completed=done, description=", ".join(running) or "waiting")
     for key, status in made.scales.items():
-        console.print(f"{key}: {status}")
+        why = f"; why: {made.ui.address}/runs/{made.runs[key]}" if status == "FAILURE" else ""
+        console.print(f"{key}: {status}{why}", soft_wrap=True)
     if any(status != "SUCCESS" for status in made.scales.values()):
         raise typer.Exit(1)
 

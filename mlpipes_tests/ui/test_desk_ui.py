@@ -17,6 +17,8 @@ ALL = [*SHORT, LONG]  # the dialog shows four at most by name
 JOB = "locations/mlpipes.definitions/jobs/digits_chain"
 _LAUNCHED = """{ runsOrError { ... on Runs { results { jobName } } }
   partitionBackfillsOrError { ... on PartitionBackfills { results { id } } } }"""
+_FAILURES = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
+  ... on ExecutionStepFailureEvent { error { message } } } } } }"""
 _RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
 
 
@@ -182,6 +184,18 @@ def test_a_backfill_from_the_command_line_goes_on_where_the_cancelled_run_stoppe
     assert f"{LONG}: SUCCESS" in done.stdout
     assert (path / "result.json").is_file()
     assert '"resumed_from_step": 0' not in (path / "result.json").read_text()
+
+
+def test_a_backfill_that_fails_says_so_and_where_to_look(desk: Sandbox) -> None:
+    """Each scale by itself: data that are not there are missed in seconds, in both."""
+    scales = "w1-b256-e12-g0", "w2-b256-e12-g0"
+    done = desk.run(f".venv/bin/mlpipes backfill cifar10 {' '.join(f'--scale {key}' for key in scales)}", timeout=150)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for key in scales:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{key}: FAILURE")]
+        address, _, run = line.rpartition(" ")[2].rpartition("/runs/")
+        found = graphql(address, _FAILURES, run=run)["logsForRun"]["events"]
+        assert any("mlpipes fetch cifar10" in event["error"]["message"] for event in found if event.get("error"))
 
 
 def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(page: Any, desk: Sandbox) -> None:
