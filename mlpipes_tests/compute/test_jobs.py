@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpipes.compute.jobs import JobHandle, Jobs, JobStatus, ask_for_last_checkpoint
+from mlpipes.compute.jobs import REQUEUED, JobHandle, Jobs, JobStatus, ask_for_last_checkpoint
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store import TrainingFolder
 from mlpipes.training.messages import MessageWriter
@@ -85,8 +85,26 @@ def test_a_job_that_lives_is_attached_to_and_one_that_ended_is_followed_by_the_n
 def test_attempts_count_on_where_the_place_has_forgotten_them(job: TrainingJob) -> None:
     place = Notebook()
     place.attach_or_submit(job)
+    assert Notebook().attach_or_submit(job).attempt == 2, "the first left its specification"
     MessageWriter(job.folder.messages(4))("started")
     assert Notebook().attach_or_submit(job).attempt == 5
+
+
+def test_a_requeued_job_is_followed_into_its_next_attempt_from_its_first_message(job: TrainingJob) -> None:
+    class Queue(Notebook):
+        poll_seconds = 0.0
+
+        def status(self, handle: JobHandle) -> JobStatus:
+            return JobStatus(REQUEUED, "PREEMPTED", 2) if handle.attempt == 1 else JobStatus("SUCCEEDED")
+
+    place = Queue()
+    handle = place.attach_or_submit(job)
+    for attempt, steps in ((1, 9), (2, 2)):  # the second has written less than the first
+        for step in range(steps):
+            MessageWriter(job.folder.messages(attempt))("progress", attempt=attempt, step=step)
+    seen = list(place.follow(handle, job.folder))
+    assert [m["attempt"] for m in seen if m["kind"] == "progress"] == [1] * 9 + [2] * 2
+    assert [m["kind"] for m in seen if m["kind"] != "progress"] == ["requeued", "ended"]
 
 
 def test_two_callers_at_once_submit_one_job(job: TrainingJob) -> None:

@@ -1,6 +1,7 @@
 """The process group of Ray Train's workers: who listens where, and that it works."""
 
 import multiprocessing as mp
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from mlpipes.training.process_group import GroupBackend, GroupConfig
+from mlpipes.training.process_group import GroupBackend, GroupConfig, loopback_interface
 
 
 def worker(pipe: Any, address: str) -> None:
@@ -77,6 +78,9 @@ def test_on_loopback_the_workers_listen_on_loopback_only(size: int, monkeypatch:
         pipes = group.execute_async(summed, 1.5)
         assert [pipe.recv() for pipe in pipes] == [1.5 * size] * size
         assert group.listening() == {"127.0.0.1"}
+        # Where the name of the machine leads to loopback, gloo would be there anyway.
+        pipes = group.execute_async(os.getenv, "GLOO_SOCKET_IFNAME")
+        assert {pipe.recv() for pipe in pipes} == {loopback_interface()}
         backend.on_shutdown(group, config)
     finally:
         for pipe in group.pipes:
