@@ -65,7 +65,7 @@ def _watch_over(job: TrainingJob, stop: threading.Event) -> None:
 
 def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from mlpipes.training.process_group import GroupConfig
 
@@ -76,10 +76,10 @@ def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     # nccl needs a whole GPU per rank; workers that share one talk through gloo.
     backend = "nccl" if scale.gpus_per_worker >= 1 else "gloo"
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    TorchTrainer(
+    DataParallelTrainer(  # what TorchTrainer is, less its import of torch
         _worker,
         train_loop_config={"job": str(path), "lease": lease.token},
-        torch_config=GroupConfig(backend=backend),
+        backend_config=GroupConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=(job.min_workers, scale.workers) if job.min_workers else scale.workers,
             elastic_resize_monitor_interval_s=job.resize_seconds,

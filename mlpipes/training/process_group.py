@@ -2,32 +2,46 @@
 
 Ray's own backend has PyTorch open its store (`TCPStore`), which asks nobody for a password, on every interface of the
 machine, although a private Ray keeps to loopback. Here the store gets a socket that is bound to the node's Ray address.
+
+Only the workers import torch: the driver and Train's controller are quicker, and 300 MiB smaller each, without it.
 """
+
+from __future__ import annotations
 
 import os
 import socket
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
-import torch.distributed as dist
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _LOOPBACK = "127.0.0.1"
 _SHUTDOWN_SECONDS = 30.0
-_opened: list[dist.TCPStore] = []
+_opened: list[TCPStore] = []
 """What rank 0 serves; it lives as long as its process."""
 
 
-class GroupConfig(TorchConfig):
-    """Ray's settings (`backend`, `timeout_s`), with the group set up as said above."""
+@dataclass
+class GroupConfig(BackendConfig):
+    """Which backend of torch.distributed (`gloo` or `nccl`), and how long its operations may take."""
+
+    backend: str
+    timeout_s: float = 1800
 
     @property
     def backend_cls(self) -> Any:
-        """Who sets it up."""
+        """Who sets the group up."""
         return GroupBackend
+
+    def to_dict(self) -> dict[str, Any]:
+        """What Ray shows of it."""
+        return asdict(self)
 
 
 class GroupBackend(Backend):
@@ -53,11 +67,13 @@ class GroupBackend(Backend):
 
 
 def _open_store(timeout: timedelta) -> tuple[str, int]:
+    from torch.distributed import TCPStore
+
     host = ray.util.get_node_ip_address()
     listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listening.getsockname()[1]
     _opened[:] = [
-        dist.TCPStore(
+        TCPStore(
             host,
             port,
             is_master=True,
@@ -70,6 +86,8 @@ def _open_store(timeout: timedelta) -> tuple[str, int]:
 
 
 def _join(host: str, port: int, backend: str, rank: int, size: int, timeout: timedelta) -> None:
+    import torch.distributed as dist
+
     if host == _LOOPBACK:
         # gloo listens on the address of the host's name unless told otherwise.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
@@ -78,6 +96,8 @@ def _join(host: str, port: int, backend: str, rank: int, size: int, timeout: tim
 
 
 def _leave() -> None:
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()
 

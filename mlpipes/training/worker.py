@@ -32,6 +32,8 @@ def train_on_ray(config: dict[str, Any]) -> None:
     job = TrainingJob.read(Path(config["job"]))
     device = get_device()
     assert isinstance(device, torch.device)  # noqa: S101 - a list only if more than one GPU a worker is asked for
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     workers: Workers = ProcessGroup() if torch.distributed.is_initialized() else SingleWorker()
     try:
         train(job, workers, device, Lease(job.folder.path / "lease.json", config["lease"]))
