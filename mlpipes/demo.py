@@ -39,9 +39,12 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     from mlpipes.definitions import build_defs
     from mlpipes.tracking.runs import Tracker, default_uri
 
+    # One bar a scale is what people want to see.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*Add type hints")
     started = time.monotonic()
     ray = LocalRay()
     ours = ray.status() is None
