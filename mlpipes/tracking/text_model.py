@@ -25,9 +25,9 @@ class TextModel(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
 
     @torch.no_grad()
-    def predict(self, context, model_input, params=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def predict(self, context, model_input: pd.DataFrame, params=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Columns `text` (and `text_pair`) in; `label` and one column of probabilities a class, or `value`, out."""
-        # The arguments have no hints, because MLflow would take them for a schema of its own.
+        # No other hints, because MLflow would take them for a schema of its own.
         config, outputs = self.model.config, []
         for start in range(0, len(model_input), BATCH):
             part = model_input.iloc[start : start + BATCH]
