@@ -42,7 +42,13 @@ def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
 
 def start_environment(mark: str, ip: str) -> dict[str, str]:
     """What the processes of a node with an address need besides the clients' variables."""
-    return binding(ip) | {MARK: mark, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    return binding(ip) | {
+        MARK: mark,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Asks whether a cloud is about to take a node away; nobody takes ours by way of Ray, and it is a process a training.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
 
 
 def binding(ip: str) -> dict[str, str]:
