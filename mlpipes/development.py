@@ -19,7 +19,8 @@ from rich.console import Console
 
 from mlpipes.assets.training import DAGSTER_UI_VARIABLE
 from mlpipes.cli import dagster_home
-from mlpipes.errors import ConfigError
+from mlpipes.compute.local import LocalRay
+from mlpipes.errors import ConfigError, UserError
 from mlpipes.tracking.runs import UI_VARIABLE, default_uri
 
 HOST = "127.0.0.1"
@@ -43,7 +44,9 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
     # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
     environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **os.environ}
     environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: f"http://{HOST}:{port}"}
-    _prepare_storage(environment["DAGSTER_HOME"])
+    if _prepare_storage(environment["DAGSTER_HOME"]) and LocalRay().died():
+        # The retries of these runs will want it in half a minute, and it takes a third of that to start.
+        threading.Thread(target=_start_ray, daemon=True).start()
     programs = Path(sys.executable).parent
     commands: list[list[Any]] = []
     if mlflow_port is not None:
@@ -65,14 +68,23 @@ def serve(console: Console, port: int, mlflow_port: int | None) -> int:
         return _keep_up(console, commands, environment, f"http://{HOST}:{port}/graphql")
 
 
-def _prepare_storage(folder: str) -> None:
-    """Have Dagster create its tables: daemon and webserver, started at once, would trip over each other."""
+def _prepare_storage(folder: str) -> bool:
+    """Have Dagster create its tables: daemon and webserver, started at once, would trip over each other.
+
+    Returns whether a run of an earlier session is unfinished.
+    """
     import dagster as dg
 
+    unfinished = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
     with dg.DagsterInstance.from_config(folder) as instance:
-        instance.get_run_records(limit=1)
         instance.get_asset_keys(limit=1)
         instance.all_instigator_state()
+        return bool(instance.get_run_records(dg.RunsFilter(statuses=unfinished), limit=1))
+
+
+def _start_ray() -> None:
+    with suppress(UserError):  # whoever needs it says what is wrong
+        LocalRay().ensure()
 
 
 def code_servers(workspace: Path, folder: Path) -> tuple[list[list[str]], Path]:

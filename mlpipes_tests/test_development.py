@@ -1,12 +1,19 @@
-"""`mlpipes dev`: a workspace file becomes code servers on private sockets."""
+"""`mlpipes dev`: code servers on private sockets, and what is left of a session that died."""
 
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
+import dagster as dg
+import psutil
 import pytest
 import yaml
 
-from mlpipes.development import code_servers
+from mlpipes.compute.local import LocalRay
+from mlpipes.development import _prepare_storage, code_servers
 from mlpipes.errors import ConfigError
+from mlpipes.files import write_record
 
 
 def test_modules_get_servers_and_the_rest_is_taken_over(tmp_path: Path) -> None:
@@ -32,3 +39,25 @@ def test_what_is_no_workspace_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "workspace.yaml").write_text("load: []")
     with pytest.raises(ConfigError, match="is not a workspace file with a list `load_from`"):
         code_servers(tmp_path / "workspace.yaml", tmp_path)
+
+
+def test_unfinished_runs_of_an_earlier_session_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}")
+    assert not _prepare_storage(str(tmp_path))
+    for status, seen in ((dg.DagsterRunStatus.FAILURE, False), (dg.DagsterRunStatus.STARTED, True)):
+        with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+            instance.add_run(dg.DagsterRun("digits_chain", run_id=str(uuid.uuid4()), status=status))
+        assert _prepare_storage(str(tmp_path)) is seen
+
+
+def test_a_ray_that_died_is_told_from_one_that_runs_or_was_ended(tmp_path: Path) -> None:
+    ray = LocalRay(tmp_path)
+    assert not ray.died(), "there was none"
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    state = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "mark": "m", "temporary": "none"}
+    write_record(tmp_path / "head.json", state)
+    assert not ray.died()
+    process.communicate(b"\n")
+    assert ray.died()
+    assert ray.stop()
+    assert not ray.died()

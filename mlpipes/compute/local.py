@@ -45,6 +45,11 @@ class LocalRay:
         state = self._read()
         return state if state is not None and self._answers(state) else None
 
+    def died(self) -> bool:
+        """Whether there was a cluster that nobody ended and that is gone all the same."""
+        state = self._read()
+        return state is not None and not _is_alive(state)
+
     def stop(self) -> bool:
         """End the cluster and everything that runs in it; returns whether there was one."""
         self.folder.mkdir(parents=True, exist_ok=True)
