@@ -63,7 +63,7 @@ def lost_retries(workload: str) -> dg.SensorDefinition:
     @dg.sensor(
         name=f"{workload}_lost_retries",
         target=dg.AssetSelection.groups(workload),
-        minimum_interval_seconds=15,
+        minimum_interval_seconds=10,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=f"Launches automatic retries of {workload} that Dagster promised and never made.",
     )
@@ -72,11 +72,13 @@ def lost_retries(workload: str) -> dg.SensorDefinition:
         failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": ["true", "false"]})
         for record in context.instance.get_run_records(failed, limit=50):
             run, age = record.dagster_run, time.time() - (record.end_time or time.time())
-            if not _SETTLED_SECONDS <= age <= _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
+            if age > _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
                 continue
             if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
                 continue
-            if run.tags["dagster/will_retry"] == "false" and not _was_given_up(context.instance, run):
+            # What Dagster gave up is lost for sure; of the rest, what it promised may still be on its way.
+            promised = run.tags["dagster/will_retry"] == "true" and age >= _SETTLED_SECONDS
+            if not promised and not _was_given_up(context.instance, run):
                 continue
             planned = context.instance.get_records_for_run(
                 run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED

@@ -64,9 +64,12 @@ def test_a_retry_that_could_not_be_launched_is_requested(monkeypatch: pytest.Mon
         run = instance.get_run_by_id(given_up)
         instance.report_engine_event("Failed to retry run", run)  # what Dagster writes while the code server is away
         real = time.time
-        monkeypatch.setattr(supervision.time, "time", lambda: real() + 60)
-        (request,) = requests(instance)
-        assert request.run_key == f"retry-{given_up}"
+        for later in (0, 60):  # at once: nothing more is on its way
+            monkeypatch.setattr(supervision.time, "time", lambda later=later: real() + later)
+            (request,) = requests(instance)
+            assert request.run_key == f"retry-{given_up}"
+        monkeypatch.setattr(supervision.time, "time", lambda: real() + 7200)
+        assert requests(instance) == [], "long ago"
 
 
 def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
