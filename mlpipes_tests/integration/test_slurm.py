@@ -293,7 +293,7 @@ def test_a_job_that_can_never_start_fails_at_once_with_the_reason_of_slurm(
 ) -> None:
     training = Training(cluster, tmp_path, "w4-b128-e3-g0" if "workers_per_node" in settings else SCALE)
     training.settings(**settings)
-    assert training.end(training.run(), 60) == 1
+    assert training.end(training.run(), 240) == 1
     assert reason in training.log()
     assert "PENDING" not in cluster.jobs().values()
 
