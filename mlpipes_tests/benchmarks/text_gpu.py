@@ -111,7 +111,7 @@ def main(check: bool) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         snapshot, _ = snapshot_of(Store(Path(scratch)), source.load().digest(), workload)
         for batch in batches:
-            compare(lambda c, b=batch: Contender(workload, snapshot, b, Path(scratch) / "c", c), steps, peak)  # noqa: B023
+            compare(lambda c, b=batch: Contender(workload, snapshot, b, Path(scratch) / "c", c), steps, peak)
     return 0
 
 

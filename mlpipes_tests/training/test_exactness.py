@@ -1,8 +1,11 @@
 """Any number of workers, any interruption: the same model, bit for bit; and what would be wrong does not pass."""
 
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from mlpipes.errors import CorruptionError, TrainingFailedError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
+from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import shares
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
 
@@ -107,6 +111,75 @@ def test_gaining_and_losing_workers_on_the_way_changes_nothing(tmp_path: Path) -
     run(job, workers=2, crash=8)
     run(job, workers=3, crash=22)
     assert equal(whole, run(job, workers=1))
+
+
+def test_random_numbers_that_others_draw_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_here(make_job(tmp_path / "whole", "w1-b128-e1-g0"))
+    step = Trainer._step
+
+    def after_others(trainer: Trainer) -> None:
+        torch.rand(3)
+        random.random()  # noqa: S311 - no secret
+        np.random.rand()
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "_step", after_others)
+    assert equal(whole, run_here(make_job(tmp_path / "disturbed", "w1-b128-e1-g0")))
+
+
+def test_threads_that_the_environment_asks_for_change_nothing(tmp_path: Path) -> None:
+    # 256 rows in one shard are summed in another order by two threads than by one.
+    options = {"logical_shards": 1, "every_steps": None}
+    whole = run_here(make_job(tmp_path / "whole", "w1-b512-e1-g0", **options))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        assert equal(whole, run_here(make_job(tmp_path / "other", "w1-b512-e1-g0", **options)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_resumed_training_goes_on_with_the_schedule_and_the_optimizers_memory(tmp_path: Path) -> None:
+    """Each forgotten alone makes another model, so equality after a crash is not owed to their not mattering."""
+    whole = run_here(make_job(tmp_path / "whole", "w1-b128-e2-g0"))
+    for number, forget in enumerate((_schedule, _memory)):
+        job = make_job(tmp_path / f"forgetful{number}", "w1-b128-e2-g0")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_finish_epoch", _stop_after(Trainer._finish_epoch))
+            with pytest.raises(_CrashError):
+                run_here(job)
+        with pytest.MonkeyPatch.context() as patch:
+            resume = Trainer.resume
+
+            def forgetful(trainer: Trainer, resume: Any = resume, forget: Any = forget) -> None:
+                resume(trainer)
+                forget(trainer)
+
+            patch.setattr(Trainer, "resume", forgetful)
+            assert not equal(whole, run_here(job))
+        shutil.rmtree(job.folder.path)
+
+
+class _CrashError(Exception):
+    pass
+
+
+def _stop_after(finish: Any) -> Any:
+    def finish_and_stop(trainer: Trainer) -> None:
+        finish(trainer)
+        raise _CrashError
+
+    return finish_and_stop
+
+
+def _schedule(trainer: Trainer) -> None:
+    for group in trainer._groups():
+        group["peak_lr"] = group["lr"]
+
+
+def _memory(trainer: Trainer) -> None:
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
 
 
 def test_another_seed_is_another_training(tmp_path: Path) -> None:
