@@ -168,23 +168,32 @@ def _scratch(store: Store) -> Iterator[Store]:
 
 
 def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Where two outcomes part, as closely as their curves tell; empty if nowhere."""
-    if first["order_digest"] != second["order_digest"]:
-        return "the order of the data, at a step that the digest does not tell"
-    before = 0
-    # Times differ, and so does nothing else in equal trainings. Rows of the same key are in step order.
-    for old, new in zip(first["history"], second["history"], strict=False):
-        (key, value, step), (other_key, other_value, other_step) = old[:3], new[:3]
-        if (key, value, step) != (other_key, other_value, other_step):
-            where = f"step {step}" if step <= before + 1 else f"a step from {before + 1} to {step}"
-            return f"{where}: {key} was {value!r}, and is {other_value!r} now"
-        if key == "train/loss":
-            before = step
-    if first["loss_digest"] != second["loss_digest"]:
-        return "the loss of a step, by less than its curve shows"
-    if first["weights_digest"] != second["weights_digest"]:
-        return f"the last update, after {first['steps']} steps of equal losses"
-    return ""
+    """Where two outcomes part: a step, or the few steps between two logged points; empty if nowhere."""
+    if all(first[name] == second[name] for name in DIGESTS):
+        return ""
+    trails, before = [outcome.get("trail", []) for outcome in (first, second)], 0
+    for (step, order, loss), (_, other_order, other_loss) in zip(*trails, strict=False):
+        if (order, loss) != (other_order, other_loss):
+            where = f"step {step}" if step == before + 1 else f"a step from {before + 1} to {step}"
+            return f"{where}: {_which(order != other_order, first, second, step)}"
+        before = step
+    if len(trails[0]) != len(trails[1]):
+        return f"{first['steps']} steps were done, and {second['steps']} now; or the first training kept no trail of them"
+    return f"the last update, after {first['steps']} steps of equal data and losses"
+
+
+def _which(order: bool, first: Mapping[str, Any], second: Mapping[str, Any], step: int) -> str:
+    if order:
+        return "other rows were read, or in another order"
+    was, now = (
+        next((row[1] for row in outcome["history"] if row[0] == "train/loss" and row[2] == step), None)
+        for outcome in (first, second)
+    )
+    return (
+        f"train/loss was {was!r}, and is {now!r} now"
+        if was != now
+        else "the loss of a step, by less than its curve shows"
+    )
 
 
 def _environment(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mlpipes.compute.jobs import JobHandle
 from mlpipes.errors import ConfigError
 from mlpipes.files import read_record, write_record
 from mlpipes.replay import Comparison, find_training, replay
 from mlpipes.store import Store, TrainingFolder
+from mlpipes.training.determinism import DataOrder
 from mlpipes.training.specification import TrainingJob
 from mlpipes_tests.training.harness import make_job, run_here
 
@@ -73,6 +75,8 @@ def test_the_first_step_that_differs_is_named_with_what_differs_in_the_environme
     outcome = read_record(trained.folder.result)
     losses = [row for row in outcome["history"] if row[0] == "train/loss"]
     losses[4][1] += 1e-6
+    for row in outcome["trail"][4:]:
+        row[2] = "another"
     outcome |= {"loss_digest": "x", "weights_digest": "y"}
     outcome["environment"]["libraries"]["torch"] = "0.1"
     outcome["environment"]["threads"] = 64
@@ -84,6 +88,21 @@ def test_the_first_step_that_differs_is_named_with_what_differs_in_the_environme
     assert found.differences["threads"][0] == 64
     assert "DIFFERENT" in found.markdown()
     assert "libraries.torch" in found.markdown()
+
+
+def test_the_first_step_that_read_other_rows_is_named(
+    trained: TrainingJob, jobs: JobsHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = DataOrder.batch
+
+    def exchanged(order: DataOrder, epoch: int, step: int) -> torch.Tensor:
+        rows = batch(order, epoch, step)
+        return rows.flip(0) if (epoch, step) == (0, 6) else rows
+
+    monkeypatch.setattr(DataOrder, "batch", exchanged)
+    found = done_again(trained, jobs)
+    assert not found.equal
+    assert found.first_difference == "step 7: other rows were read, or in another order"
 
 
 def test_data_that_changed_are_said_and_nothing_is_trained(trained: TrainingJob, jobs: JobsHere) -> None:

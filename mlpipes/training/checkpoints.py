@@ -47,6 +47,8 @@ class Progress:
     """Chained SHA-256 of the rows that every step read."""
     loss_digest: str = ""
     """Chained SHA-256 of the loss of every step."""
+    trail: list[list[Any]] = field(default_factory=list)
+    """Rows of (step, order digest, loss digest), shortened, at each logged point: where two trainings part."""
 
 
 @dataclass(frozen=True)

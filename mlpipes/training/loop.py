@@ -27,6 +27,8 @@ from mlpipes.workloads.base import DataInfo, Workload
 
 LOGGED_POINTS = 1000
 """Points of a loss curve, whatever the length of the training, so that a checkpoint can carry the whole curve."""
+_SHORT = 12
+"""Characters of a digest that tell two trainings apart."""
 
 
 class Trainer:
@@ -145,6 +147,7 @@ class Trainer:
             "order_digest": progress.order_digest,
             "loss_digest": progress.loss_digest,
             "history": progress.history,
+            "trail": progress.trail,
             "precision": progress.precision,
             "train_seconds": progress.train_seconds,
             "samples": samples,
@@ -209,6 +212,7 @@ class Trainer:
         progress = self.progress
         loss = sum(progress.interval_losses) / len(progress.interval_losses)
         progress.interval_losses.clear()
+        progress.trail.append([progress.step, *(d[:_SHORT] for d in (progress.order_digest, progress.loss_digest))])
         self._record({"train/loss": loss, "train/learning_rate": self._groups()[0]["lr"]})
         now = time.perf_counter()
         if now - self._last_message >= 0.5 or progress.step == self.total_steps:

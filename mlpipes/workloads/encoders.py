@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlpipes.errors import DataError
+from torch import nn
+
+from mlpipes.errors import ConfigError, DataError
 from mlpipes.files import sha256_file
 
 ENCODER, TOKENIZER = "encoder", "tokenizer"
@@ -156,6 +158,21 @@ def build(
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+
+
+def freeze(model: Any, embeddings: bool, layers: int) -> None:
+    """Exclude the embeddings and the first layers of an encoder from training, in place.
+
+    Nothing is propagated back through what lies below the first layer that is trained. Raises ConfigError if the encoder
+    has fewer layers.
+    """
+    base, count = model.base_model, model.config.num_hidden_layers
+    if layers > count:
+        raise ConfigError(f"freeze_layers is {layers}, but the encoder has {count} layers")
+    # Its name differs from architecture to architecture, its length does not.
+    stack = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    for module in [*([base.embeddings] if embeddings else []), *stack[:layers]]:
+        module.requires_grad_(False)
 
 
 def tokenizer_of(files: Path) -> Any:

@@ -27,7 +27,7 @@ from mlpipes.reporting.report import Report, Table
 from mlpipes.training.tensors import RaggedTensor, on_device
 from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
-from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, build, positions_of, tokenizer_of
+from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, build, freeze, positions_of, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
 
 SST2_VARIABLE = "MLPIPES_SST2"
@@ -47,6 +47,11 @@ class TextHyperparameters(Hyperparameters):
     attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="fused attention kernels need 0 on a CPU")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     freeze_embeddings: bool = Field(default=False, description="leave the embeddings as they were pretrained")
+    freeze_layers: int = Field(
+        default=0,
+        ge=0,
+        description="leave so many of the encoder's layers, from below, and the embeddings as pretrained",
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -127,9 +132,7 @@ class TextWorkload(Workload):
         assert info.files is not None  # noqa: S101 - `prepare` has put the encoder there
         outputs, names = self._outputs(info)
         model = build(info.files, outputs, names, hp.dropout, hp.attention_dropout)
-        if hp.freeze_embeddings:
-            for parameter in model.base_model.embeddings.parameters():
-                parameter.requires_grad = False
+        freeze(model, hp.freeze_embeddings or hp.freeze_layers > 0, hp.freeze_layers)
         return model
 
     def optimizers(self, model: nn.Module, hp: TextHyperparameters) -> Sequence[torch.optim.Optimizer]:

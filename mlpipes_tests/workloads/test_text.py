@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from mlpipes.data.ragged import Ragged
 from mlpipes.data.splits import SplitPlan, split_dataset
 from mlpipes.data.tables import TableSource, infer_roles, sst2_source
 from mlpipes.errors import ConfigError, DataError
+from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
 from mlpipes.training.export import evaluate, export_best, load_model
 from mlpipes.training.tensors import on_device
+from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.encoders import Tiny
 from mlpipes.workloads.text_classification import TextClassification, TextRegression, TextWorkload
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
@@ -49,7 +52,10 @@ pairs = TextClassification(Late("pairs.tsv"), PAIR_PLAN, TINY, max_length=48)
 numbers = TextRegression(
     Late("numbers.csv"), SplitPlan(0.2, test_fraction=0.2, content=("text",), stratify_by=None), TINY, max_length=32
 )
-WORDS, PAIRS, NUMBERS = (f"mlpipes_tests.workloads.test_text:{name}" for name in ("words", "pairs", "numbers"))
+deep = TextClassification(Late("words.jsonl"), PLAN, replace(TINY, layers=2), max_length=32)
+WORDS, PAIRS, NUMBERS, DEEP = (
+    f"mlpipes_tests.workloads.test_text:{name}" for name in ("words", "pairs", "numbers", "deep")
+)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -262,6 +268,24 @@ def test_crashed_and_resumed_equals_uninterrupted(tables: Path) -> None:
     assert outcome["resumed_from_step"] == 8
     assert outcome["weights_digest"] == expected["weights_digest"]
     assert curve(outcome) == curve(expected)
+
+
+def test_what_is_frozen_stays_as_it_was_and_the_rest_learns(tables: Path) -> None:
+    from mlpipes.data.snapshot import open_snapshot
+    from mlpipes.training.determinism import mixed_seed
+
+    job = make_job(tables, "w1-b32-e1-g0", DEEP, freeze_layers=1)
+    run_here(job)
+    checkpoints, snapshot = Checkpoints(job.folder.checkpoints), open_snapshot(job.snapshot)
+    trained = checkpoints.load(checkpoints.steps()[-1]).model_state()
+    info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
+    torch.manual_seed(mixed_seed(0, "model"))
+    before = deep.build_model(HYPER(freeze_layers=1), info).state_dict()
+    same = {name for name in before if torch.equal(before[name], trained[name])}
+    assert {name for name in before if "embeddings" in name or "layer.0." in name} <= same
+    assert not {name for name in before if "layer.1." in name or "classifier" in name} & same
+    with pytest.raises(ConfigError, match="freeze_layers is 3, but the encoder has 2 layers"):
+        deep.build_model(HYPER(freeze_layers=3), info)
 
 
 def judged(job: Any) -> Any:
