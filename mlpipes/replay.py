@@ -178,7 +178,9 @@ def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> st
             return f"{where}: {_which(order != other_order, first, second, step)}"
         before = step
     if len(trails[0]) != len(trails[1]):
-        return f"{first['steps']} steps were done, and {second['steps']} now; or the first training kept no trail of them"
+        return (
+            f"{first['steps']} steps were done, and {second['steps']} now; or the first training kept no trail of them"
+        )
     return f"the last update, after {first['steps']} steps of equal data and losses"
 
 

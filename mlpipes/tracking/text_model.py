@@ -34,7 +34,7 @@ class TextModel(PythonModel):
             texts = [part[name].tolist() for name in ("text", "text_pair") if name in part]
             length = config.mlpipes["max_length"]
             inputs = self.tokenizer(*texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-            outputs.append(self.model(**inputs).logits.double().numpy())
+            outputs.append(self._logits(inputs).double().numpy())
         found = np.concatenate(outputs)
         if config.num_labels == 1:
             return pd.DataFrame({"value": found[:, 0] * config.mlpipes["label_std"] + config.mlpipes["label_mean"]})
@@ -43,6 +43,13 @@ class TextModel(PythonModel):
         names = [config.id2label[number] for number in range(config.num_labels)]
         labels = [names[number] for number in probabilities.argmax(axis=1)]
         return pd.DataFrame({"label": labels} | {f"p({n})": probabilities[:, i] for i, n in enumerate(names)})
+
+    def _logits(self, inputs):
+        if self.model.config.mlpipes["pooling"] == "own":
+            return self.model(**inputs).logits
+        real = inputs["attention_mask"].unsqueeze(-1)
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        return self.model.classifier((hidden * real).sum(1) / real.sum(1))
 
 
 mlflow.models.set_model(TextModel())

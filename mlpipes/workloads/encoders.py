@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.files import sha256_file
@@ -158,6 +159,29 @@ def build(
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+
+
+Pooling = Literal["own", "mean"]
+"""What of an encoder's output its head sees: what its kind has by default (the first token, mostly), or the mean."""
+
+
+def pool(model: Any, pooling: Pooling) -> None:
+    """Prepare a model for `logits_of` with this pooling. Raises ConfigError if its head cannot do with it."""
+    if pooling == "mean":
+        if not isinstance(getattr(model, "classifier", None), nn.Linear):
+            raise ConfigError(f"pooling 'mean' needs a head of one linear layer; {type(model).__name__} has another")
+        for unused in ("pooler", "pre_classifier"):
+            if (module := getattr(model.base_model, unused, getattr(model, unused, None))) is not None:
+                module.requires_grad_(False)
+
+
+def logits_of(model: Any, pooling: Pooling, mask: Tensor | None, **inputs: Tensor) -> Tensor:
+    """The head's outputs (B, outputs) float32 for token ids (B, L), of which `mask` (B, L) says which are real."""
+    if pooling == "own":
+        return model(attention_mask=mask, **inputs).logits.float()
+    hidden = model.base_model(attention_mask=mask, **inputs).last_hidden_state.float()
+    weights = torch.ones_like(hidden[:, :, :1]) if mask is None else mask.unsqueeze(-1).float()
+    return model.classifier(model.dropout((hidden * weights).sum(1) / weights.sum(1))).float()
 
 
 def freeze(model: Any, embeddings: bool, layers: int) -> None:

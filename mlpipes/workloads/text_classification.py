@@ -27,7 +27,19 @@ from mlpipes.reporting.report import Report, Table
 from mlpipes.training.tensors import RaggedTensor, on_device
 from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
-from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, build, freeze, positions_of, tokenizer_of
+from mlpipes.workloads.encoders import (
+    TOKENIZER,
+    Encoder,
+    Pooling,
+    Pretrained,
+    Tiny,
+    build,
+    freeze,
+    logits_of,
+    pool,
+    positions_of,
+    tokenizer_of,
+)
 from mlpipes.workloads.optimization import adamw, trapezoid
 
 SST2_VARIABLE = "MLPIPES_SST2"
@@ -45,6 +57,9 @@ class TextHyperparameters(Hyperparameters):
     clip: float | None = Field(default=1.0, gt=0, description="greatest norm of the global batch's gradient")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="None: the encoder's own")
     attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="fused attention kernels need 0 on a CPU")
+    pooling: Pooling = Field(
+        default="own", description="mean: the head sees the mean of all tokens, as encoders of sentences are pretrained"
+    )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     freeze_embeddings: bool = Field(default=False, description="leave the embeddings as they were pretrained")
     freeze_layers: int = Field(
@@ -132,6 +147,7 @@ class TextWorkload(Workload):
         assert info.files is not None  # noqa: S101 - `prepare` has put the encoder there
         outputs, names = self._outputs(info)
         model = build(info.files, outputs, names, hp.dropout, hp.attention_dropout)
+        pool(model, hp.pooling)
         freeze(model, hp.freeze_embeddings or hp.freeze_layers > 0, hp.freeze_layers)
         return model
 
@@ -174,7 +190,7 @@ class TextWorkload(Workload):
             batch["label"] = columns["label"][rows.to(tokens.device)]
         return batch
 
-    def _logits(self, model: Any, batch: Batch) -> Tensor:
+    def _logits(self, model: Any, batch: Batch, hp: TextHyperparameters) -> Tensor:
         real = batch["attention_mask"]
         inputs = {"token_type_ids": batch["token_type_ids"]} if "token_type_ids" in batch else {}
         pad = model.config.pad_token_id or 0
@@ -184,7 +200,7 @@ class TextWorkload(Workload):
         # The fused kernel for CPUs is slow for short texts: 93 against 124 samples per CPU-second of 13 tokens each.
         short = ids.device.type == "cpu" and ids.shape[1] <= SHORT_TOKENS
         with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
-            return model(input_ids=ids, attention_mask=mask, **inputs).logits.float()
+            return logits_of(model, hp.pooling, mask, input_ids=ids, **inputs)
 
     # -- serving ------------------------------------------------------------------------------------------------------
     def deployable(self, model: Any, hp: TextHyperparameters, info: DataInfo, columns: Columns) -> Deployable:
@@ -192,7 +208,7 @@ class TextWorkload(Workload):
         assert info.files is not None  # noqa: S101 - `prepare` has put the tokenizer there
         rows = np.arange(min(4, len(columns["text"])))
         example = {name: list(columns[name][rows].texts()) for name in _names(columns)}
-        model.config.mlpipes = {"max_length": self.max_length} | {
+        model.config.mlpipes = {"max_length": self.max_length, "pooling": hp.pooling} | {
             name: info.statistics[name] for name in ("label_mean", "label_std") if name in info.statistics
         }
         return Deployable(model, example, info.files / TOKENIZER, self._answers(model, hp, info, example))
@@ -232,12 +248,12 @@ class TextClassification(Classification, TextWorkload):
     def loss(self, model: nn.Module, batch: Batch, hp: TextHyperparameters) -> Tensor:
         """Cross-entropy, summed."""
         return F.cross_entropy(
-            self._logits(model, batch), batch["label"], reduction="sum", label_smoothing=hp.label_smoothing
+            self._logits(model, batch, hp), batch["label"], reduction="sum", label_smoothing=hp.label_smoothing
         )
 
     def predict(self, model: nn.Module, batch: Batch, hp: TextHyperparameters) -> dict[str, Tensor]:
         """`logits` (B, classes)."""
-        return {"logits": self._logits(model, batch)}
+        return {"logits": self._logits(model, batch, hp)}
 
     def answers(self, outputs: Mapping[str, Any], info: DataInfo) -> dict[str, Sequence[Any]]:
         """`label`, and `p(<class>)` for each class."""
@@ -282,16 +298,16 @@ class TextRegression(TextWorkload):
             model.register_buffer(name, torch.tensor(info.statistics[name], dtype=torch.float32))
         return model
 
-    def _values(self, model: Any, batch: Batch) -> Tensor:
-        return self._logits(model, batch)[:, 0] * model.label_std + model.label_mean
+    def _values(self, model: Any, batch: Batch, hp: TextHyperparameters) -> Tensor:
+        return self._logits(model, batch, hp)[:, 0] * model.label_std + model.label_mean
 
     def loss(self, model: Any, batch: Batch, hp: TextHyperparameters) -> Tensor:
         """Squared error in standard deviations of the labels, summed."""
-        return (((self._values(model, batch) - batch["label"].float()) / model.label_std) ** 2).sum()
+        return (((self._values(model, batch, hp) - batch["label"].float()) / model.label_std) ** 2).sum()
 
     def predict(self, model: nn.Module, batch: Batch, hp: TextHyperparameters) -> dict[str, Tensor]:
         """`value` (B,)."""
-        return {"value": self._values(model, batch)}
+        return {"value": self._values(model, batch, hp)}
 
     def answers(self, outputs: Mapping[str, Any], info: DataInfo) -> dict[str, Sequence[Any]]:
         """`value`."""

@@ -36,7 +36,9 @@ def chain(ray_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     patch.setenv(FOLDER, str(folder))
     entry = Entry("words", "Words", WORDS, scales_of(SCALES, "test"))
     job = build_defs(catalog=[entry]).resolve_job_def("words_chain")
-    config = {"ops": {"words__checkpoints": {"config": {"hyperparameters": {"learning_rate": 5e-3}}}}}
+    config = {
+        "ops": {"words__checkpoints": {"config": {"hyperparameters": {"learning_rate": 5e-3, "pooling": "mean"}}}}
+    }
     try:
         with dg.DagsterInstance.ephemeral() as instance:
             for scale in SCALES:

@@ -288,6 +288,37 @@ def test_what_is_frozen_stays_as_it_was_and_the_rest_learns(tables: Path) -> Non
         deep.build_model(HYPER(freeze_layers=3), info)
 
 
+@pytest.mark.parametrize("pooling", ["own", "mean"])
+def test_padding_says_nothing_and_the_served_model_computes_the_same(tables: Path, pooling: Any) -> None:
+    from mlpipes.data.snapshot import open_snapshot
+    from mlpipes.tracking.text_model import TextModel
+
+    job, hp = make_job(tables, "w1-b32-e1-g0", WORDS), HYPER(pooling=pooling)
+    snapshot = open_snapshot(job.snapshot)
+    info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
+    torch.manual_seed(0)
+    model: Any = words.build_model(hp, info).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # an untrained encoder says much the same of any token
+            parameter.normal_(std=0.3)
+    columns = on_device(snapshot.columns("train"), torch.device("cpu"))
+    short, long = columns["tokens"].offsets.diff().argsort()[[0, -1]].tolist()
+    with torch.no_grad():
+        alone, beside = (
+            words.predict(model, words.batch(columns, torch.tensor(rows), hp, augment=False), hp)["logits"][0]
+            for rows in ([short], [short, long])
+        )
+        assert torch.allclose(alone, beside, atol=1e-4)
+        served: Any = TextModel()
+        served.model = model
+        model.config.mlpipes = {"pooling": pooling}
+        batch = words.batch(columns, torch.tensor([short, long]), hp, augment=False)
+        ids = batch["input_ids"].masked_fill(~batch["attention_mask"], 0)
+        again = served._logits({"input_ids": ids, "attention_mask": batch["attention_mask"].long()})
+    assert torch.allclose(again[0], beside, atol=1e-4)
+    assert (again[0] - again[1]).abs().max() > 1e-2
+
+
 def judged(job: Any) -> Any:
     from mlpipes.data.snapshot import open_snapshot
 
