@@ -148,14 +148,17 @@ def test_the_scale_file_of_the_readme_is_valid(folder: Sandbox, tmp_path: Path) 
     assert "w4-b256-e10-g0-c0.5" in result.stdout
 
 
-def test_the_launchpad_config_of_the_readme_is_valid() -> None:
+def test_the_launchpad_configs_of_the_readme_are_valid() -> None:
     from mlpipes.assets.training import TrainingConfig, make_recipe
 
-    example = next(block for block in blocks("yaml") if block.startswith("ops:"))
-    config = yaml.safe_load(example)["ops"]["cifar10__checkpoints"]["config"]
-    entry = next(e for e in CATALOG if e.name == "cifar10")
-    recipe = make_recipe(entry, entry.scales[0].key, "s" * 64, TrainingConfig.model_validate(config), "")
-    assert recipe.hyperparameters["network"] == "resnet18"
+    examples = [yaml.safe_load(block)["ops"] for block in blocks("yaml") if block.startswith("ops:")]
+    assert [name for example in examples for name in example] == ["cifar10__checkpoints", "sst2__checkpoints"]
+    for example in examples:
+        ((name, step),) = example.items()
+        entry = next(e for e in CATALOG if name == f"{e.name}__checkpoints")
+        config = TrainingConfig.model_validate(step["config"])
+        recipe = make_recipe(entry, entry.scales[0].key, "s" * 64, config, "")
+        assert recipe.hyperparameters.items() >= config.hyperparameters.items()
 
 
 def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Sandbox) -> None:
