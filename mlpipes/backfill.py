@@ -18,6 +18,10 @@ CHAIN = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion
 PATIENCE_SECONDS = 600.0
 """How long a Dagster that does not answer is asked again: it may be restarted while a backfill runs."""
 
+START_SECONDS = 30.0
+"""How long one that was just started is waited for."""
+
+_ASSET = "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { id } } }"
 _FRESHNESS = """query($key: AssetKeyInput!, $scale: String!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
   staleStatus(partition: $scale) } } }"""
 _LAUNCH = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) { __typename
@@ -52,23 +56,22 @@ class DagsterUi:
 
     def ask_patiently(self, query: str, **variables: Any) -> Any:
         """The same, but waits for a Dagster that is being restarted."""
-        from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+        return _patiently(lambda: self.ask(query, **variables), PATIENCE_SECONDS)
 
-        asked: Callable[[], Any] = retry(
-            retry=retry_if_exception_type(ConfigError),
-            stop=stop_after_delay(PATIENCE_SECONDS),
-            wait=wait_fixed(2),
-            reraise=True,
-        )(lambda: self.ask(query, **variables))
-        return asked()
+    def wait_for(self, workload: str, seconds: float = START_SECONDS) -> None:
+        """Wait for a Dagster that has just been started. Raises ConfigError if it does not answer or lacks the workload."""
+
+        def look() -> None:
+            if not self.ask(_ASSET, key={"path": [workload, CHAIN[0]]})["assetNodeOrError"].get("id"):
+                raise ConfigError(f"Dagster at {self.address} has no asset {workload}/{CHAIN[0]}")
+
+        _patiently(look, seconds)
 
     def is_fresh(self, workload: str, scale: str) -> bool:
         """Whether every asset of a scale's chain is materialized and up to date."""
         for asset in CHAIN:
             node = self.ask(_FRESHNESS, key={"path": [workload, asset]}, scale=scale)["assetNodeOrError"]
-            if not node:
-                raise ConfigError(f"Dagster at {self.address} has no asset {workload}/{asset}")
-            if node["staleStatus"] != "FRESH":
+            if node.get("staleStatus") != "FRESH":
                 return False
         return True
 
@@ -84,6 +87,14 @@ class DagsterUi:
         if "backfillId" not in answer:
             raise ConfigError(f"Dagster did not launch the backfill: {answer.get('message', answer['__typename'])}")
         return answer["backfillId"]
+
+
+def _patiently(call: Callable[[], Any], seconds: float) -> Any:
+    from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    policy = {"retry": retry_if_exception_type(ConfigError), "stop": stop_after_delay(seconds), "wait": wait_fixed(1)}
+    asked: Callable[[], Any] = retry(**policy, reraise=True)(call)
+    return asked()
 
 
 @dataclass

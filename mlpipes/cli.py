@@ -249,7 +249,10 @@ def backfill(
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
     if unknown := [s.key for s in scales if s not in entry.scales]:
         raise ConfigError(f"{workload} has no scale {', '.join(unknown)}; see `mlpipes scales`")
-    made, fresh = launch(DagsterUi(ui), entry, scales, smallest_first=smallest_first, again=again)
+    dagster = DagsterUi(ui)
+    with console.status(f"Waiting for Dagster at {dagster.address} …"):
+        dagster.wait_for(entry.name)
+    made, fresh = launch(dagster, entry, scales, smallest_first=smallest_first, again=again)
     if fresh:
         console.print(f"Fresh, nothing to do: {', '.join(fresh)}")
     if made is None:

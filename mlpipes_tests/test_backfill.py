@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mlpipes import backfill
-from mlpipes.backfill import Backfill
+from mlpipes.backfill import Backfill, DagsterUi
+from mlpipes.errors import ConfigError
 
 
 def run(status: str, retry: int = 0, **tags: str) -> dict[str, Any]:
@@ -72,3 +73,21 @@ def test_a_crash_without_a_retry_is_final_after_a_while() -> None:
     statuses = watched(("COMPLETED_FAILED", [run("FAILURE")]))
     assert set(statuses) == {"FAILURE"}
     assert 40 < len(statuses) < 60
+
+
+def test_a_dagster_that_has_just_been_started_is_waited_for() -> None:
+    ui, answers = DagsterUi("http://nowhere"), [ConfigError("no Dagster answers"), {}, {"id": "digits/dataset"}]
+
+    def ask(query: str, **variables: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, ConfigError):
+            raise answer
+        return {"assetNodeOrError": answer}
+
+    ui.ask = ask  # type: ignore[method-assign]
+    ui.wait_for("digits")
+    assert not answers
+    answers = [{}] * 1000
+    with pytest.raises(ConfigError, match="no asset digits/dataset"):
+        ui.wait_for("digits")
+    assert len(answers) > 950
