@@ -15,8 +15,10 @@ from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import shares
+from mlpipes_tests.data.test_snapshot import write_cifar
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
 
+CIFAR10 = "mlpipes.workloads.image_classification:cifar10"
 SAME = ("weights_digest", "order_digest", "loss_digest", "steps", "best")
 
 
@@ -103,6 +105,24 @@ def test_crashed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path, w
     outcome = run(job)
     assert outcome["resumed_from_step"] == 30
     assert equal(whole, outcome)
+
+
+def test_cifar10_crashed_in_mid_epoch_and_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own network and recipe (whitening, Muon, augmentation, bf16 where there is), on noise in the standard layout."""
+    noise, names = np.random.default_rng(0), [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
+    labels = [n % 10 for n in range(60)]
+    batches = {name: {b"data": noise.integers(0, 256, (60, 3072), np.uint8), b"labels": labels} for name in names}
+    monkeypatch.setenv("MLPIPES_CIFAR10", str(write_cifar(tmp_path / "data", **batches)))
+    whole = run_here(make_job(tmp_path / "whole", "w1-b64-e2-g0", CIFAR10))
+    for workers in (1, 2):
+        job = make_job(tmp_path / f"crashed{workers}", f"w{workers}-b64-e2-g0", CIFAR10, every_steps=1)
+        run(job, crash=6)
+        outcome = run(job)
+        assert outcome["resumed_from_step"] == 6
+        assert outcome["steps_per_epoch"] == 4
+        assert equal(whole, outcome)
 
 
 def test_gaining_and_losing_workers_on_the_way_changes_nothing(tmp_path: Path) -> None:
