@@ -22,7 +22,7 @@ class TrainingStatus:
     scale: str
     seed: int
     state: str
-    """finished, failed, starting, running, or silent (nothing was heard for a minute)."""
+    """finished, failed, starting, running, stopped (by request), or silent (nothing was heard for a minute)."""
     step: int
     total_steps: int | None
     metrics: dict[str, float]
@@ -49,6 +49,7 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
 
     messages, _ = read_messages(folder.messages(latest_attempt(folder)))
     state, step, total, metrics, error, last, checkpoint = "starting", 0, None, {}, None, 0.0, None
+    stopped = any(message.get("kind") == "stopping" for message in messages)
     for message in messages:
         last = max(last, message.get("time", 0.0))
         kind = message.get("kind")
@@ -64,6 +65,8 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
             state, error = "failed", message["error"]
     if folder.result.is_file():
         state = "finished"
+    elif state == "running" and stopped:
+        state = "stopped"
     elif state in ("running", "starting") and time.time() - last > _SILENT_SECONDS:
         state = "silent"
     scale = RayScaleConfig.model_validate(recipe["scale"]).key

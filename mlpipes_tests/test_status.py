@@ -35,6 +35,10 @@ def test_the_store_tells_the_state_of_a_training(trained) -> None:
     MessageWriter(trained.folder.messages(10))("progress", step=5, total_steps=36, **figures)
     (status,) = all_statuses(store)
     assert (status.state, status.step, progress_text(status)["ETA s"]) == ("running", 5, "3")
+    MessageWriter(trained.folder.messages(10))("stopping", step=5)
+    MessageWriter(trained.folder.messages(10))("progress", step=6, total_steps=36, **figures)  # until it is ended
+    (status,) = all_statuses(store)
+    assert (status.state, progress_text(status)["ETA s"]) == ("stopped", "–")
 
 
 def test_a_narrow_terminal_gets_fewer_columns_and_failures_say_why(trained, monkeypatch) -> None:
