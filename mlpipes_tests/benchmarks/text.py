@@ -100,6 +100,9 @@ def main() -> int:
             "ours, fp32": ours(workload, snapshot, Path(scratch) / "c", precision="fp32"),
             f"ours, {'bf16' if bf16 else 'fp32'} (auto)": ours(workload, snapshot, Path(scratch) / "c"),
             "ours, auto, frozen embeddings": ours(workload, snapshot, Path(scratch) / "c", freeze_embeddings=True),
+            "ours, auto, mean of tokens, embeddings and 2 layers frozen": ours(
+                workload, snapshot, Path(scratch) / "c", pooling="mean", freeze_layers=2
+            ),
             "ours, auto, 4 logical shards": ours(workload, snapshot, Path(scratch) / "c", logical_shards=4),
         }
         rates: dict[str, list[float]] = {name: [] for name in paths}
