@@ -21,16 +21,11 @@ from torch.nn import functional as F
 from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.data.splits import SplitPlan
 from mlpipes.data.tables import sst2_source
-from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store
-from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import has_native_bf16, prepare_process
-from mlpipes.training.loop import Trainer
-from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.specification import Checkpointing
-from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
+from mlpipes_tests.training.harness import trainer_on
 
 BATCH, ROUNDS = 32, 15
 STEPS = {True: 10, False: 1}
@@ -64,20 +59,7 @@ def usual(snapshot: Snapshot) -> Callable[[], None]:
 
 def ours(workload: TextClassification, snapshot: Snapshot, folder: Path, **options: Any) -> Callable[[], None]:
     """A step of ours."""
-    trainer = Trainer(
-        workload,
-        Sst2Hyperparameters(**options),
-        RayScaleConfig.from_key(f"w1-b{BATCH}-e9-g0"),
-        DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files),
-        snapshot.columns("train"),
-        snapshot.columns("validation"),
-        seed=0,
-        workers=SingleWorker(),
-        device=torch.device("cpu"),
-        checkpoints=Checkpoints(folder),
-        policy=Checkpointing(),
-        notify=lambda *_, **__: None,
-    )
+    trainer = trainer_on(snapshot, workload, Sst2Hyperparameters(**options), f"w1-b{BATCH}-e9-g0", folder)
     return trainer._step
 
 

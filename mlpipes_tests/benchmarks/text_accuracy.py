@@ -16,18 +16,14 @@ import torch
 from mlpipes.data.snapshot import snapshot_of
 from mlpipes.data.splits import SplitPlan
 from mlpipes.data.tables import sst2_source
-from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store
-from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import prepare_process
 from mlpipes.training.evaluation import predictions_of
-from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.specification import Checkpointing
 from mlpipes.training.tensors import on_device
-from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
+from mlpipes_tests.training.harness import trainer_on
 
 
 def main(sentences: int, seed: int, options: str) -> int:
@@ -43,19 +39,13 @@ def main(sentences: int, seed: int, options: str) -> int:
     hp = Sst2Hyperparameters(**settings.get("hyperparameters", {}))
     with tempfile.TemporaryDirectory() as scratch:
         snapshot, _ = snapshot_of(Store(Path(scratch)), source.load().digest(), workload)
-        trainer = Trainer(
+        trainer = trainer_on(
+            snapshot,
             workload,
             hp,
-            RayScaleConfig.from_key(f"w1-b{settings.get('batch', 32)}-e{settings.get('epochs', 1)}-g0"),
-            DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files),
-            snapshot.columns("train"),
-            snapshot.columns("validation"),
+            f"w1-b{settings.get('batch', 32)}-e{settings.get('epochs', 1)}-g0",
+            Path(scratch) / "checkpoints",
             seed=seed,
-            workers=SingleWorker(),
-            device=torch.device("cpu"),
-            checkpoints=Checkpoints(Path(scratch) / "checkpoints"),
-            policy=Checkpointing(),
-            notify=lambda *_, **__: None,
         )
         began = time.process_time()
         outcome = trainer.run()

@@ -13,22 +13,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mlpipes.data.docstrings import DocstringSource
 from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.data.splits import SplitPlan
-from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store
-from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import prepare_process
-from mlpipes.training.loop import Trainer
-from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.specification import Checkpointing
-from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.encoders import Tiny
 from mlpipes.workloads.text_classification import TextClassification, TextHyperparameters
+from mlpipes_tests.training.harness import trainer_on
 
 ROUNDS, MAX_LENGTH = 5, 128
 BASE = Tiny(vocabulary=30522, hidden=768, layers=12, heads=12, intermediate=3072, positions=512)
@@ -45,19 +41,13 @@ class Contender:
         self.batch, self.workload = batch, workload
         self.lengths = torch.from_numpy(snapshot.columns("train")["tokens"].lengths)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.trainer = Trainer(
+        self.trainer = trainer_on(
+            snapshot,
             workload,
             TextHyperparameters(logical_shards=1),
-            RayScaleConfig.from_key(f"w1-b{batch}-e99-g0"),
-            DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files),
-            snapshot.columns("train"),
-            snapshot.columns("validation"),
-            seed=0,
-            workers=SingleWorker(),
-            device=self.device,
-            checkpoints=Checkpoints(folder),
-            policy=Checkpointing(),
-            notify=lambda *_, **__: None,
+            f"w1-b{batch}-e99-g0",
+            folder,
+            device=self.device.type,
         )
         if compiled:
             self.trainer.model.compile(dynamic=True)
@@ -81,7 +71,7 @@ class Contender:
 
     def _operations(self, lengths: torch.Tensor) -> float:
         """6 per weight that a token meets, and 12 times width times length a layer for attention."""
-        model = self.trainer.model
+        model: Any = self.trainer.model
         layers, width = model.config.num_hidden_layers, model.config.hidden_size
         weights = sum(p.numel() for name, p in model.named_parameters() if ".layer." in name and p.ndim == 2)
         return float((lengths * (6 * weights + 12 * layers * width * lengths)).sum())

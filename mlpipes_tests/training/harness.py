@@ -10,15 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlpipes.data.snapshot import snapshot_of
+from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.files import read_record
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store
+from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import ProcessGroup, SingleWorker
 from mlpipes.training.recipe import Recipe
 from mlpipes.training.specification import Checkpointing, TrainingJob
 from mlpipes.training.worker import train
+from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
 
 DIGITS = "mlpipes.workloads.image_classification:digits"
@@ -104,6 +106,26 @@ def run(
             process.kill()
     assert codes == [9 if crash is not None else 0] * size
     return {} if crash is not None else read_record(job.folder.result)
+
+
+def trainer_on(
+    snapshot: Snapshot, workload: Any, hp: Any, scale: str, folder: Path, *, seed: int = 0, device: str = "cpu"
+) -> Trainer:
+    """A trainer of one worker on a snapshot, with its checkpoints in a folder; for benchmarks."""
+    return Trainer(
+        workload,
+        hp,
+        RayScaleConfig.from_key(scale),
+        DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files),
+        snapshot.columns("train"),
+        snapshot.columns("validation"),
+        seed=seed,
+        workers=SingleWorker(),
+        device=torch.device(device),
+        checkpoints=Checkpoints(folder),
+        policy=Checkpointing(),
+        notify=lambda *_, **__: None,
+    )
 
 
 def run_here(job: TrainingJob) -> dict[str, Any]:
