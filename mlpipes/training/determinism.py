@@ -1,6 +1,7 @@
 """Determinism: seeds as pure functions of a position, the data order, digests of weights, precision and environment."""
 
 import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -21,10 +22,15 @@ def mixed_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(canonical_json(parts)).digest()[:8], "big") >> 1
 
 
-def prepare_process(threads: int, seed: int) -> None:
-    """Make this process compute the same bits every time: fixed threads, deterministic kernels, seeded RNG."""
+def prepare_process(threads: int, seed: int, deterministic_kernels: bool = True) -> None:
+    """Make this process compute the same bits every time: fixed threads, deterministic kernels, seeded RNG.
+
+    An operation without a deterministic kernel then raises RuntimeError. A mere warning (`warn_only`) would not do: with it,
+    attention on a GPU takes its faster kernels, which add gradients in an order of their own.
+    """
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses to be deterministic
+    torch.use_deterministic_algorithms(deterministic_kernels)
     # A debugging aid that comes with deterministic algorithms and costs 7 % here: no kernel in use reads fresh memory.
     cast(Any, deterministic).fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

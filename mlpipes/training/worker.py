@@ -41,9 +41,7 @@ def train_on_ray(config: dict[str, Any]) -> None:
         if _another_worker_is_gone(error):
             raise  # Ray Train starts the workers again, and they go on from the last checkpoint
         # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
-        known = isinstance(error, UserError)
-        text = str(error) if known else f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
-        MessageWriter(job.folder.messages(job.attempt))("failed", error=text, fatal=True, rank=workers.rank)
+        MessageWriter(job.folder.messages(job.attempt))("failed", error=explained(error), fatal=True, rank=workers.rank)
 
 
 def _another_worker_is_gone(error: Exception) -> bool:
@@ -51,6 +49,23 @@ def _another_worker_is_gone(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "closed by peer"))
     )
+
+
+def explained(error: Exception) -> str:
+    """What a user is told of an error: a cause and a remedy where they are known, the traceback otherwise."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"the GPU has not enough memory ({str(error).partition('. ')[0]}). Use a smaller batch size, more workers, or a "
+            "smaller model; for texts, set `max_tokens`, the tokens that go through the model at once."
+        )
+    if (what := str(error).partition(" does not have a deterministic implementation"))[1]:
+        return (
+            f"{what[0]} has no deterministic kernel on this device. Build the model from other operations, or set the "
+            "hyperparameter `deterministic: false`, with which an interrupted training may end in other bits."
+        )
+    return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
 
 
 def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease | None = None) -> None:
@@ -61,9 +76,9 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
     may_write = lease.guarded if lease is not None else nullcontext
     recipe = job.recipe
     notify = MessageWriter(job.folder.messages(job.attempt))
-    prepare_process(recipe.scale.threads, recipe.seed)
     workload = load_workload(recipe.implementation)
     hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
+    prepare_process(recipe.scale.threads, recipe.seed, hp.deterministic)
     snapshot = open_snapshot(job.snapshot)
     trainer = Trainer(
         workload,

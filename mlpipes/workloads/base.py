@@ -37,6 +37,11 @@ class Hyperparameters(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where the hardware has it"
     )
+    deterministic: bool = Field(
+        default=True,
+        description="only kernels that give the same bits every time; false: faster ones on a GPU, and an interrupted "
+        "training may end in other bits",
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mlpipes.data.docstrings import DocstringSource
 from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.data.splits import SplitPlan
 from mlpipes.store import Store
-from mlpipes.training.determinism import prepare_process
+from mlpipes.training.determinism import prepare_process, weights_digest
 from mlpipes.workloads.encoders import Tiny
 from mlpipes.workloads.text_classification import TextClassification, TextHyperparameters
 from mlpipes_tests.training.harness import trainer_on
@@ -100,9 +101,24 @@ def main(check: bool) -> int:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         snapshot, _ = snapshot_of(Store(Path(scratch)), source.load().digest(), workload)
-        for batch in batches:
-            compare(lambda c, b=batch: Contender(workload, snapshot, b, Path(scratch) / "c", c), steps, peak)
+        makers = [partial(Contender, workload, snapshot, batch, Path(scratch) / "c") for batch in batches]
+        for make in makers:
+            compare(make, steps, peak)
+        for compiled in (False, True):
+            verdict = "the same weights" if repeats(makers[0], compiled, steps) else "OTHER WEIGHTS"
+            how = "with" if compiled else "without"
+            print(f"{steps} steps done twice {how} torch.compile end in {verdict}")
     return 0
+
+
+def repeats(make: Callable[[bool], Contender], compiled: bool, steps: int) -> bool:
+    """Whether two trainings of some steps end in the same weights, bit for bit."""
+    digests = set()
+    for _ in range(2):
+        path = make(compiled)
+        path.measure(steps)
+        digests.add(weights_digest(path.trainer.model.state_dict()))
+    return len(digests) == 1
 
 
 def compare(make: Callable[[bool], Contender], steps: int, peak: float | None) -> None:

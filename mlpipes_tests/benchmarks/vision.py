@@ -154,7 +154,7 @@ def compare(device: torch.device) -> None:
         for _ in range(ROUNDS):
             for name, steps in paths.items():
                 # The usual path does without our deterministic kernels.
-                torch.use_deterministic_algorithms(name != USUAL, warn_only=True)
+                torch.use_deterministic_algorithms(name != USUAL)
                 found[name].append(images_per_second(steps, clock, device, 4.0))
     medians = {name: statistics.median(values) for name, values in found.items()}
     usual = medians[USUAL]
