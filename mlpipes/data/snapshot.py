@@ -86,12 +86,23 @@ class Snapshot:
 
 
 def open_snapshot(path: Path) -> Snapshot:
-    """Open a snapshot and verify every byte. Raises FileNotFoundError, or CorruptionError naming the bad file."""
+    """Open a snapshot and verify every byte.
+
+    Raises FileNotFoundError, or CorruptionError naming the bad file and the way out.
+    """
+    try:
+        return _opened(path)
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"the snapshot is corrupt: {str(error).rstrip('.')}. Materialize `snapshot` and what follows it again: it is "
+            "built anew, what is corrupt is kept as evidence, and the training goes on from its last checkpoint."
+        ) from error
+
+
+def _opened(path: Path) -> Snapshot:
     snapshot = Snapshot(open_published(path, kind=KIND, versions=frozenset({VERSION})))
     if snapshot.meta.get("digest") != path.name:
-        raise CorruptionError(
-            f"{path} holds the snapshot {snapshot.meta.get('digest')}: it was renamed or copied wrongly"
-        )
+        raise CorruptionError(f"{path} holds {snapshot.meta.get('digest')}: it was renamed or copied wrongly")
     return snapshot
 
 
@@ -174,14 +185,14 @@ def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapsh
     pointer = store.snapshots / "requests" / f"{digest_of(request)}.json"
     warnings = []
     try:
-        return open_snapshot(store.snapshots / read_record(pointer)["digest"]), warnings
+        return _opened(store.snapshots / read_record(pointer)["digest"]), warnings
     except FileNotFoundError:
         pass
     except CorruptionError as error:
         evidence = set_aside(
             pointer if str(pointer) in str(error) else store.snapshots / read_record(pointer)["digest"]
         )
-        warnings.append(f"{error}. Kept as {evidence.name}; the snapshot is built again.")
+        warnings.append(f"{str(error).rstrip('.')}. Kept as {evidence.name}; the snapshot is built again.")
     dataset = workload.source.load()
     if dataset.digest() != source_digest:
         raise DataError(

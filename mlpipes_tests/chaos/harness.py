@@ -199,7 +199,7 @@ class Session:
                 return
             if statuses and set(statuses) == {"FAILURE"} and self.final_failure(run_id):
                 message = self.failure(run_id)
-                if victim != SNAPSHOT_BYTE or "checksum" not in message or asked_again:
+                if victim != SNAPSHOT_BYTE or "Materialize `snapshot`" not in message or asked_again:
                     raise UnexpectedEndError(f"failed: {message[:500]}")
                 asked_again = True  # what the message says: the user materializes the chain again
                 self.launch(parent=run_id)
