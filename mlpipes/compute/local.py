@@ -136,7 +136,7 @@ class LocalRay:
     # -- end ----------------------------------------------------------------------------------------------------------
     def _end(self, state: dict[str, Any]) -> None:
         """End every process of a head."""
-        end_marked(state["mark"])
+        end_marked(state["mark"], session=state["pid"])
         shutil.rmtree(state["temporary"], ignore_errors=True)
         self._state.unlink(missing_ok=True)
 

@@ -58,13 +58,15 @@ def binding(ip: str) -> dict[str, str]:
     return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if ip == LOOPBACK else {}
 
 
-def end_marked(mark: str) -> None:
+def end_marked(mark: str, session: int | None = None) -> None:
     """End every process of this machine that carries a node's mark: first gently, then for good.
 
-    More than once for good: what is just being started by what is just dying is seen at the next look only.
+    More than once for good: what is just being started by what is just dying is seen at the next look only. Ray's agents
+    overwrite their environment with their title, and their mark with it, and may outlive their raylet for half an hour; they
+    are found as its children or, when it is dead, by the `session` that the node's processes have for themselves.
     """
     for number, seconds in ((signal.SIGTERM, 2.0), *((signal.SIGKILL, 2.0),) * 5):
-        if not (processes := _marked(mark)):
+        if not (processes := _marked(mark, session)):
             return
         for process in processes:
             try:
@@ -74,15 +76,20 @@ def end_marked(mark: str) -> None:
         psutil.wait_procs(processes, timeout=seconds)
 
 
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
+def _marked(mark: str, session: int | None) -> list[psutil.Process]:
+    found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get(MARK) == mark:
+                found |= {process, *process.children(recursive=True)}
+            # Titles count too: long after a node's end, its session's number may be that of somebody else's.
+            elif session is not None and os.getsid(process.pid) == session and process.cmdline()[0].startswith("ray"):
+                found.add(process)
+        except (psutil.Error, OSError, IndexError):
             continue
-    return found
+    return list(found)
 
 
 def free_port() -> int:

@@ -1,0 +1,59 @@
+"""The end of a Ray node: also processes that have lost their mark, as Ray's agents do, and nobody else's."""
+
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from mlpipes.compute.ray_node import MARK, end_marked
+
+_NODE = """import subprocess, sys, time
+for title in ("ray::Agent", "somebody"):
+    made = subprocess.Popen([title, "-c", "import time; time.sleep(60)"], executable=sys.executable, env={})
+    print(made.pid, flush=True)
+time.sleep(60)"""
+
+
+@pytest.fixture
+def node() -> Iterator[tuple[str, psutil.Process, psutil.Process, psutil.Process]]:
+    """A mark, a process that carries it, and two children that do not: an agent, by its title, and another."""
+    mark = secrets.token_hex(8)
+    head = subprocess.Popen(
+        [sys.executable, "-c", _NODE], env={MARK: mark}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert head.stdout is not None
+    agent, other = (psutil.Process(int(head.stdout.readline())) for _ in range(2))
+    yield mark, psutil.Process(head.pid), agent, other
+    for process in (head, agent, other):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    head.wait()
+    head.stdout.close()
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_children_without_a_mark_end_with_their_node(node: tuple[str, *tuple[psutil.Process, ...]]) -> None:
+    mark, *processes = node
+    end_marked(mark)
+    assert all(map(is_gone, processes))
+
+
+def test_agents_that_outlived_their_node_are_found_by_its_session(
+    node: tuple[str, psutil.Process, psutil.Process, psutil.Process],
+) -> None:
+    mark, head, agent, other = node
+    head.kill()
+    psutil.wait_procs([head], timeout=5)
+    end_marked(mark)
+    assert not is_gone(agent), "nothing but the session tells whose it is"
+    end_marked(mark, session=head.pid)
+    assert is_gone(agent)
+    assert not is_gone(other), "a session's number may be that of somebody else's by then"
