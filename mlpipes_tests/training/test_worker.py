@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from mlpipes.errors import TrainingFailedError
+from mlpipes.training import worker
 from mlpipes.training.determinism import prepare_process
 from mlpipes.training.worker import explained
+from mlpipes_tests.training.harness import make_job, run_here
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,14 @@ def test_kernels_that_give_other_bits_are_refused_and_not_warned_of() -> None:
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
     prepare_process(1, 0, deterministic_kernels=False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_hyperparameter_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, bool]] = []
+    monkeypatch.setattr(worker, "prepare_process", lambda *arguments: asked.append(arguments))
+    for wanted in (True, False):
+        run_here(make_job(tmp_path / str(wanted), "w1-b512-e1-g0", deterministic=wanted))
+    assert asked == [(1, 0, True), (1, 0, False)]
 
 
 def test_an_operation_without_a_deterministic_kernel_is_named_with_the_remedy() -> None:
