@@ -9,7 +9,7 @@ PORT ?= 3000
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test format lint types benchmark chaos clean
+.PHONY: install demo dev test test-all definitions format lint types benchmark chaos clean
 install: .venv/.installed
 
 demo: install
@@ -18,9 +18,19 @@ demo: install
 dev: install
 	$(BIN)/mlpipes dev --port $(PORT) $(if $(MLFLOW),--mlflow)
 
-test: lint types
+# Modules whose tests share a fixture stay together, the longest first.
+PYTEST = $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
+
+# What a change of code can break.
+test: lint types definitions
+	$(PYTEST) -m "not slurm and not browser and not chaos"
+
+# All of it; what a program is missing for is skipped, and says so.
+test-all: lint types definitions
+	$(PYTEST)
+
+definitions: install
 	$(BIN)/dagster definitions validate -w workspace.yaml
-	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -7,12 +7,15 @@ from typing import Any
 
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.waiting import LIMIT_SECONDS
 
 OUTPUT = CHECKOUT / "mlpipes_tests" / "output"
 _FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
+_SETTLING_MS = 1500
+"""Fonts and animations, for the eye; nothing is asserted about it."""
 
 
 @contextmanager
@@ -25,8 +28,16 @@ def browser_page(height: int) -> Iterator[Any]:
 
     OUTPUT.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=_FLAGS, timeout=LIMIT_SECONDS * 1000)
         try:
-            yield browser.new_page(viewport={"width": 1500, "height": height})
+            page = browser.new_page(viewport={"width": 1500, "height": height})
+            page.set_default_timeout(LIMIT_SECONDS * 1000)
+            yield page
         finally:
             browser.close()
+
+
+def picture(page: Any, name: str) -> None:
+    """Keep a screenshot of a page."""
+    page.wait_for_timeout(_SETTLING_MS)
+    page.screenshot(path=OUTPUT / f"{name}.png")

@@ -2,21 +2,52 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlpipes.data.dataset import Dataset, Provenance
+from mlpipes_tests import evidence, leftovers
+from mlpipes_tests.barriers import HASTE
 
 REAL_DATA = "MLPIPES_REAL_DATA"
 NO_SKIPS = "MLPIPES_NO_SKIPS"
+_LONG = ("chaos", "integration", "ui")
+_SWITCHES = (REAL_DATA, NO_SKIPS, HASTE)
+_SETTINGS = ("MLPIPES_", "RAY_", "MLFLOW_", "DAGSTER_")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
 
 
-def pytest_configure() -> None:
-    """End as on Ctrl-C when asked to terminate, so that fixtures clean up: no Ray head may outlive the tests."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Forget the user's settings, and have leftovers looked for; then end on SIGTERM as on Ctrl-C, so that fixtures do."""
+    for name in list(os.environ):
+        if (name.startswith(_SETTINGS) and name not in _SWITCHES) or name.lower() in _PROXIES:
+            del os.environ[name]
+    leftovers.watch(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a module run in one process, for they share fixtures; those that share a Ray do, too. Long ones go first."""
+    for item in items:
+        group = "ray" if "ray_home" in getattr(item, "fixturenames", ()) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failing test's report has the logs of what it ran."""
+    report = yield
+    if report.failed:
+        report.sections += evidence.sections(since=call.start if call.when == "call" else time.time() - 900)
+    return report
 
 
 def missing(what: str) -> None:
@@ -28,9 +59,7 @@ def missing(what: str) -> None:
 
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has a home folder of its own and none of the user's settings."""
-    for name in ("MLPIPES_SCALES", "MLPIPES_RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLPIPES_CIFAR10", "DAGSTER_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    """Every test has a home folder of its own."""
     monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -61,6 +90,7 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from mlpipes.compute.local import LocalRay
 
     folder = tmp_path_factory.mktemp("ray-home")
+    evidence.collect_from(folder)
     ray = LocalRay(folder / "ray")
     try:
         ray.ensure()

@@ -5,28 +5,42 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
+import yaml
+
+from mlpipes_tests import evidence
+from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+LOCATION = "mlpipes.definitions"
+"""What Dagster calls the code location, whichever definitions it serves."""
 
 
 class Sandbox:
-    """The checkout's programs and settings in a folder of their own."""
+    """The checkout's programs and settings in a folder of their own.
 
-    def __init__(self, path: Path) -> None:
+    `held`: the trainings of `digits` wait at barriers that the test closes.
+    """
+
+    def __init__(self, path: Path, *, held: bool = False) -> None:
         self.path, self.home = path, path / ".mlpipes"
         for name in ("Makefile", "pyproject.toml", "constraints.txt", "dagster.yaml", "workspace.yaml", ".venv"):
             (path / name).symlink_to(CHECKOUT / name)
-        unwanted = ("MLPIPES_", "DAGSTER_", "MLFLOW_", "PYTEST_", "RAY_")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
-        self.environment |= {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
+        self.environment = dict(os.environ) | {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
+        self.barriers = Barriers(self.home)
+        if held:
+            (path / "workspace.yaml").unlink()
+            module = {"module_name": "mlpipes_tests.held_definitions", "location_name": LOCATION}
+            (path / "workspace.yaml").write_text(yaml.safe_dump({"load_from": [{"python_module": module}]}))
+            self.environment["PYTHONPATH"] = str(CHECKOUT)
+        evidence.collect_from(path)
 
-    def run(self, command: str, timeout: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, timeout: float = LIMIT_SECONDS, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a shell command to its end.
 
         Its output goes to files: whatever it leaves behind (Dagster's `tail` of a run's log, say) would keep a pipe open.
@@ -55,7 +69,7 @@ class Sandbox:
             )
 
 
-def end(server: "subprocess.Popen[bytes]", seconds: float = 40) -> None:
+def end(server: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
     """End a server by interrupt; if it does not, kill it and all that it started."""
     descendants = _descendants(server.pid)
     if server.poll() is None:
@@ -64,6 +78,7 @@ def end(server: "subprocess.Popen[bytes]", seconds: float = 40) -> None:
         server.wait(seconds)
     except subprocess.TimeoutExpired:
         server.kill()
+        server.wait()
     for process in descendants:
         try:
             process.wait(5)
@@ -88,23 +103,23 @@ def free_port() -> int:
 def answers(address: str) -> bool:
     """Whether a server answers."""
     try:
-        return requests.get(address, timeout=2).ok
+        return requests.get(address, timeout=10).ok
     except requests.RequestException:
         return False
 
 
-def wait_for(address: str, seconds: float = 90) -> None:
-    """Wait until a server answers. Raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not answers(address):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{address} did not answer within {seconds:.0f} s")
-        time.sleep(0.3)
+def wait_for(address: str, server: "subprocess.Popen[bytes] | None" = None) -> None:
+    """Wait until a server answers. Raises AssertionError, at once if its process has ended."""
+
+    def ended() -> str:
+        return "" if server is None or server.poll() is None else f"its process ended with {server.returncode}"
+
+    until(lambda: answers(address), f"{address} answers", vain=ended)
 
 
 def graphql(address: str, query: str, **variables: Any) -> Any:
     """Ask a Dagster webserver."""
-    reply = requests.post(f"{address}/graphql", json={"query": query, "variables": variables}, timeout=30).json()
+    reply = requests.post(f"{address}/graphql", json={"query": query, "variables": variables}, timeout=120).json()
     if "errors" in reply:
         raise RuntimeError(str(reply["errors"])[:1000])
     return reply["data"]

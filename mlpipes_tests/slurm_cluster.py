@@ -6,7 +6,6 @@ import signal
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,9 @@ from pathlib import Path
 import psutil
 
 from mlpipes.compute.ray_node import LOOPBACK, free_port, own_ip
+from mlpipes_tests import evidence
 from mlpipes_tests.conftest import missing
+from mlpipes_tests.waiting import until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
 _CONFIGURATION = """\
@@ -106,18 +107,15 @@ class SlurmCluster:
         """SIGKILL to `slurmctld` or `slurmd-nN`."""
         process = psutil.Process(self._pid(daemon))
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
-    def wait_until_idle(self, seconds: float = 60) -> None:
+    def wait_until_idle(self) -> None:
         """Wait until no node has anything to do or to clean up."""
-        deadline = time.monotonic() + seconds
-        while set(self.ask("sinfo", "-h", "-N", "-o", "%T").split()) != {"idle"}:
-            assert time.monotonic() < deadline, self.ask("sinfo", "-N", "-l") + self.ask("squeue", "-l")
-            time.sleep(0.2)
+        until(lambda: set(self.ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "all nodes are idle")
 
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints; nothing while the controller is away."""
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=300)
         return done.stdout
 
     def jobs(self) -> dict[str, str]:
@@ -128,7 +126,7 @@ class SlurmCluster:
     def stop(self) -> None:
         """Cancel all jobs and end all daemons, with what they may have left behind."""
         self.ask("scancel", "--user=root", "--full")
-        time.sleep(1)
+        psutil.wait_procs(self.processes(), timeout=10)
         for daemon in [f"slurmd-{node}" for node in self.nodes] + ["slurmctld", "munged"]:
             try:
                 process = psutil.Process(self._pid(daemon))
@@ -159,7 +157,7 @@ class SlurmCluster:
         return int((self.folder / f"{daemon}.pid").read_text())
 
     def _run(self, *command: str) -> None:
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command[0]}: {done.stdout}{done.stderr}"
 
 
@@ -180,6 +178,7 @@ def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm
         missing(f"no {', '.join(lacking)} on PATH: there is no Slurm to test with")
     if os.getuid():
         missing("a Slurm of one's own takes root")
+    evidence.collect_from(folder)
     cluster = SlurmCluster(folder, nodes, cpus)
     try:
         cluster.start()

@@ -1,4 +1,4 @@
-"""A Dagster run that trains one scale of digits, in a process of its own, so that tests can kill it.
+"""A Dagster run that trains one scale of digits, behind barriers, in a process of its own, so that tests can kill it.
 
 `python -m mlpipes_tests.slurm_step <scale> <folder of the Dagster instance>`; exits with 0 if the run succeeded.
 """
@@ -10,13 +10,14 @@ import dagster as dg
 
 from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
-from mlpipes.workloads.catalog import CATALOG, Entry
+from mlpipes.workloads.catalog import Entry
+from mlpipes_tests.held_definitions import IMPLEMENTATION
 
 
 def main(scale: str, folder: Path) -> int:
     """Run it; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
-    entry = Entry("digits", "Digits", CATALOG[0].implementation, scales_of([scale], "test"))
+    entry = Entry("digits", "Digits", IMPLEMENTATION, scales_of([scale], "test"))
     chain = [dg.AssetKey(["digits", name]) for name in ("dataset", "snapshot", "checkpoints")]
     job = dg.define_asset_job("training", dg.AssetSelection.assets(*chain))
     definitions = dg.Definitions.merge(build_defs(catalog=[entry]), dg.Definitions(jobs=[job]))

@@ -17,8 +17,9 @@ from mlpipes.training.specification import TrainingJob
 DEAD, STALLED = "DEAD", "STALLED"
 DEAD_SECONDS = 30.0
 """A driver whose heartbeat stood still for so long is dead, whatever the Jobs API says (it may say RUNNING for long)."""
-FAREWELL_SECONDS = 4.0
-"""What a cancelled training gets for its last checkpoint."""
+FAREWELL_SECONDS = 20.0
+"""What a cancelled training gets for its last checkpoint at most: a large model on a slow disk needs some seconds, and run
+monitoring gives a cancelled run a minute."""
 MAX_JOBS = 5
 """Jobs that one step submits for a training that keeps dying without an error of its own and gets no further."""
 
@@ -131,6 +132,7 @@ def _watch(
                     return _End(DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
                 if now - heard > stall_seconds:
                     return _End(STALLED, f"it reported nothing for {stall_seconds:.0f} s")
+                view.show(message)
                 continue
             heard = now
             view.show(message)

@@ -32,11 +32,12 @@ class LiveView:
     def __init__(self, context: dg.AssetExecutionContext, job: TrainingJob, links: Mapping[str, Any]) -> None:
         self.context, self.job, self.links, self._shown = context, job, dict(links), 0.0
         self._figures: dict[str, float] = {}
-        self._where = ""
+        self._where, self._is_news = "", False
 
     def show(self, message: Mapping[str, Any]) -> None:
-        """Take note of a message, and show the latest figures if it is time to."""
+        """Take note of a message (`waiting` is one too: that there is none), and show what is new if it is time to."""
         kind = message["kind"]
+        self._is_news |= kind in ("progress", "epoch", "checkpoint")
         if kind == "checkpoint":
             self._figures["latest_checkpoint"] = message["step"]
         elif kind == "progress":
@@ -45,8 +46,8 @@ class LiveView:
         elif kind == "epoch":
             self._figures |= {f"validation_{name}": value for name, value in message["metrics"].items()}
         due = time.monotonic() - self._shown >= OBSERVATION_SECONDS
-        if self._figures and (kind == "finished" or (due and kind in ("progress", "epoch"))):
-            self._shown = time.monotonic()
+        if self._figures and self._is_news and (kind == "finished" or due):
+            self._shown, self._is_news = time.monotonic(), False
             self._observe()
 
     def _observe(self) -> None:

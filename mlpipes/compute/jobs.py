@@ -52,12 +52,16 @@ class JobStatus:
 
 
 def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float) -> None:
-    """Ask an attempt that is about to be ended for a last checkpoint; returns when it is there, or the time is over."""
+    """Ask an attempt that is about to be ended for a last checkpoint; returns when it is there, or the time is over.
+
+    Returns at once where there is nothing to save yet, because the workers have not started to train.
+    """
     folder.stop_request(attempt).touch()
-    deadline, offset = time.monotonic() + seconds, 0
+    deadline, offset, kinds = time.monotonic() + seconds, 0, set[str]()
     while time.monotonic() < deadline:
         found, offset = read_messages(folder.messages(attempt), offset)
-        if any(message.get("kind") in ("stopping", "finished") for message in found):
+        kinds |= {message.get("kind", "") for message in found}
+        if "started" not in kinds or kinds & {"stopping", "finished"}:
             return
         time.sleep(0.1)
 

@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +29,10 @@ from mlpipes_tests.chaos.faults import (
 )
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 SCALE = "w2-b128-e40-g0"
-REFERENCE_SCALE = "w1-b128-e40-g0"  # the same bits at any number of workers: one process is the cheapest reference
+REFERENCE = "w1-b128-e40-g0"  # the same bits at any number of workers: one process is the cheapest reference
 _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
   ... on RunConfigValidationInvalid { errors { message } } } }"""
@@ -39,7 +42,7 @@ _TERMINATE = """mutation($run: String!) { terminateRun(runId: $run) { __typename
 _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
   __typename ... on MessageEvent { message timestamp }
   ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } }"""
-DEADLINE_SECONDS = 240
+DEADLINE_SECONDS = LIMIT_SECONDS
 STALL_SECONDS = 60
 """More than the start of a training is silent for on a busy machine of two cores."""
 
@@ -82,10 +85,10 @@ class Session:
     """A sandbox with `mlpipes dev` in it and the outcome of an uninterrupted training to compare with."""
 
     def __init__(
-        self, path: Path, *, scale: str = SCALE, reference: str = REFERENCE_SCALE, disk_can_be_full: bool = False
+        self, path: Path, *, scale: str = SCALE, reference: str = REFERENCE, disk_can_be_full: bool = False
     ) -> None:
         self.scale = scale
-        self.sandbox = Sandbox(path)
+        self.sandbox = Sandbox(path, held=True)
         self.store = Store(self.sandbox.home / "store")
         self.own_disk = disk_can_be_full
         if disk_can_be_full:
@@ -114,6 +117,8 @@ class Session:
         self.sandbox.run(".venv/bin/mlpipes ray down")
         for process in self.of_the_sandbox():
             process.kill()
+        for folder in Path(tempfile.gettempdir()).glob("mlpipes-dev-*"):  # of sessions that were killed
+            shutil.rmtree(folder)
         if self.own_disk:
             subprocess.run(["umount", "--lazy", str(self.store.root)], check=False)
 
@@ -130,8 +135,8 @@ class Session:
             str(folder / "files"),
         ]
         address = ["--host", "127.0.0.1", "--port", str(self.mlflow_port), "--workers", "1"]
-        self.sandbox.start(".venv/bin/mlflow", "server", *places, *address, log="mlflow.log")
-        wait_for(f"http://127.0.0.1:{self.mlflow_port}/health")
+        server = self.sandbox.start(".venv/bin/mlflow", "server", *places, *address, log="mlflow.log")
+        wait_for(f"http://127.0.0.1:{self.mlflow_port}/health", server)
 
     def mlflow_processes(self) -> list[psutil.Process]:
         """The processes of the MLflow server."""
@@ -141,25 +146,34 @@ class Session:
     def up(self) -> None:
         """Start `mlpipes dev`, as the user would after a crash; a half-dead one is ended first."""
         if self.dev is not None:
-            end(self.dev, seconds=20)
+            end(self.dev)
         self.dev = self.sandbox.start(".venv/bin/mlpipes", "dev", "--port", str(self.port))
-        wait_for(f"{self.address}/server_info")
+        wait_for(f"{self.address}/server_info", self.dev)
 
     # -- one trial ----------------------------------------------------------------------------------------------------
-    def trial(self, victim: str, seed: int) -> Trial:
-        """Launch, let the fault happen, wait, compare."""
+    def trial(self, victim: str, seed: int, place: float | None = None) -> Trial:
+        """Launch, let the fault happen, wait, compare.
+
+        It happens at a random moment or, given a place (a fraction of the steps), while the training waits there; it goes
+        on when a run follows it again.
+        """
         trial, chance = Trial(victim, seed), random.Random(f"{victim}-{seed}")  # noqa: S311 - for moments, not secrets
         self.until(self.is_ready, "Dagster can launch runs")
+        if place is not None:
+            self.sandbox.barriers.close(place)
         run_id = self.launch(stall_seconds=STALL_SECONDS if victim in HUNG else 900)
         folder = self.folder_of(run_id)
         self.until(lambda: folder.messages(1).is_file(), "the training's driver has started")
-        self._random_moment(victim, run_id, folder, chance)
+        if place is None:
+            self._random_moment(victim, run_id, folder, chance)
+        else:
+            self.sandbox.barriers.wait_for(place)
         struck_at, step = time.time(), self.last_step(folder)
         trial.done = strike(self, victim, run_id, folder, chance)
         try:
             self._recover(run_id, victim, struck_at)
             trial.problem = self.compare(folder)
-        except (TimeoutError, UnexpectedEndError) as error:
+        except (AssertionError, UnexpectedEndError) as error:
             trial.problem = str(error)
             for status_run in self.family(run_id):
                 if status_run not in ("SUCCESS", "FAILURE", "CANCELED"):
@@ -194,6 +208,8 @@ class Session:
                 mended = True
             if self.dev is None or self.dev.poll() is not None:
                 self.up()  # the one thing that a user has to do
+            if self._attached(run_id, struck_at):
+                self.sandbox.barriers.open()
             statuses = self.family(run_id)
             if "SUCCESS" in statuses:
                 return
@@ -204,7 +220,7 @@ class Session:
                 asked_again = True  # what the message says: the user materializes the chain again
                 self.launch(parent=run_id)
             time.sleep(1)
-        raise TimeoutError(f"not done after {DEADLINE_SECONDS} s: runs {statuses}")
+        raise UnexpectedEndError(f"not done after {DEADLINE_SECONDS} s: runs {statuses}")
 
     def _measure(self, trial: Trial, run_id: str, folder: TrainingFolder, struck_at: float, step: int) -> None:
         trial.attempts = len(list(folder.messages(0).parent.glob("a*.jsonl")))
@@ -216,14 +232,18 @@ class Session:
             trial.steps_repeated = max(0, step - begun[-1]["step"])
         if progress:
             trial.training_seconds = min(progress) - struck_at
+        attached = self._attached(run_id, struck_at)
+        trial.attached_seconds = min(attached) - struck_at if attached else None
+
+    def _attached(self, run_id: str, after: float) -> list[float]:
+        """When runs began to follow the training, after a Unix time."""
         attached = [
             int(event["timestamp"]) / 1000
             for run in self.family_ids(run_id)
             for event in self.events(run)
             if (event.get("message") or "").startswith(("Attached to Ray job", "Submitted Ray job", "Training "))
         ]
-        later_attached = [at for at in attached if at > struck_at]
-        trial.attached_seconds = min(later_attached) - struck_at if later_attached else None
+        return [at for at in attached if at > after]
 
     def compare(self, folder: TrainingFolder) -> str:
         """What differs from the uninterrupted training; empty if nothing does."""
@@ -238,9 +258,7 @@ class Session:
         logged = [row[2] for row in outcome["history"] if row[0] == "train/loss"]  # of a long training, not every step
         if (tracked := self.tracked_steps(folder)) != logged:
             wrong.append(f"MLflow's curve ({len(tracked)} points instead of {len(logged)})")
-        deadline = time.monotonic() + 30
-        while (left := self.training_processes(folder)) and time.monotonic() < deadline:
-            time.sleep(0.5)
+        _, left = psutil.wait_procs(self.training_processes(folder), timeout=60)
         if left:
             wrong.append(f"{len(left)} processes left behind")
         return f"differs in {', '.join(wrong)}" if wrong else ""
@@ -292,7 +310,7 @@ class Session:
             launched.extend([answer["run"]["runId"]] if "run" in answer else [])
             return bool(launched)
 
-        self.until(try_to, "Dagster takes the run", 60)
+        self.until(try_to, "Dagster takes the run")
         return launched[0]
 
     def cancel(self, run_id: str) -> None:
@@ -366,10 +384,6 @@ class Session:
         """The latest step that the training reported."""
         return max((m.get("step", 0) for m in self.messages(folder)), default=0)
 
-    def until(self, condition: Any, what: str, seconds: float = 120) -> None:
-        """Wait until a condition holds. Raises TimeoutError saying what did not."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"after {seconds:.0f} s it is not so that {what}")
-            time.sleep(0.2)
+    def until(self, condition: Any, what: str) -> None:
+        """Wait until a condition holds. Raises AssertionError saying what did not."""
+        until(condition, what)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,17 @@ from mlpipes.scales import scales_of
 from mlpipes.scaling_report import make_report, prices_from_environment
 from mlpipes.store import Store, TrainingFolder, read_messages
 from mlpipes.workloads.catalog import CATALOG, Entry
+from mlpipes_tests import evidence
+from mlpipes_tests.barriers import Barriers, epochs
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 from mlpipes_tests.training.harness import make_job, run_here
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
-SCALE = "w1-b128-e120-g0"  # long enough for a run to start, and for Slurm to miss a node, while it trains
+pytestmark = pytest.mark.slurm
+SCALE = f"w1-b128-e{epochs(12)}-g0"
+EARLY, LATE = 0.4, 0.7
+"""Where the trainings wait."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def idle(cluster: SlurmCluster) -> Iterator[None]:
     yield
     cluster.ask("scancel", "--user=root")
     cluster.wait_until_idle()
-    assert not [process.cmdline() for process in cluster.processes()]
+    until(lambda: not cluster.processes(), "no process of a job is left")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,9 @@ class Training:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, scale: str = SCALE) -> None:
         self.cluster, self.folder, self.scale, self.runs = cluster, folder, scale, 0
-        self.store = Store(folder / "home" / "store")
-        self.settings(poll_seconds=0.5, time="00:20:00", workers_per_node=1)
+        self.store, self.barriers = Store(folder / "home" / "store"), Barriers(folder / "home")
+        evidence.collect_from(folder)
+        self.settings(poll_seconds=0.5, time="01:00:00", workers_per_node=1)
 
     def settings(self, **changes: Any) -> None:
         """Change the site's settings."""
@@ -91,40 +97,38 @@ class Training:
         found = list(self.store.root.glob("trainings/*/"))
         return TrainingFolder(found[0]) if found else None
 
-    def step(self) -> int:
-        """The latest step that any attempt has reported."""
-        folder = self.training_folder()
-        if folder is None:
-            return 0
-        files = folder.messages(0).parent.glob("a*.jsonl")
-        return max((m.get("step", 0) for path in files for m in read_messages(path)[0]), default=0)
+    def in_vain(self) -> str:
+        """The end of the latest run's log, if it says that waiting for anything is in vain."""
+        return self.log()[-3000:] if "Traceback" in self.log() and "Interrupted" not in self.log() else ""
 
-    def until(self, condition: Any, what: str, seconds: float = 120) -> None:
+    def until(self, condition: Any, what: str) -> None:
         """Wait for something to be so."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            late = time.monotonic() > deadline or ("Traceback" in self.log() and "Interrupted" not in self.log())
-            assert not late, f"after {seconds:.0f} s it is not so that {what}:\n{self.log()[-3000:]}"
-            time.sleep(0.2)
+        until(condition, what, vain=self.in_vain)
 
-    def until_step(self, step: int) -> None:
-        """Wait until the training has come so far."""
-        self.until(lambda: self.step() >= step, f"step {step} is reached")
+    def until_barrier(self, place: float) -> None:
+        """Wait until the training waits at a barrier."""
+        self.barriers.wait_for(place, vain=self.in_vain)
 
-    def end(self, run: "subprocess.Popen[bytes]", seconds: float = 400) -> int:
+    def until_said(self, text: str) -> None:
+        """Wait until the latest run's log says something."""
+        self.until(lambda: text in self.log(), f"the run says {text!r}")
+
+    def until_asked_to_stop(self) -> None:
+        """Wait until some attempt is asked for a last checkpoint."""
+        self.until(lambda: list(self.store.root.glob("trainings/*/jobs/a*.stop")), "a last checkpoint is asked for")
+
+    def end(self, run: "subprocess.Popen[bytes]") -> int:
         """Wait for a run's end."""
         try:
-            return run.wait(seconds)
+            return run.wait(LIMIT_SECONDS)
         finally:
             run.kill()
+            run.wait()
 
     def outcome(self) -> dict[str, Any]:
         folder = self.training_folder()
         assert folder is not None
-        deadline = time.monotonic() + 20
-        while processes_of(folder.fingerprint):
-            assert time.monotonic() < deadline, processes_of(folder.fingerprint)
-            time.sleep(0.2)
+        until(lambda: not processes_of(folder.fingerprint), "the training's processes have ended")
         return json.loads(folder.result.read_text())["content"]
 
 
@@ -174,36 +178,45 @@ def test_a_run_that_dies_attaches_again_while_its_job_waits_and_while_it_runs(
     cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     training = Training(cluster, tmp_path)
+    training.barriers.close(EARLY)
     full = fill(cluster)
     run = training.run()
-    training.until(lambda: "waits: Resources" in training.log(), "the queue's reason is shown")
+    training.until_said("waits: Resources")
     first = training.job()
     run.kill()
     run = training.run()
-    training.until(lambda: f"Attached to Slurm job {first}" in training.log(), "the waiting job is found again")
+    training.until_said(f"Attached to Slurm job {first}")  # while it waits
     cluster.ask("scancel", full)
-    training.until_step(30)
+    training.until_barrier(EARLY)
     run.kill()
-    before = training.step()
     cluster.kill("slurmctld")
     run = training.run()
-    time.sleep(5)
+    until(lambda: "squeue" in names_below(run.pid), "Slurm is asked while nobody is there to answer")
     cluster.start_controller()
+    training.until_said(f"Attached to Slurm job {first}")  # while it trains
+    training.barriers.open()
     assert training.end(run) == 0, training.log()[-3000:]
-    assert f"Attached to Slurm job {first}" in training.log()
-    assert training.step() > before
     assert_equal(training.outcome(), expected)
     assert training.outcome()["attempt"] == 1
     assert len([job for job in cluster.jobs() if int(job) > int(full)]) == 1, "one job did it all"
+
+
+def names_below(pid: int) -> set[str]:
+    """The names of a process's descendants."""
+    try:
+        return {process.name() for process in psutil.Process(pid).children(recursive=True)}
+    except psutil.Error:
+        return set()
 
 
 def test_cancelled_by_an_administrator_and_out_of_time(
     cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     training = Training(cluster, tmp_path)
+    training.barriers.close(EARLY, LATE)
     full = fill(cluster)
     run = training.run()
-    training.until(lambda: "waits: Resources" in training.log(), "its job waits")
+    training.until_said("waits: Resources")
     cluster.ask("scancel", training.job())
     assert training.end(run) == 1
     assert f"Slurm job {training.job()} was stopped; materialize again to go on from there" in training.log()
@@ -211,14 +224,17 @@ def test_cancelled_by_an_administrator_and_out_of_time(
 
     training.settings(resubmit_cancelled=True)
     run = training.run()
-    training.until_step(150)
+    training.until_barrier(EARLY)
     # What Slurm does ahead of the time limit (`--signal=B:USR1@…`).
     cluster.ask("scancel", "--batch", "--signal=USR1", training.job())
-    training.until(lambda: "is back in its queue" in training.log(), "it was requeued")
-    training.until_step(260)
+    training.until_asked_to_stop()
+    training.barriers.open(EARLY)
+    training.until_said("is back in its queue")
+    training.until_barrier(LATE)
     cancelled = training.job()
     cluster.ask("scancel", cancelled)
     training.until(lambda: training.job() != cancelled, "another job is submitted")
+    training.barriers.open()
     assert training.end(run) == 0, training.log()[-3000:]
     assert "although its training is done" not in training.log(), "the last attempt ended by itself"
     outcome = training.outcome()
@@ -234,25 +250,38 @@ def test_cancelled_by_an_administrator_and_out_of_time(
 
 def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, expected: dict[str, Any]) -> None:
     training = Training(cluster, tmp_path)
+    training.barriers.close(EARLY)
     run = training.run()
-    training.until_step(60)
+    training.until_barrier(EARLY)
     node = cluster.ask("squeue", "-h", "-j", training.job(), "-o", "%N").strip()
     cluster.kill(f"slurmd-{node}")
     try:
-        # Slurm gives the node up and requeues the job; what still runs on the node is fenced off by the lease.
+        # Slurm gives the node up and requeues the job. What still runs on the node waits at the barrier all the while, and
+        # when it opens, is fenced off by the lease that the other attempt has taken.
+        training.until_said("is back in its queue")
+        folder = training.training_folder()
+        assert folder is not None
+        training.until(lambda: started(folder, 2), "the second attempt trains")
+        training.barriers.open()
         assert training.end(run) == 0, training.log()[-3000:]
     finally:
         cluster.start_node(node)
-    # Slurm may need so long for that that the driver on the lost node, which nobody can end, is done before.
-    assert "is back in its queue" in training.log()
-    assert_equal(training.outcome(), expected)
+    outcome = training.outcome()
+    assert_equal(outcome, expected)
+    assert outcome["attempt"] == 2
+
+
+def started(folder: TrainingFolder, attempt: int) -> bool:
+    """Whether an attempt's workers have begun to train."""
+    return any(message["kind"] == "started" for message in read_messages(folder.messages(attempt))[0])
 
 
 def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) -> None:
     training = Training(cluster, tmp_path)
+    training.barriers.close(EARLY)
     training.settings(command_prefix="bash -c")  # like ssh, it hands one word to a shell
     run = training.run()
-    training.until_step(50)
+    training.until_barrier(EARLY)
     open_ports = [c for p in cluster.processes() for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert open_ports, "Ray listens"
     assert {c.laddr.ip.removeprefix("::ffff:") for c in open_ports} == {"127.0.0.1"}, (
@@ -262,9 +291,10 @@ def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) 
         (record,) = instance.get_runs()
         instance.report_run_canceling(record)
         run.send_signal(signal.SIGINT)  # as Dagster's code server does
-        # 10 s are the goal; a busy machine gets some more.
-        training.until(lambda: cluster.jobs()[training.job()] == "CANCELLED", "the job is cancelled", 15)
-        training.until(lambda: not cluster.processes(), "nothing of it is left", 10)
+        training.until_asked_to_stop()
+        training.barriers.open()
+        training.until(lambda: cluster.jobs()[training.job()] == "CANCELLED", "the job is cancelled")
+        training.until(lambda: not cluster.processes(), "nothing of it is left")
         training.end(run)
     folder = training.training_folder()
     assert folder is not None
@@ -293,7 +323,7 @@ def test_a_job_that_can_never_start_fails_at_once_with_the_reason_of_slurm(
 ) -> None:
     training = Training(cluster, tmp_path, "w4-b128-e3-g0" if "workers_per_node" in settings else SCALE)
     training.settings(**settings)
-    assert training.end(training.run(), 240) == 1
+    assert training.end(training.run()) == 1
     assert reason in training.log()
     assert "PENDING" not in cluster.jobs().values()
 
@@ -302,7 +332,7 @@ def test_devices_of_the_allocation_reach_the_workers(cluster: SlurmCluster, tmp_
     program = tmp_path / "program.py"
     program.write_text(
         """
-import os
+import os, sys, time
 from mlpipes.compute.allocation import ray_cluster
 
 with ray_cluster() as cluster:
@@ -312,25 +342,29 @@ with ray_cluster() as cluster:
     ray.init(address=cluster.address, log_to_driver=False)
 
     @ray.remote(num_gpus=1, scheduling_strategy="SPREAD")
-    def devices():
+    def devices(folder, number):
+        from pathlib import Path
         import time
-        time.sleep(3)
+        (Path(folder) / str(number)).touch()
+        while len(list(Path(folder).iterdir())) < 4:  # all hold their GPUs at the same time
+            time.sleep(0.05)
         return os.environ["SLURMD_NODENAME"], os.environ["CUDA_VISIBLE_DEVICES"]
 
     while ray.cluster_resources().get("GPU", 0) < 4:
-        pass
-    print("DEVICES", sorted(ray.get([devices.remote() for _ in range(4)])), flush=True)
+        time.sleep(0.1)
+    print("DEVICES", sorted(ray.get([devices.remote(sys.argv[1], number) for number in range(4)])), flush=True)
     ray.shutdown()
 """
     )
-    log = tmp_path / "job.log"
+    log, meeting = tmp_path / "job.log", tmp_path / "meeting"
+    meeting.mkdir()
     environment = os.environ | cluster.environment | {"PYTHONPATH": str(CHECKOUT)}
     subprocess.run(
         ["sbatch", "--wait", "-N2", "--ntasks-per-node=1", "-c2", "--gres=gpu:2", f"--output={log}"],
-        input=f"#!/bin/bash\nexec {sys.executable} {program}\n",
+        input=f"#!/bin/bash\nexec {sys.executable} {program} {meeting}\n",
         text=True,
         env=environment,
-        timeout=120,
+        timeout=LIMIT_SECONDS,
         check=True,
     )
     assert "DEVICES [('n1', '0'), ('n1', '1'), ('n2', '0'), ('n2', '1')]" in log.read_text()
@@ -345,7 +379,7 @@ def test_the_doctor_says_what_is_there_and_what_is_missing(cluster: SlurmCluster
 
     def doctor(*options: str) -> tuple[int, str]:
         command = [Path(sys.executable).parent / "mlpipes", "doctor", "slurm", *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
         return done.returncode, done.stdout + done.stderr
 
     code, said = doctor("--probe")

@@ -1,0 +1,31 @@
+"""Waiting in tests: for a condition, with a limit that only something broken exceeds, however busy the machine."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+LIMIT_SECONDS = 600.0
+"""Ten times what the slowest of these waits takes on a quiet machine of two cores."""
+_Answer = TypeVar("_Answer")
+
+
+def until(
+    condition: Callable[[], _Answer],
+    what: str,
+    *,
+    seconds: float = LIMIT_SECONDS,
+    vain: Callable[[], str] = lambda: "",
+    every: float = 0.2,
+) -> _Answer:
+    """Wait until a condition holds, and return what it returned.
+
+    `vain()` says, by a text, why waiting any longer is in vain. Raises AssertionError with `what` did not come to be.
+    """
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        if reason := vain():
+            raise AssertionError(f"it will not be so that {what}: {reason}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {seconds:.0f} s it is not so that {what}")
+        time.sleep(every)
+    return answer
