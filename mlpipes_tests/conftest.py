@@ -11,21 +11,26 @@ import pytest
 
 from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes_tests import evidence, leftovers
-from mlpipes_tests.barriers import HASTE
 
 REAL_DATA = "MLPIPES_REAL_DATA"
 NO_SKIPS = "MLPIPES_NO_SKIPS"
 _LONG = ("chaos", "integration", "ui")
-_SWITCHES = (REAL_DATA, NO_SKIPS, HASTE)
-_SETTINGS = ("MLPIPES_", "RAY_", "MLFLOW_", "DAGSTER_")
+_SWITCHES = (REAL_DATA, NO_SKIPS, "MLPIPES_TEST_")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
+
+
+def _settings(*prefixes: str) -> list[str]:
+    """The names of variables with these prefixes, less the tests' own switches."""
+    return [name for name in os.environ if name.startswith(prefixes) and not name.startswith(_SWITCHES)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Forget the user's settings, and have leftovers looked for; then end on SIGTERM as on Ctrl-C, so that fixtures do."""
-    for name in list(os.environ):
-        if (name.startswith(_SETTINGS) and name not in _SWITCHES) or name.lower() in _PROXIES:
-            del os.environ[name]
+    for name in [
+        *_settings("MLPIPES_", "RAY_", "MLFLOW_", "DAGSTER_"),
+        *(n for n in os.environ if n.lower() in _PROXIES),
+    ]:
+        del os.environ[name]
     leftovers.watch(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -59,7 +64,9 @@ def missing(what: str) -> None:
 
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has a home folder of its own."""
+    """Every test has a home folder of its own, and no setting that the one before has left (as MLflow does)."""
+    for name in _settings("MLPIPES_", "MLFLOW_", "DAGSTER_"):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

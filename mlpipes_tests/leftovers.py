@@ -22,6 +22,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _GRACE_SECONDS = 10.0
 """For processes that were told to end and are on their way."""
 _STATE = ".mlpipes"
+_CACHES = ("torchinductor_",)
+"""What libraries keep there on purpose, for the next process; it goes with the folder."""
 
 
 def watch(config: pytest.Config) -> None:
@@ -46,7 +48,7 @@ def watch(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
     code = _reap_until(child)
     left = [f"process {p}" for p in _end_survivors()]
-    left += [f"folder {path}" for path in temporary.iterdir()]
+    left += [f"folder {path}" for path in temporary.iterdir() if not path.name.startswith(_CACHES)]
     left += [f"folder {state}"] if state.exists() and not had_state else []
     shutil.rmtree(temporary, ignore_errors=True)
     if left:
