@@ -25,7 +25,7 @@ HERE = {
     ".venv/bin/mlpipes checkpoints digits w1-b128-e30-g0": "good",
     ".venv/bin/mlpipes report digits": "scaling report",
     ".venv/bin/mlpipes report digits --deadline 60": "best by validation within 60 s",
-    "MLPIPES_CPU_HOUR=0.05 .venv/bin/mlpipes report digits --budget 1": "best by validation within 1",
+    "MLPIPES_CPU_HOUR=0.05 .venv/bin/mlpipes report digits --budget 1": "best by validation within a cost of 1",
     ".venv/bin/mlpipes history digits w1-b128-e30-g0": "passed",
     '.venv/bin/mlpipes promote digits w2-b128-e30-g0 --reason "as good, and twice as fast"': "is champion",
     '.venv/bin/mlpipes rollback digits --reason "changed my mind"': "is champion again",
