@@ -186,7 +186,7 @@ def test_the_variables_of_tests_benchmarks_and_make_are_in_their_tables() -> Non
     assert {name for name in read - of_the_program if name.startswith("MLPIPES_")} <= table
     assert table <= variables_in(*tests.rglob("*.py"))
     makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
-    used, fixed = set(re.findall(r"\$\(([A-Z_]+)\)", makefile)), set(re.findall(r"^([A-Z_]+) :=", makefile, re.M))
+    used, fixed = set(re.findall(r"\$\(([A-Z_]+)\)", makefile)), set(re.findall(r"^([A-Z_]+) :?=", makefile, re.M))
     assert documented("Variables of make") == used - fixed
 
 
