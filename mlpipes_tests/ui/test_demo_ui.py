@@ -1,0 +1,57 @@
+"""What the demo leaves behind, looked at in the Dagster UI that `mlpipes dev` serves; pictures are kept."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from mlpipes_tests.browser import OUTPUT, browser_page
+from mlpipes_tests.conftest import missing
+from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, wait_for
+
+pytestmark = pytest.mark.browser
+
+PATIENCE_MS = 120_000
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the Dagster UI of a folder in which two scales of digits were trained."""
+    if not (CHECKOUT / ".venv" / ".installed").is_file():
+        missing("`make install` was not run in this checkout, and a test must not install into it")
+    folder = Sandbox(tmp_path_factory.mktemp("checkout"))
+    try:
+        demo = folder.run(".venv/bin/mlpipes demo --scale w1-b128-e30-g0 --scale w2-b128-e30-g0", timeout=850)
+        assert demo.returncode == 0, demo.stdout + demo.stderr
+        port, mlflow = free_port(), free_port()
+        options = ("--port", str(port), "--mlflow", "--mlflow-port", str(mlflow))
+        server = folder.start(".venv/bin/mlpipes", "dev", *options, log="dev.log")
+        try:
+            wait_for(f"http://127.0.0.1:{port}/server_info", 300)
+            wait_for(f"http://127.0.0.1:{mlflow}/health", 300)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            end(server)
+    finally:
+        folder.run(".venv/bin/mlpipes ray down")
+
+
+def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
+    with browser_page(1000) as page:
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"{ui}/locations/mlpipes.definitions/asset-groups/digits")
+        for name in ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion", "scaling_report"):
+            page.get_by_text(name, exact=True).first.wait_for()
+        page.screenshot(path=OUTPUT / "graph.png")
+
+        page.goto(f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0")
+        page.get_by_text("weights_digest").wait_for()
+        page.get_by_text("[Show Markdown]").first.click()
+        picture = page.locator("img[alt='loss and validation curves']")
+        picture.wait_for()
+        # The element may be there before its picture is.
+        page.wait_for_function("image => image.naturalWidth > 300", arg=picture.element_handle())
+        page.screenshot(path=OUTPUT / "checkpoints.png")
+
+        page.goto(f"{ui}/assets/digits/scaling_report")
+        page.get_by_text("efficiency").first.wait_for()
+        page.screenshot(path=OUTPUT / "scaling_report.png")
