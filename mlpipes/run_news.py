@@ -78,7 +78,7 @@ class RunNews:
                 text = described or (error.message if error else text)
             elif event is not None:
                 text = event.message or text
-            return text.strip().partition("\n")[0][:_CHARACTERS].rstrip(".")
+            return " ".join(text.split())[:_CHARACTERS].rstrip(".")
         return "no cause is recorded"
 
 

@@ -43,7 +43,7 @@ def test_each_end_of_a_run_is_told_once(instance: dg.DagsterInstance) -> None:
     good, *failed = news.lines()
     assert good.startswith("chain good succeeded after ")
     assert failed == [
-        f"chain told failed: the disk is full: {UI}/runs/{told}",
+        f"chain told failed: the disk is full. More: {UI}/runs/{told}",
         f"chain raised failed: ValueError: no such number: {UI}/runs/{raised}",
     ]
     assert news.lines() == []
