@@ -1,7 +1,6 @@
 """The command line: `mlpipes demo | dev | backfill | status | checkpoints | replay | report | …`; `--help` lists all."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from mlpipes.errors import ConfigError, UserError
 from mlpipes.store import Store, home
-from mlpipes.workloads.catalog import Entry, configured
+from mlpipes.workloads.catalog import configured, entry_named
 
 app = typer.Typer(
     help="Durable ML training as Dagster assets.",
@@ -45,18 +44,21 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
-            Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] {error}", highlight=False)
+            text = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
     return wrapped
 
 
-def entry_named(name: str) -> Entry:
-    """A workload of the catalog. Raises ConfigError listing the known ones."""
-    entries = {entry.name: entry for entry in configured()}
-    if name not in entries:
-        raise ConfigError(f"unknown workload {name!r}; known are {', '.join(entries)}")
-    return entries[name]
+def scale_named(workload: str, scale: str) -> str:
+    """The key of a scale that the catalog has or the store knows: what was trained once stays reachable.
+
+    Raises ConfigError for an unknown workload, ScaleError for an unknown scale.
+    """
+    from mlpipes.status import trained_scales
+
+    return entry_named(workload).scale(scale, trained_scales(store(), workload)).key
 
 
 def store() -> Store:
@@ -86,11 +88,12 @@ def dev(
     port: Annotated[int, typer.Option(help="port of the Dagster UI")] = 3000,
     mlflow: Annotated[bool, typer.Option(help="also serve the MLflow UI")] = False,
     mlflow_port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the servers print, too")] = False,
 ) -> None:
     """Serve the Dagster UI (and, if asked for, the MLflow UI) on this machine."""
     from mlpipes.development import serve
 
-    sys.exit(serve(console, port, mlflow_port if mlflow else None))
+    serve(console, port, mlflow_port if mlflow else None, verbose=verbose)
 
 
 @app.command()
@@ -168,7 +171,7 @@ def checkpoints(
     """List and verify the checkpoints of a scale's trainings."""
     from mlpipes.status import checkpoint_rows, prune_checkpoints
 
-    key = entry_named(workload).scale(scale).key
+    key = scale_named(workload, scale)
     if prune:
         console.print(f"Removed {prune_checkpoints(store(), workload, key)} checkpoints.")
     rows = list(checkpoint_rows(store(), workload, key))
@@ -193,7 +196,7 @@ def replay(
     from mlpipes.replay import find_training
     from mlpipes.replay import replay as replay_training
 
-    folder = find_training(store(), workload, entry_named(workload).scale(scale).key, run)
+    folder = find_training(store(), workload, scale_named(workload, scale), run)
     ours = LocalRay().status() is None
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
@@ -247,8 +250,6 @@ def backfill(
 
     entry = entry_named(workload)
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
-    if unknown := [s.key for s in scales if s not in entry.scales]:
-        raise ConfigError(f"{workload} has no scale {', '.join(unknown)}; see `mlpipes scales`")
     dagster = DagsterUi(ui)
     with console.status(f"Waiting for Dagster at {dagster.address} …"):
         dagster.wait_for(entry.name)

@@ -7,9 +7,9 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from mlpipes.cli import app, console, entry_named, friendly, store
+from mlpipes.cli import app, console, friendly, scale_named, store
 from mlpipes.errors import ConfigError
-from mlpipes.workloads.catalog import configured
+from mlpipes.workloads.catalog import configured, entry_named
 
 
 @app.command()
@@ -26,7 +26,7 @@ def promote(
     from mlpipes.tracking.models import registered_name
     from mlpipes.tracking.runs import Tracker, default_uri
 
-    key = entry_named(workload).scale(scale).key
+    key = scale_named(workload, scale)
     champions = Champions(Tracker(default_uri()), registered_name(workload))
     version = champions.of_scale(key)
     judged = [e for e in evaluations_of(store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
@@ -66,9 +66,9 @@ def compare(
     from mlpipes.compare import compare as compare_models
     from mlpipes.compare import evaluation_named
 
-    entries = {entry.name: entry for entry in configured()}
+    entries = configured()
     a, b = evaluation_named(store(), entries, first), evaluation_named(store(), entries, second)
-    metric = entries[a.meta["workload"]].load().primary_metric
+    metric = entry_named(a.meta["workload"]).load().primary_metric
     console.print(Markdown(compare_models(store(), a, b, metric).markdown()))
 
 
@@ -82,8 +82,7 @@ def history(
     from mlpipes.evaluations import evaluations_of
     from mlpipes.gates import summary
 
-    entry = entry_named(workload)
-    metric, key = entry.load().primary_metric, entry.scale(scale).key
+    key, metric = scale_named(workload, scale), entry_named(workload).load().primary_metric
     table = Table("when", "training", "weights", f"test {metric}", "gates")
     for evaluation in evaluations_of(store(), workload, key):
         meta, gates = evaluation.meta, summary(evaluation.verdict)
@@ -109,10 +108,10 @@ def predict(
     from mlpipes.data.snapshot import open_snapshot
     from mlpipes.training.export import load_model, predict_texts
 
-    entry_named(workload)
-    reference = store().read_reference(workload, "model", scale)
+    key = scale_named(workload, scale)
+    reference = store().read_reference(workload, "model", key)
     if reference is None:
-        raise ConfigError(f"{workload} {scale} has no model yet; materialize {workload}/model first")
+        raise ConfigError(f"{workload} {key} has no model yet; materialize {workload}/model first")
     asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not asked or (pair is not None and len(pair) != len(asked)):
         raise ConfigError("give at least one text, and with --pair as many second texts as first ones")

@@ -1,6 +1,6 @@
 """Comparing two models of any partitions and times: what differs in data, settings, code, environment, and in quality."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,10 @@ from mlpipes.files import read_record
 from mlpipes.replay import find_training
 from mlpipes.reporting.comparison import Difference, paired, unpaired
 from mlpipes.reporting.report import Table
+from mlpipes.status import trained_scales
 from mlpipes.store import Store
 from mlpipes.training.recipe import Recipe
-from mlpipes.workloads.catalog import Entry
+from mlpipes.workloads.catalog import Entry, entry_named
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,17 @@ class ModelComparison:
         return "\n\n".join([f"# {a} against {b}", text, quality.markdown(), *self.notes])
 
 
-def evaluation_named(store: Store, entries: Mapping[str, Entry], name: str) -> Evaluation:
+def evaluation_named(store: Store, entries: Iterable[Entry], name: str) -> Evaluation:
     """The latest evaluation of `workload/scale`, or of one of its trainings: `workload/scale@beginning-of-a-fingerprint`.
 
-    Behind the `@` may also be the beginning of an MLflow run, a Dagster run, or an evaluation's name. Raises ConfigError.
+    Behind the `@` may also be the beginning of an MLflow run, a Dagster run, or an evaluation's name. Raises ConfigError,
+    and ScaleError for a scale that neither the catalog nor the store knows.
     """
     place, _, which = name.partition("@")
     workload, _, scale = place.partition("/")
-    if workload not in entries or not scale:
-        raise ConfigError(f"{name!r}: write workload/scale or workload/scale@run; workloads are {', '.join(entries)}")
-    key = entries[workload].scale(scale).key
+    if not scale:
+        raise ConfigError(f"{name!r}: write workload/scale or workload/scale@run")
+    key = entry_named(workload, entries).scale(scale, trained_scales(store, workload)).key
     found = evaluations_of(store, workload, key)
     if which:
         named = [e for e in found if e.name.startswith(which)]

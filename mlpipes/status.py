@@ -8,6 +8,7 @@ from typing import Any
 
 from mlpipes.errors import CorruptionError
 from mlpipes.files import read_record
+from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store, TrainingFolder, read_messages
 
 _SILENT_SECONDS = 60
@@ -45,8 +46,6 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
         recipe = read_record(folder.recipe)
     except (FileNotFoundError, CorruptionError):
         return None
-    from mlpipes.scales import RayScaleConfig
-
     messages, _ = read_messages(folder.messages(latest_attempt(folder)))
     state, step, total, metrics, error, last, checkpoint = "starting", 0, None, {}, None, 0.0, None
     stopped = any(message.get("kind") == "stopping" for message in messages)
@@ -73,6 +72,20 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     return TrainingStatus(
         folder, recipe["workload"], scale, recipe["seed"], state, step, total, metrics, last, checkpoint, error
     )
+
+
+def trained_scales(store: Store, workload: str) -> Iterator[str]:
+    """The keys of all scales of a workload with a training in the store, each once: also of those that failed."""
+    found = set()
+    for path in sorted((store.root / "trainings").glob("*/")):
+        try:
+            recipe = read_record(TrainingFolder(path).recipe)
+        except (FileNotFoundError, CorruptionError):
+            continue
+        key = RayScaleConfig.model_validate(recipe["scale"]).key
+        if recipe["workload"] == workload and key not in found:
+            found.add(key)
+            yield key
 
 
 def all_statuses(store: Store) -> Iterator[TrainingStatus]:

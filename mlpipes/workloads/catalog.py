@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpipes.errors import ConfigError
+from mlpipes.errors import ConfigError, ScaleError
 from mlpipes.scales import SCALES_VARIABLE, RayScaleConfig, load_scale_file, scales_of
 
 if TYPE_CHECKING:
@@ -32,9 +32,28 @@ class Entry:
         """The workload itself; imports torch."""
         return load_workload(self.implementation)
 
-    def scale(self, key: str) -> RayScaleConfig:
-        """One of its scales by partition key. Raises ScaleError for a key that is none."""
-        return RayScaleConfig.from_key(key)
+    def scale(self, key: str, trained: Iterable[str] = ()) -> RayScaleConfig:
+        """One of its scales by partition key, or one of `trained`: keys that may have been in the catalog once.
+
+        Raises ScaleError, which says what there is and how to add one, for a key that is malformed or in neither.
+        `trained` is only read for a key that the catalog lacks.
+        """
+        declared = [scale.key for scale in self.scales]
+        if key in declared or key in (others := list(trained)):
+            return RayScaleConfig.from_key(key)
+        known = ", ".join(declared) + (f"; trained before: {', '.join(others)}" if others else "")
+        try:
+            wanted = RayScaleConfig.from_key(key).key
+        except ScaleError as error:
+            raise ScaleError(f"{error}\n{self.name} has {known}.") from error
+        if path := os.environ.get(SCALES_VARIABLE):
+            how = f"add it under `{self.name}:` in {path}, the file that {SCALES_VARIABLE} names."
+        else:
+            how = (
+                f"name a file with all scales that {self.name} is to have in {SCALES_VARIABLE}, for example\n"
+                f"{self.name}:\n  [{', '.join([*declared, wanted])}]"
+            )
+        raise ScaleError(f"{self.name} has no scale {key}; it has {known}.\nTo have it, {how}")
 
 
 def entry(name: str, summary: str, implementation: str, scales: Iterable[str]) -> Entry:
@@ -87,3 +106,13 @@ def configured(entries: Iterable[Entry] = CATALOG) -> tuple[Entry, ...]:
         return entries
     replaced = load_scale_file(Path(path), [e.name for e in entries])
     return tuple(replace(e, scales=replaced.get(e.name, e.scales)) for e in entries)
+
+
+def entry_named(name: str, entries: Iterable[Entry] | None = None) -> Entry:
+    """A workload of a catalog (default: as configured). Raises ConfigError listing those that it has."""
+    known = {entry.name: entry for entry in (configured() if entries is None else entries)}
+    if name not in known:
+        raise ConfigError(
+            f"unknown workload {name!r}; known are {', '.join(known)}. To add one, write an entry in {__name__}."
+        )
+    return known[name]

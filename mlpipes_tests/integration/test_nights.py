@@ -91,9 +91,7 @@ def test_a_fortnight_with_one_bad_model(home: Path) -> None:
     assert not verdict["gates"]["regression"]["passed"]
     assert "against the last good one" in verdict["gates"]["regression"]["text"]
 
-    bad = evaluation_named(
-        desk.store, {"nights": desk.entry}, f"nights/{SCALE}@{nights[BAD_NIGHT].meta['fingerprint'][:12]}"
-    )
+    bad = evaluation_named(desk.store, [desk.entry], f"nights/{SCALE}@{nights[BAD_NIGHT].meta['fingerprint'][:12]}")
     assert bad.name == nights[BAD_NIGHT].name
     comparison = compare(desk.store, nights[0], bad, "accuracy")
     assert comparison.differences["recipe.hyperparameters.learning_rate"] == (0.02, 1e-7)

@@ -76,7 +76,7 @@ def test_the_registered_model_takes_texts_and_gives_labels_and_probabilities(cha
 def test_predict_answers_new_texts(chain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlpipes import cli_models
 
-    monkeypatch.setattr(cli_models, "entry_named", lambda name: name)
+    monkeypatch.setattr(cli_models, "scale_named", lambda workload, scale: scale)
     runner = CliRunner(env={"COLUMNS": "120"})
     result = runner.invoke(app, ["predict", "words", SCALES[0], "purr purr purr", "bark bark"])
     assert result.exit_code == 0, result.output

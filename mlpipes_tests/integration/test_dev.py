@@ -1,0 +1,235 @@
+"""`mlpipes dev` as a user sees it: a quiet first screen, a line per event, clear errors, a quiet end."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlpipes_tests.sandbox import Sandbox, answers, end, free_port, graphql
+
+SCALE = "w1-b128-e30-g0"
+SECONDS = 300
+NOISE = ("Traceback", "Stack Trace", "WARNING", "INFO", "ERROR", "UserWarning", "dagster.")
+_LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
+  __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
+
+
+def command_of(process: psutil.Process) -> str:
+    """A process's command line; empty if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+class Dev:
+    """A running `mlpipes dev` and its screen."""
+
+    def __init__(self, sandbox: Sandbox, *options: str) -> None:
+        self.sandbox, self.port, self.mlflow = sandbox, free_port(), free_port()
+        self.ui = f"http://127.0.0.1:{self.port}"
+        self.screen = sandbox.path / f"screen-{self.port}.txt"
+        command = [".venv/bin/mlpipes", "dev", "--port", str(self.port), "--mlflow", "--mlflow-port", str(self.mlflow)]
+        self.process = sandbox.start(*command, *options, log=self.screen.name)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.screen.read_text().splitlines()
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait for a condition; what there is to know goes into the error."""
+        deadline = time.monotonic() + SECONDS
+        while not (found := condition()):
+            log = self.sandbox.home / "logs" / "dev.log"
+            assert time.monotonic() < deadline, f"not {what}:\n{self.screen.read_text()}\n{log.read_text()[-4000:]}"
+            assert self.process.poll() is None, f"ended before {what}:\n{self.screen.read_text()}"
+            time.sleep(0.2)
+        return found
+
+    def line(self, pattern: str) -> str:
+        """The first line that matches, as soon as there is one."""
+        return self.until(lambda: next((x for x in self.lines if re.search(pattern, x)), None), pattern)
+
+    def ready(self) -> "Dev":
+        self.line("^MLflow UI:")
+        self.line("^Trainings run")
+        return self
+
+    def launch(self, asset: str, partition: str) -> dict[str, Any]:
+        """Launch one asset of digits, as the launchpad does."""
+        selector = {"repositoryLocationName": "mlpipes.definitions", "repositoryName": "__repository__"}
+        parameters = {
+            "selector": {**selector, "jobName": "digits_chain", "assetSelection": [{"path": ["digits", asset]}]},
+            "runConfigData": json.dumps({}),
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": partition}]},
+        }
+        return graphql(self.ui, _LAUNCH, params=parameters)["launchRun"]
+
+    def code_processes(self) -> tuple[psutil.Process, psutil.Process]:
+        """The code server that Dagster calls a proxy, and the process below it that has loaded the code."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            proxies = [p for p in psutil.Process(self.process.pid).children() if "code-server" in command_of(p)]
+            inner = [q for p in proxies for q in p.children() if " api grpc " in command_of(q)]
+            found[:] = [*proxies, *inner]
+            return len(found) == 2
+
+        self.until(look, "the code server and its process run")
+        return found[0], found[1]
+
+    def serves_code(self) -> bool:
+        """Whether the webserver knows the jobs."""
+        try:
+            return "digits_chain" in str(
+                graphql(self.ui, "{ repositoriesOrError { ... on RepositoryConnection { nodes { jobs { name } } } } }")
+            )
+        except (OSError, RuntimeError, ValueError):
+            return False
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    return Sandbox(tmp_path_factory.mktemp("dev"))
+
+
+@pytest.fixture(scope="module")
+def dev(sandbox: Sandbox) -> Iterator[Dev]:
+    started = Dev(sandbox)
+    try:
+        yield started.ready()
+    finally:
+        end(started.process)
+
+
+def test_the_first_screen_is_quiet(dev: Dev) -> None:
+    first, *others = dev.lines[:4]
+    assert (
+        first == f"Starting Dagster. What its servers print: {dev.sandbox.home}/logs/dev.log (--verbose shows it here)"
+    )
+    assert sorted(others) == [
+        f"Dagster UI: {dev.ui}",
+        f"MLflow UI:  http://127.0.0.1:{dev.mlflow}",
+        "Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it.",
+    ]
+    assert others.index(f"Dagster UI: {dev.ui}") < others.index(
+        "Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it."
+    )
+    assert answers(f"{dev.ui}/server_info"), "the address is said when it answers"
+    log = (dev.sandbox.home / "logs" / "dev.log").read_text()
+    assert "Started Dagster code server" in log, "all of it is in the log"
+    assert "Could not reach user code server" not in log, "nobody asked before the code server listened"
+
+
+def test_a_run_is_told_when_it_starts_and_when_it_succeeds(dev: Dev) -> None:
+    dev.until(dev.serves_code, "the code is served")
+    run_id = dev.launch("dataset", SCALE)["run"]["runId"]
+    assert dev.line(f"digits_chain {SCALE} started").endswith(f"{dev.ui}/runs/{run_id}")
+    dev.line(rf"^\d\d:\d\d:\d\d digits_chain {SCALE} succeeded after \d+ s$")
+
+
+def test_a_run_that_fails_is_told_with_its_cause(dev: Dev) -> None:
+    dev.until(dev.serves_code, "the code is served")
+    other = "w2-b128-e30-g0"
+    run_id = dev.launch("snapshot", other)["run"]["runId"]
+    line = dev.line(f"digits_chain {other} failed")
+    assert f"digits/dataset was never materialized for {other}; materialize it first" in line
+    assert line.endswith(f"{dev.ui}/runs/{run_id}")
+
+
+def test_a_scale_that_is_unknown_is_one_error_in_the_launchpad_too(dev: Dev) -> None:
+    dev.until(dev.serves_code, "the code is served")
+    unknown = "w1-b128-e300-g0"
+    run_id = dev.launch("dataset", unknown)["run"]["runId"]
+    line = dev.line(f"digits_chain {unknown} failed")
+    assert f"failed: digits has no scale {unknown}; it has {SCALE}, " in line
+    assert "name a file with all scales that digits is to have in MLPIPES_SCALES" in line
+    assert line.endswith(f"{dev.ui}/runs/{run_id}")
+
+
+def test_code_that_died_is_told_in_one_line(dev: Dev) -> None:
+    dev.until(dev.serves_code, "the code is served")
+    _, inner = dev.code_processes()
+    inner.kill()
+    dev.line("The code of mlpipes.definitions was not reachable any more; it is started again.")
+    dev.until(lambda: dev.code_processes()[1].pid != inner.pid and dev.serves_code(), "the code is served again")
+    assert sum("not reachable" in line for line in dev.lines) == 1
+
+
+def test_a_server_that_died_is_told_in_one_line(dev: Dev) -> None:
+    before = len(dev.lines)
+    proxy, _ = dev.code_processes()
+    proxy.kill()
+    dev.line("Dagster's code server was killed by SIGKILL; it was started again.")
+    dev.until(lambda: dev.code_processes()[0].pid != proxy.pid and dev.serves_code(), "the code is served again")
+    assert [line[9:] for line in dev.lines[before:]] == [
+        "Dagster's code server was killed by SIGKILL; it was started again."
+    ]
+
+
+def test_nothing_else_was_on_the_screen(dev: Dev) -> None:
+    """The last one that uses the shared session: whatever happened, no noise."""
+    assert not [line for line in dev.lines if any(word in line for word in NOISE)], dev.lines
+
+
+def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(sandbox: Sandbox) -> None:
+    second = Dev(sandbox, "--verbose")
+    try:
+        second.ready()
+        second.line("Started Dagster code server")
+        assert (sandbox.home / "logs" / "dev.previous.log").is_file()
+        assert not [line for line in second.lines if "Traceback" in line or "WARNING" in line], second.lines
+    finally:
+        second.process.send_signal(signal.SIGINT)
+        code = second.process.wait(SECONDS)
+        end(second.process)
+    assert code == 0
+    assert "Ending Dagster's servers …" in second.lines
+    assert not answers(f"{second.ui}/server_info")
+
+
+def test_it_can_be_interrupted_while_it_starts(sandbox: Sandbox) -> None:
+    early = Dev(sandbox)
+    try:
+        early.code_processes_started = early.until(  # type: ignore[attr-defined]
+            lambda: psutil.Process(early.process.pid).children(), "a server was started"
+        )
+    finally:
+        early.process.send_signal(signal.SIGINT)
+        code = early.process.wait(SECONDS)
+        end(early.process)
+    assert code == 0
+    assert early.lines[-1] == "Ending Dagster's servers …"
+    assert "Dagster UI" not in "".join(early.lines)
+
+
+def test_a_bad_scale_file_is_one_clear_error(sandbox: Sandbox, tmp_path: Path) -> None:
+    path = tmp_path / "scales.yaml"
+    path.write_text("digits: [w3-b64-e1-g0]")
+    result = sandbox.run(f".venv/bin/mlpipes dev --port {free_port()}", timeout=SECONDS, MLPIPES_SCALES=str(path))
+    assert result.returncode == 1
+    said = result.stderr.splitlines()
+    assert said[0].startswith("ConfigError: the definitions of mlpipes.definitions do not load. ")
+    assert f"ScaleError: scale file {path}, workload digits, entry 1" in said[0]
+    assert "batch_size 64 is not divisible by workers 3" in said[0]
+    assert said[1:] == [f"More: {sandbox.home}/logs/dev.log"]
+    assert not [word for word in NOISE if word in result.stdout], result.stdout
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(sandbox: Sandbox) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result: subprocess.CompletedProcess[str] = sandbox.run(f".venv/bin/mlpipes dev --port {port}")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [f"ConfigError: port {port} is taken; choose another with --port"]
