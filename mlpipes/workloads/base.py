@@ -130,7 +130,14 @@ class Workload(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, hp: Any) -> Tensor:
-        """The loss *summed* over the batch's samples, a scalar; the engine divides by the global batch size."""
+        """The loss *summed* over the batch's samples, a scalar; the engine divides by `weight` of the global batch."""
+
+    def weight(self, batch: Batch, hp: Any) -> Tensor | None:
+        """What the batch counts in the mean loss, summed over its samples, a scalar; None: 1 a sample.
+
+        For a mean over tokens, pixels or masked items, their number. The sum over a global batch must not be 0.
+        """
+        return None
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, hp: Any) -> dict[str, Tensor]:
