@@ -44,6 +44,7 @@ class SparseReadEmbedding(nn.Embedding):
     _kept: Tensor | None
     _touched: Tensor
     _found: TableGradient
+    _nothing: TableGradient
 
     def begin(self) -> None:
         """Keep nothing yet."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mlpipes.training.embedding import SparseReadEmbedding, TableGradient
 from mlpipes.training.parallel import Workers, shares
 from mlpipes.training.reduction import TreeReduction, TreeSum
-from mlpipes.training.statistics import RunningStatistics
+from mlpipes.training.running_statistics import RunningStatistics
 
 ShardLosses = Callable[[int, Tensor], Iterable[tuple[Tensor, Tensor | float]]]
 """For a shard's number and rows (B,): of each of its parts, one after the other, the summed losses and what they count."""

@@ -21,7 +21,7 @@ ENGINE_MODULES = tuple(
         "loop",
         "parallel",
         "reduction",
-        "statistics",
+        "running_statistics",
         "tensors",
     )
 )

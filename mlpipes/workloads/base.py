@@ -32,7 +32,7 @@ class Hyperparameters(BaseModel):
     )
     reduction: Literal["ordered", "allreduce"] = Field(
         default="ordered",
-        description="ordered: the same bits at any number of workers; allreduce: less traffic, equal to rounding",
+        description="ordered: the same bits at any number of workers; allreduce: in the backend's order, equal to rounding",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where the hardware has it"

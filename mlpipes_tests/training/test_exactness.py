@@ -284,7 +284,7 @@ def test_a_batch_in_which_nothing_counts_ends_the_training_with_its_step(
 
     monkeypatch.setattr(ImageClassification, "weight", weight)
     job = make_job(tmp_path, "w1-b64-e1-g0")
-    with pytest.raises(TrainingFailedError, match=r"nothing counts in the batch of step 7 of 17: .* sum to 0"):
+    with pytest.raises(TrainingFailedError, match=r"nothing counts in the batch of step 7 of \d+: .* sum to 0"):
         run_here(job)
     assert not job.folder.result.exists()
 
