@@ -18,7 +18,8 @@ from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
 from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.evaluation import autocast, predictions_of
-from mlpipes.training.parallel import ShardedGradient, Workers
+from mlpipes.training.gradient import ShardedGradient
+from mlpipes.training.parallel import Workers
 from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import Checkpointing
 from mlpipes.training.stopwatch import Stopwatch
@@ -76,7 +77,8 @@ class Trainer:
         self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
-        self.gradient = ShardedGradient(self.model, workers, hp.logical_shards or scale.workers, hp.reduction)
+        weighted = type(workload).weight is not Workload.weight
+        self.gradient = ShardedGradient(self.model, workers, hp.logical_shards or scale.workers, hp.reduction, weighted)
         self.progress = Progress(seed=seed, precision=resolve_precision(hp.precision, device))
         self._undrained: list[Tensor] = []
         self._told = 0
@@ -172,8 +174,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
         # Around all shards, so that weights are cast once a step and not once a shard.
         with autocast(self.device, self.progress.precision):
-            loss = self.gradient.compute(rows, self._shard_losses)
-        self._undrained.append(loss.clone())
+            self._undrained.append(self.gradient.compute(rows, self._shard_losses).clone())
         if (limit := self.workload.gradient_clip(self.hp)) is not None:
             # The gradient is the same on every worker by now, and so is its norm.
             nn.utils.clip_grad_norm_(self.gradient.parameters, limit, foreach=False)
@@ -182,21 +183,28 @@ class Trainer:
         self.progress.order_digest = _chained(self.progress.order_digest, rows.numpy().tobytes())
         self.progress.step += 1
 
-    def _shard_losses(self, shard: int, rows: Tensor) -> Iterator[Tensor]:
+    def _shard_losses(self, shard: int, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | float]]:
         # Augmentation and dropout draw from a generator that only the position determines.
         torch.manual_seed(mixed_seed(self.progress.seed, "shard", self.progress.step, shard))
         for part in self.workload.micro_batches(self.train_columns, rows, self.hp):
             with autocast(self.device, "fp32"):
                 batch = self.workload.batch(self.train_columns, part, self.hp, augment=True)
-            yield self.workload.loss(self.model, batch, self.hp)
+            loss, weight = self.workload.loss(self.model, batch, self.hp), self.workload.weight(batch, self.hp)
+            yield loss, len(part) if weight is None else weight
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
     def _drain(self) -> None:
         """Move losses from the device into the progress; waits for the device, so the clock is right afterwards."""
         if self._undrained:
-            losses = torch.stack(self._undrained).float().cpu()
+            losses, weights = torch.stack(self._undrained).cpu().unbind(1)
             self._undrained.clear()
-            for number, loss in enumerate(losses.tolist(), start=self.progress.step - len(losses) + 1):
+            first = self.progress.step - len(losses) + 1
+            for number, (loss, weight) in enumerate(zip(losses.tolist(), weights.tolist(), strict=True), start=first):
+                if weight == 0:
+                    raise TrainingFailedError(
+                        f"nothing counts in the batch of step {number} of {self.total_steps}: its samples' weights sum to "
+                        "0, so it has no mean loss. Use a larger batch size, or masks that always leave something."
+                    )
                 if not math.isfinite(loss):
                     raise TrainingFailedError(
                         f"the loss became {loss} at step {number} of {self.total_steps}. Lower the learning rate or set "

@@ -12,7 +12,18 @@ from mlpipes.files import digest_of
 from mlpipes.scales import RayScaleConfig
 
 ENGINE_MODULES = tuple(
-    f"mlpipes.training.{name}" for name in ("determinism", "embedding", "evaluation", "loop", "parallel", "tensors")
+    f"mlpipes.training.{name}"
+    for name in (
+        "determinism",
+        "embedding",
+        "evaluation",
+        "gradient",
+        "loop",
+        "parallel",
+        "reduction",
+        "running_statistics",
+        "tensors",
+    )
 )
 """Engine code that numbers depend on. The rest (checkpoints, messages, tracking) may change without retraining."""
 

@@ -15,7 +15,7 @@ from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
 from mlpipes.training.loop import Trainer
 from mlpipes.training.messages import MessageWriter
-from mlpipes.training.parallel import ProcessGroup, SingleWorker, Workers
+from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
 from mlpipes.training.room import write_with_patience
 from mlpipes.training.specification import TrainingJob
 from mlpipes.workloads.base import DataInfo
@@ -34,7 +34,7 @@ def train_on_ray(config: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)  # noqa: S101 - a list only if more than one GPU a worker is asked for
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    workers: Workers = ProcessGroup() if torch.distributed.is_initialized() else SingleWorker()
+    workers: Workers = DistributedWorkers() if torch.distributed.is_initialized() else SingleWorker()
     try:
         train(job, workers, device, Lease(job.folder.path / "lease.json", config["lease"]))
     except Exception as error:

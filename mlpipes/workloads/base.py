@@ -32,7 +32,7 @@ class Hyperparameters(BaseModel):
     )
     reduction: Literal["ordered", "allreduce"] = Field(
         default="ordered",
-        description="ordered: the same bits at any number of workers; allreduce: less traffic, equal to rounding",
+        description="ordered: the same bits at any number of workers; allreduce: in the backend's order, equal to rounding",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where the hardware has it"
@@ -130,7 +130,14 @@ class Workload(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, hp: Any) -> Tensor:
-        """The loss *summed* over the batch's samples, a scalar; the engine divides by the global batch size."""
+        """The loss *summed* over the batch's samples, a scalar; the engine divides by `weight` of the global batch."""
+
+    def weight(self, batch: Batch, hp: Any) -> Tensor | None:
+        """What the batch counts in the mean loss, summed over its samples, a scalar; None: 1 a sample.
+
+        For a mean over tokens, pixels or masked items, their number. The sum over a global batch must not be 0.
+        """
+        return None
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, hp: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ class Normalized(nn.Module):
 
     def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
-        # Frozen parameters rather than buffers: buffers are running statistics, which training averages over shards.
+        # Frozen parameters: weights that no step changes.
         self.mean = nn.Parameter(torch.tensor(mean)[:, None, None], requires_grad=False)
         self.scale = nn.Parameter(1 / torch.tensor(std)[:, None, None], requires_grad=False)
         self.network = network

@@ -16,7 +16,7 @@ from mlpipes.scales import RayScaleConfig
 from mlpipes.store import Store
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.loop import Trainer
-from mlpipes.training.parallel import ProcessGroup, SingleWorker
+from mlpipes.training.parallel import DistributedWorkers, SingleWorker
 from mlpipes.training.recipe import Recipe
 from mlpipes.training.specification import Checkpointing, TrainingJob
 from mlpipes.training.worker import train
@@ -48,7 +48,7 @@ def make_job(root: Path, scale: str, implementation: str = DIGITS, seed: int = 0
     )
 
 
-class Discarding(ProcessGroup):
+class Discarding(DistributedWorkers):
     """The error of the program that this one replaces: each worker trains on its own, and all but one are discarded."""
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -75,7 +75,7 @@ def worker_process(rank: int, size: int, port: int, job: str, crash: int | None,
     dist.init_process_group("gloo", rank=rank, world_size=size)
     if crash is not None:
         _crash_at(crash)
-    train(TrainingJob.read(Path(job)), Discarding() if discard else ProcessGroup(), torch.device("cpu"))
+    train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device("cpu"))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -44,6 +44,8 @@ def test_trains_to_the_same_bits_as_autograd(shards: int, padding: int | None, t
                 parameter.grad = None
             for ids in batches:
                 (model(ids) ** 2).mean().backward()
+            if type(model.words) is SparseReadEmbedding:
+                model.words.put(model.words.take())
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
         for a, b in zip(usual.parameters(), ours.parameters(), strict=True):
@@ -62,6 +64,8 @@ def test_reuses_its_memory_and_leaves_frozen_tables_alone() -> None:
     for _ in range(3):
         model.words.weight.grad = None
         model(torch.randint(ROWS, (2, 8))).sum().backward()
+        assert isinstance(model.words, SparseReadEmbedding)
+        model.words.put(model.words.take())
         assert model.words.weight.grad is not None
         places.add(model.words.weight.grad.data_ptr())
     assert len(places) == 1
@@ -70,3 +74,22 @@ def test_reuses_its_memory_and_leaves_frozen_tables_alone() -> None:
     keep_embedding_gradients(frozen)
     frozen(torch.randint(ROWS, (2, 8))).sum().backward()
     assert frozen.words.weight.grad is None
+
+
+def test_a_row_left_out_is_a_row_of_zeros() -> None:
+    """Sums of gradients of which each has other rows are those of whole tables, bit for bit, -0.0 included."""
+    torch.manual_seed(0)
+    model = Reader(0)
+    keep_embedding_gradients(model)
+    assert isinstance(model.words, SparseReadEmbedding)
+    found, whole = [], []
+    for _ in range(3):
+        (model(torch.randint(60, (3, 5))) * torch.randn(WIDTH).relu() * -1).sum().backward()
+        found.append(model.words.take())
+        whole.append(torch.zeros(ROWS, WIDTH))
+        whole[-1][found[-1].rows] = found[-1].values
+        assert not (found[-1].values.eq(0) & found[-1].values.signbit()).any()
+    model.words.put(found[0].plus(found[1]).plus(found[2]))
+    assert model.words.weight.grad is not None
+    assert torch.equal(model.words.weight.grad.view(torch.int32), (whole[0] + whole[1] + whole[2]).view(torch.int32))
+    assert len(model.words.take().rows) == 0

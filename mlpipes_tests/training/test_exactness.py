@@ -37,10 +37,9 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
-    outcomes = [run(make_job(tmp_path, f"w{n}-b64-e3-g0")) for n in (1, 2, 4)]
-    assert outcomes[0]["steps"] >= 50
-    assert equal(outcomes[0], outcomes[1])
-    assert equal(outcomes[0], outcomes[2])
+    whole, *others = [run(make_job(tmp_path / str(n), "w1-b64-e3-g0"), workers=n) for n in (1, 2, 3, 4)]
+    assert whole["steps"] >= 50
+    assert all(equal(whole, other) for other in others)
 
 
 @pytest.mark.parametrize("workers", [2, 4])
@@ -268,6 +267,24 @@ def test_the_best_is_chosen_by_validation(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_ends_the_training_with_one_clear_message(tmp_path: Path) -> None:
     job = make_job(tmp_path, "w1-b64-e2-g0", optimizer="sgd", learning_rate=1e30)
     with pytest.raises(TrainingFailedError, match=r"the loss became (nan|inf) at step \d+ of \d+"):
+        run_here(job)
+    assert not job.folder.result.exists()
+
+
+def test_a_batch_in_which_nothing_counts_ends_the_training_with_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlpipes.workloads.image_classification import ImageClassification
+
+    calls = []
+
+    def weight(self: Any, batch: dict[str, torch.Tensor], hp: Any) -> torch.Tensor:
+        calls.append(len(batch["label"]))
+        return torch.tensor(0.0 if len(calls) > 4 * 6 else float(calls[-1]))  # four shards a step
+
+    monkeypatch.setattr(ImageClassification, "weight", weight)
+    job = make_job(tmp_path, "w1-b64-e1-g0")
+    with pytest.raises(TrainingFailedError, match=r"nothing counts in the batch of step 7 of \d+: .* sum to 0"):
         run_here(job)
     assert not job.folder.result.exists()
 
