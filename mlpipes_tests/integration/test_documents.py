@@ -44,7 +44,7 @@ def dagster(folder: Sandbox) -> Iterator[str]:
         f"http://127.0.0.1:{port}",
     )
     try:
-        wait_for(f"{address}/server_info", 300)
+        wait_for(f"{address}/server_info")
         yield address
     finally:
         end(server)

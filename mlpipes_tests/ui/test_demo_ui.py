@@ -26,8 +26,8 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         options = ("--port", str(port), "--mlflow", "--mlflow-port", str(mlflow))
         server = folder.start(".venv/bin/mlpipes", "dev", *options, log="dev.log")
         try:
-            wait_for(f"http://127.0.0.1:{port}/server_info", 300)
-            wait_for(f"http://127.0.0.1:{mlflow}/health", 300)
+            wait_for(f"http://127.0.0.1:{port}/server_info")
+            wait_for(f"http://127.0.0.1:{mlflow}/health")
             yield f"http://127.0.0.1:{port}"
         finally:
             end(server)
