@@ -76,7 +76,7 @@ def test_wrong_kind_and_version_are_errors(tmp_path: Path) -> None:
 def _publish_slowly(target: str, barrier: object) -> None:
     with publishing(Path(target), kind="thing", version=1) as draft:
         (draft.path / "a.bin").write_bytes(b"same")
-        barrier.wait(20)  # type: ignore[attr-defined]
+        barrier.wait(300)  # type: ignore[attr-defined]
 
 
 def test_two_writers_at_once_are_safe(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_two_writers_at_once_are_safe(tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(300)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     open_published(tmp_path / "t", kind="thing")
     assert [p.name for p in tmp_path.iterdir()] == ["t"]

@@ -150,7 +150,7 @@ def test_partitions_that_write_one_snapshot_at_once_are_safe(tmp_path: Path) -> 
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(100)
+        writer.join(300)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     folders = [p.name for p in (tmp_path / "snapshots").iterdir() if p.name != "requests"]
     assert len(folders) == 1
