@@ -35,7 +35,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseExc
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_no_damage_goes_unnoticed(tmp_path: Path, data: st.DataObject) -> None:
     target = tmp_path / f"t{len(list(tmp_path.iterdir()))}"

@@ -115,16 +115,18 @@ def test_random_numbers_that_others_draw_change_nothing(tmp_path: Path, monkeypa
     assert equal(whole, run_here(make_job(tmp_path / "disturbed", "w1-b128-e1-g0")))
 
 
-def test_threads_that_the_environment_asks_for_change_nothing(tmp_path: Path) -> None:
+def test_threads_that_the_environment_asks_for_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 256 rows in one shard are summed in another order by two threads than by one.
     options = {"logical_shards": 1, "every_steps": None}
-    whole = run_here(make_job(tmp_path / "whole", "w1-b512-e1-g0", **options))
-    threads = torch.get_num_threads()
+    whole, used = run_here(make_job(tmp_path / "whole", "w1-b512-e1-g0", **options)), set[int]()
+    step, threads = Trainer._step, torch.get_num_threads()
+    monkeypatch.setattr(Trainer, "_step", lambda self: (used.add(torch.get_num_threads()), step(self))[1])
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
         assert equal(whole, run_here(make_job(tmp_path / "other", "w1-b512-e1-g0", **options)))
     finally:
         torch.set_num_threads(threads)
+    assert used == {1}, "as the scale says, whatever was set before"
 
 
 def test_a_resumed_training_goes_on_with_the_schedule_and_the_optimizers_memory(tmp_path: Path) -> None:

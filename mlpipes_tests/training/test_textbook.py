@@ -109,7 +109,7 @@ def textbook_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
 def compare_step(trainer: Trainer, kind: str) -> dict[str, float]:
     """Let the engine take one step; how far its loss, gradient and update are from the textbook's, by name."""
     step, rows = trainer.progress.step, trainer.order.batch(0, trainer.progress.step)
-    model = copy.deepcopy(trainer.model).double()
+    model: Any = copy.deepcopy(trainer.model).double()
     optimizer = textbook_optimizer(model, kind)
     state = copy.deepcopy(trainer.optimizers[0].state_dict()["state"])  # loading turns it into float64
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -228,4 +228,5 @@ def test_the_vocabulary_sees_the_training_split_only_and_comes_out_the_same(tabl
     changed = [{**row, "text": row["text"] + " qqqzzz"} if row["text"] in only_test else row for row in rows]
     write_jsonl(tables / "words.jsonl", changed)
     again = prepare(words, tmp_path)
+    assert all("qqqzzz" in text for text in again.splits["test"]["text"].texts()), "the same rows are held out"
     assert again.files["tokenizer/tokenizer.json"].read_bytes() == vocabularies[0]
