@@ -35,9 +35,9 @@ def test_no_token_is_given_twice(tmp_path: Path) -> None:
     takers = [context.Process(target=_take_many, args=(str(tmp_path), 40, queue)) for _ in range(3)]
     for taker in takers:
         taker.start()
-    tokens = [token for _ in takers for token in queue.get(timeout=60)]
+    tokens = [token for _ in takers for token in queue.get(timeout=300)]
     for taker in takers:
-        taker.join(30)
+        taker.join(300)
     assert sorted(tokens) == list(range(1, 121))
 
 
@@ -58,7 +58,7 @@ def test_a_paused_holder_that_wakes_up_late_cannot_write(tmp_path: Path) -> None
     sleeper.start()
     assert sleeper.pid is not None
     try:
-        assert ready.wait(30)
+        assert ready.wait(300)
         # Pause it between two writes: with the lock in its hands it would hold everybody up, which is tested by time-out.
         from filelock import FileLock
 
@@ -68,7 +68,7 @@ def test_a_paused_holder_that_wakes_up_late_cannot_write(tmp_path: Path) -> None
         with lease.guarded():
             (tmp_path / "target").write_text("awake")
         os.kill(sleeper.pid, signal.SIGCONT)
-        sleeper.join(30)
+        sleeper.join(300)
         assert sleeper.exitcode == 1, "it ended with LeaseLostError"
         assert (tmp_path / "target").read_text() == "awake"
     finally:

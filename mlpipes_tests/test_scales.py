@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpipes.errors import ScaleError
@@ -22,6 +22,7 @@ def scales(draw: st.DrawFn) -> RayScaleConfig:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scales())
 def test_key_round_trips(scale: RayScaleConfig) -> None:
     assert RayScaleConfig.from_key(scale.key) == scale
@@ -29,11 +30,13 @@ def test_key_round_trips(scale: RayScaleConfig) -> None:
     assert "..." not in scale.key
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scales(), scales())
 def test_different_scales_have_different_keys(a: RayScaleConfig, b: RayScaleConfig) -> None:
     assert (a == b) == (a.key == b.key)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=30))
 def test_any_text_is_a_canonical_key_or_a_clear_error(text: str) -> None:
     try:

@@ -323,8 +323,8 @@ class TextRegression(TextWorkload):
         }
 
     def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """By correlation, then by loss."""
-        return metrics["pearson"], -metrics["loss"]
+        """By squared error. A correlation sees neither size nor place: best of all may be what is always near the mean."""
+        return -metrics["loss"], metrics["pearson"]
 
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
         """Correlations and errors with the worst misses as a table of texts."""

@@ -1,12 +1,12 @@
 """The contract of places that run trainings: who is attached to, how attempts are counted, asking for a last checkpoint."""
 
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from mlpipes.compute import jobs
 from mlpipes.compute.jobs import REQUEUED, JobHandle, Jobs, JobStatus, ask_for_last_checkpoint
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store import TrainingFolder
@@ -39,7 +39,7 @@ class Notebook(Jobs):
         return JobStatus(self.state)
 
     def ask_to_stop(self, handle: JobHandle) -> None:
-        threading.Timer(0.5, lambda: setattr(self, "state", "CANCELLED")).start()
+        self.state = "CANCELLED"
 
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         return ""
@@ -118,23 +118,51 @@ def test_two_callers_at_once_submit_one_job(job: TrainingJob) -> None:
 
 
 def test_stopping_waits_until_the_job_has_ended(job: TrainingJob) -> None:
-    place = Notebook()
-    place.stop(place.attach_or_submit(job))
-    assert place.state == "CANCELLED"
+    class Slow(Notebook):
+        asked = 0
+
+        def ask_to_stop(self, handle: JobHandle) -> None:
+            """It takes its time: it ends when it has been looked at three times."""
+
+        def status(self, handle: JobHandle) -> JobStatus:
+            self.asked += 1
+            return JobStatus("RUNNING" if self.asked < 3 else "STOPPED")
+
+    place = Slow()
+    place.stop(place.attach_or_submit(job), timeout_seconds=300)
+    assert place.asked == 3
+
+
+class Clock:
+    """Time that goes on only while somebody sleeps; `then` is done at the third look."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.now, self.sleeps, self.then = 0.0, 0, then
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps += 1
+        if self.sleeps == 3:
+            self.then()
 
 
 @pytest.mark.parametrize("kind", ["stopping", "finished"])
-def test_a_last_checkpoint_is_waited_for(job: TrainingJob, kind: str) -> None:
-    messages, began = MessageWriter(job.folder.messages(1)), time.monotonic()
+def test_a_last_checkpoint_is_waited_for(job: TrainingJob, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    messages = MessageWriter(job.folder.messages(1))
     messages("progress", step=1)
-    threading.Timer(0.5, lambda: messages(kind, step=1)).start()
+    clock = Clock(lambda: messages(kind, step=1))
+    monkeypatch.setattr(jobs, "time", clock)
     ask_for_last_checkpoint(job.folder, 1, seconds=30)
     assert job.folder.stop_request(1).exists()
-    assert 0.4 < time.monotonic() - began < 20
+    assert clock.sleeps == 3, "until the message came, and no longer"
 
 
-def test_a_last_checkpoint_is_not_waited_for_for_ever(job: TrainingJob) -> None:
+def test_a_last_checkpoint_is_not_waited_for_for_ever(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
     MessageWriter(job.folder.messages(1))("progress", step=1)
-    began = time.monotonic()
-    ask_for_last_checkpoint(job.folder, 1, seconds=0.5)
-    assert 0.4 < time.monotonic() - began < 20
+    clock = Clock(lambda: None)
+    monkeypatch.setattr(jobs, "time", clock)
+    ask_for_last_checkpoint(job.folder, 1, seconds=30)
+    assert clock.now == pytest.approx(30, abs=1)

@@ -12,9 +12,9 @@ from mlpipes.compute.ray_node import MARK, end_marked
 
 _NODE = """import subprocess, sys, time
 for title in ("ray::Agent", "somebody"):
-    made = subprocess.Popen([title, "-c", "import time; time.sleep(60)"], executable=sys.executable, env={})
+    made = subprocess.Popen([title, "-c", "import time; time.sleep(3600)"], executable=sys.executable, env={})
     print(made.pid, flush=True)
-time.sleep(60)"""
+time.sleep(3600)"""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_agents_that_outlived_their_node_are_found_by_its_session(
 ) -> None:
     mark, head, agent, other = node
     head.kill()
-    psutil.wait_procs([head], timeout=5)
+    head.wait(300)
     end_marked(mark)
     assert not is_gone(agent), "nothing but the session tells whose it is"
     end_marked(mark, session=head.pid)

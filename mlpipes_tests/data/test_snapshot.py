@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpipes.data.dataset import Dataset
@@ -87,7 +87,7 @@ def test_splits_are_disjoint_stratified_seeded_and_memory_mapped(tmp_path: Path)
     assert not np.array_equal(other["test"]["source_index"], snapshot.columns("test")["source_index"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 119), max_size=30), st.integers(0, 5))
 def test_planted_duplicates_are_dropped_and_reported(sources: list[int], leaks: int) -> None:
     train = {name: array.copy() for name, array in tiny_dataset().splits["train"].items()}
@@ -150,7 +150,7 @@ def test_partitions_that_write_one_snapshot_at_once_are_safe(tmp_path: Path) -> 
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(100)
+        writer.join(300)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     folders = [p.name for p in (tmp_path / "snapshots").iterdir() if p.name != "requests"]
     assert len(folders) == 1

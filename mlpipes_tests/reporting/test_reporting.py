@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpipes.reporting.classification import classification_report, expected_calibration_error, wilson
@@ -49,6 +49,7 @@ def test_a_perfect_model_has_no_picture_of_mistakes() -> None:
     assert "mistakes" not in report.figures
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=20))
 def test_any_text_stays_in_its_cell(text: str) -> None:
     lines = Table("t", ["c"], [[text.replace("\\", "")]]).markdown().split("\n")

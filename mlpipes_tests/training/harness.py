@@ -99,7 +99,7 @@ def run(
         for process in processes:
             process.start()
         for process in processes:
-            process.join(200)
+            process.join(600)
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:

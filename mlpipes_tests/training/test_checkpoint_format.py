@@ -28,7 +28,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.folder
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_truncated_or_flipped_bytes_never_load_silently(written: Path, tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "damaged"

@@ -62,38 +62,6 @@ def test_discarding_the_other_workers_would_be_noticed(tmp_path: Path, reduction
     assert furthest(weights(alone), weights(wrong)) > 1e-5
 
 
-def test_the_engine_computes_what_plain_pytorch_computes(tmp_path: Path) -> None:
-    """One shard, no augmentation, plain SGD: the textbook loop, written out independently of the engine."""
-    from mlpipes.data.snapshot import open_snapshot
-    from mlpipes.training.determinism import mixed_seed
-    from mlpipes.workloads.base import DataInfo
-    from mlpipes.workloads.catalog import load_workload
-
-    job = make_job(
-        tmp_path, "w1-b64-e1-g0", optimizer="sgd", learning_rate=0.05, affine=False, logical_shards=1, seed=1
-    )
-    run_here(job)
-    snapshot, workload = open_snapshot(job.snapshot), load_workload(job.recipe.implementation)
-    columns = {name: torch.tensor(array) for name, array in snapshot.columns("train").items()}
-    torch.manual_seed(mixed_seed(1, "model"))
-    hp = workload.hyperparameters.model_validate(job.recipe.hyperparameters)
-    model = workload.build_model(hp, DataInfo(snapshot.facts, snapshot.meta["statistics"]))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.02)
-    order = DataOrder(len(columns["label"]), 64, 1)
-    for step in range(order.steps_per_epoch):
-        rows = order.batch(0, step)
-        optimizer.param_groups[0]["lr"] = 0.05 * workload.learning_rate_factor(step / order.steps_per_epoch, hp)
-        optimizer.zero_grad()
-        torch.manual_seed(mixed_seed(1, "shard", step, 0))
-        logits = model(columns["image"][rows])
-        torch.nn.functional.cross_entropy(logits, columns["label"][rows], label_smoothing=0.05).backward()
-        optimizer.step()
-    engine, textbook = weights(job), model.state_dict()
-    for name in engine:
-        assert torch.allclose(engine[name].double(), textbook[name].double(), atol=2e-5), name
-
-
 @pytest.mark.parametrize(("workers", "reduction"), [(1, "ordered"), (2, "ordered"), (4, "allreduce")])
 def test_crashed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path, workers: int, reduction: str) -> None:
     scale = f"w{workers}-b64-e3-g0"
@@ -146,16 +114,18 @@ def test_random_numbers_that_others_draw_change_nothing(tmp_path: Path, monkeypa
     assert equal(whole, run_here(make_job(tmp_path / "disturbed", "w1-b128-e1-g0")))
 
 
-def test_threads_that_the_environment_asks_for_change_nothing(tmp_path: Path) -> None:
+def test_threads_that_the_environment_asks_for_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 256 rows in one shard are summed in another order by two threads than by one.
     options = {"logical_shards": 1, "every_steps": None}
-    whole = run_here(make_job(tmp_path / "whole", "w1-b512-e1-g0", **options))
-    threads = torch.get_num_threads()
+    whole, used = run_here(make_job(tmp_path / "whole", "w1-b512-e1-g0", **options)), set[int]()
+    step, threads = Trainer._step, torch.get_num_threads()
+    monkeypatch.setattr(Trainer, "_step", lambda self: (used.add(torch.get_num_threads()), step(self))[1])
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
         assert equal(whole, run_here(make_job(tmp_path / "other", "w1-b512-e1-g0", **options)))
     finally:
         torch.set_num_threads(threads)
+    assert used == {1}, "as the scale says, whatever was set before"
 
 
 def test_a_resumed_training_goes_on_with_the_schedule_and_the_optimizers_memory(tmp_path: Path) -> None:

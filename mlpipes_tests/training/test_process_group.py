@@ -70,7 +70,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_on_loopback_the_workers_listen_on_loopback_only(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    group, config = Workers(size, "127.0.0.1"), GroupConfig(backend="gloo", timeout_s=60)
+    group, config = Workers(size, "127.0.0.1"), GroupConfig(backend="gloo", timeout_s=600)
     backend = config.backend_cls()
     assert isinstance(backend, GroupBackend)
     try:
@@ -86,5 +86,5 @@ def test_on_loopback_the_workers_listen_on_loopback_only(size: int, monkeypatch:
         for pipe in group.pipes:
             pipe.close()
         for process in group.processes:
-            process.join(20)
+            process.join(300)
             process.kill()

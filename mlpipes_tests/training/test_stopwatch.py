@@ -1,7 +1,5 @@
 """The stopwatch: what counts, and how busy a GPU was."""
 
-import time
-
 import pytest
 import torch
 
@@ -11,17 +9,22 @@ from mlpipes.training.stopwatch import Stopwatch
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_only_what_is_between_begin_and_lap_counts() -> None:
+def test_only_what_is_between_begin_and_lap_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"perf_counter": 1000.0, "process_time": 10.0}
+    for name in clocks:
+        monkeypatch.setattr(stopwatch.time, name, lambda name=name: clocks[name])
     watch = Stopwatch(CPU)
-    time.sleep(0.05)
+    clocks["perf_counter"] += 100
+    clocks["process_time"] += 50
     watch.begin()
-    end = time.process_time() + 0.05
-    while time.process_time() < end:
-        pass
-    first = watch.lap()
-    assert first == watch.wall >= 0.05 <= watch.cpu
+    clocks["perf_counter"] += 4
+    clocks["process_time"] += 3
+    assert watch.lap() == watch.wall == 4
+    clocks["perf_counter"] += 1
+    watch.lap()
+    assert (watch.wall, watch.cpu) == (5, 3)
     busy, resident, on_gpu, gpu_busy = watch.usage().tolist()
-    assert busy == pytest.approx(watch.cpu / watch.wall)
+    assert busy == pytest.approx(3 / 5)
     assert resident > 2**26, "torch alone takes more"
     assert on_gpu == 0
     assert gpu_busy != gpu_busy, "not a number: there is no GPU"

@@ -1,9 +1,6 @@
-"""Text workloads: roles of columns, hard data, batches, budgets, workers, the report."""
+"""Text workloads: batches, budgets, workers, what is learnt and reported, what is prepared."""
 
 import json
-import os
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,206 +8,40 @@ import numpy as np
 import pytest
 import torch
 
-from mlpipes.data.hub import model_folder
 from mlpipes.data.ragged import Ragged
-from mlpipes.data.splits import SplitPlan, split_dataset
-from mlpipes.data.tables import TableSource, infer_roles, sst2_source
+from mlpipes.data.splits import split_dataset
+from mlpipes.data.tables import TableSource
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
 from mlpipes.training.export import evaluate, export_best, load_model
 from mlpipes.training.tensors import on_device
 from mlpipes.workloads.base import DataInfo
-from mlpipes.workloads.encoders import Tiny
 from mlpipes.workloads.text_classification import TextClassification, TextRegression, TextWorkload
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
-
-TINY = Tiny(vocabulary=300, hidden=16, layers=1, heads=2, intermediate=32, positions=64)
-PLAN = SplitPlan(0.2, test_fraction=0.2, content=("text",))
-PAIR_PLAN = SplitPlan(0.2, test_fraction=0.2, content=("text", "text_pair"))
-FOLDER = "MLPIPES_TEST_TABLES"
-"""Where the tables of the workloads below lie; worker processes find it in their environment."""
-
-
-def table(name: str, **options: Any) -> TableSource:
-    return TableSource(str(Path(os.environ.get(FOLDER, "/nowhere")) / name), **options)
-
-
-class Late:
-    """A source whose file is looked up when it is loaded."""
-
-    def __init__(self, name: str, **options: Any) -> None:
-        self.name, self.options = name, options
-
-    def load(self) -> Any:
-        return table(self.name, **self.options).load()
-
-
-HYPER = TextClassification(Late("x.csv"), PLAN, TINY).hyperparameters
-words = TextClassification(Late("words.jsonl"), PLAN, TINY, max_length=32)
-pairs = TextClassification(Late("pairs.tsv"), PAIR_PLAN, TINY, max_length=48)
-numbers = TextRegression(
-    Late("numbers.csv"), SplitPlan(0.2, test_fraction=0.2, content=("text",), stratify_by=None), TINY, max_length=32
+from mlpipes_tests.workloads.texts import (
+    DEEP,
+    FOLDER,
+    HYPER,
+    NUMBERS,
+    PAIRS,
+    PLAN,
+    TINY,
+    WORDS,
+    Late,
+    deep,
+    numbers,
+    words,
+    write_jsonl,
+    write_tables,
 )
-deep = TextClassification(Late("words.jsonl"), PLAN, replace(TINY, layers=2), max_length=32)
-WORDS, PAIRS, NUMBERS, DEEP = (
-    f"mlpipes_tests.workloads.test_text:{name}" for name in ("words", "pairs", "numbers", "deep")
-)
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small learnable tables; the label-sorted one is `words`."""
+    """The folder with the tables of the small workloads."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    generator = np.random.default_rng(0)
-    vocabulary = {
-        "cat": ["purr", "whisker", "mouse"],
-        "dog": ["bark", "bone", "leash"],
-        "日本語": ["東京", "寿司", "☂️"],
-    }
-    rows = []
-    for label, own in sorted(vocabulary.items()):  # sorted by label: a split that does not shuffle would miss a class
-        for number in range(100):
-            some = [str(generator.choice([*own, "the", "a", "of"])) for _ in range(generator.integers(3, 25))]
-            rows.append({"idx": number, "text": f"{' '.join(some)} {label[0]} {number}", "label": label})
-    write_jsonl(tmp_path / "words.jsonl", rows)
-    lines = ["sentence1\tsentence2\tlabel"]
-    for number in range(240):
-        first, second = generator.choice(["red", "green", "blue"], 2)
-        lines.append(f'it "is" {first} {number}\tit is {second} indeed {number}\t{int(first == second)}')
-    (tmp_path / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
-    lines = ["text,score"]
-    for number in range(240):
-        value = generator.integers(0, 6)
-        lines.append(f"{'good ' * value}{'bad ' * (5 - value)}film {number},{value + 0.25}")
-    (tmp_path / "numbers.csv").write_text("\n".join(lines), encoding="utf-8")
-    return tmp_path
-
-
-# -- roles and hard data ----------------------------------------------------------------------------------------------
-def test_roles_are_inferred_or_the_candidates_are_listed() -> None:
-    text = ["a film about nothing", "another film of note", "the third one here"]
-    assert infer_roles({"idx": [1, 2, 3], "sentence": text, "label": [0, 1, 0]}).as_dict() == {
-        "text": "sentence", "text_pair": None, "label": "label", "task": "classification",
-    }  # fmt: skip
-    pair = infer_roles({"sentence1": text, "sentence2": text, "label": ["x", "y", "x"]})
-    assert (pair.text, pair.text_pair) == ("sentence1", "sentence2")
-    assert infer_roles({"text": text, "score": [0.5, 2.25, 1.0]}).task == "regression"
-    assert infer_roles({"text": text, "stars": [5.0, 2.0, 1.0]}).task == "classification"
-    with pytest.raises(DataError, match=r"which column is the text.*'a', 'b', 'c'"):
-        infer_roles({"a": text, "b": text, "c": text, "label": [0, 1, 0]})
-    with pytest.raises(DataError, match=r"which column is the label.*'label', 'score'"):
-        infer_roles({"a": text, "label": [0, 1, 0], "score": [1, 2, 3]})
-    with pytest.raises(DataError, match="no column 'nope' for text"):
-        infer_roles({"a": text, "label": [0, 1, 0]}, text="nope")
-    with pytest.raises(DataError, match="looks like no class"):
-        infer_roles({"text": text * 10, "label": list(range(30))})
-
-
-def test_what_is_missing_or_unseen_is_dropped_and_counted(tmp_path: Path) -> None:
-    good = [{"text": f"some words of class {n % 2} number {n}", "label": ["no", "yes"][n % 2]} for n in range(20)]
-    bad = [{"text": "", "label": "yes"}, {"text": "  ", "label": "no"}, {"text": "unlabelled words", "label": None}]
-    train = write_jsonl(tmp_path / "train.jsonl", good + bad)
-    test = write_jsonl(tmp_path / "test.jsonl", [good[0], {"text": "a new class of things", "label": "maybe"}])
-    dataset = TableSource(str(train), test=str(test)).load()
-    assert dataset.counts == {"train": 20, "test": 1}
-    assert dataset.facts["class_names"] == ["no", "yes"]
-    assert dataset.facts["dropped"]["train"] == {"without label": 1, "without text": 2, "label unseen in training": 0}
-    assert dataset.facts["dropped"]["test"]["label unseen in training"] == 1
-    with pytest.raises(DataError, match="has 1 class"):
-        TableSource(str(write_jsonl(tmp_path / "one.jsonl", good[::2]))).load()
-
-
-def test_words_that_mean_missing_elsewhere_and_quotes_stay_text(tmp_path: Path) -> None:
-    lines = ["sentence\tlabel", 'NA "is a" word\t0', "null\t1", 'an unclosed " quote\t0', "fine as it is\t1"]
-    (tmp_path / "train.tsv").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "dev.tsv").write_text("\n".join(lines), encoding="utf-8")
-    dataset = sst2_source(tmp_path).load()
-    assert list(dataset.splits["train"]["text"].texts()) == [line.split("\t")[0] for line in lines[1:]]
-
-
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no file"):
-        TableSource(str(tmp_path / "gone.csv")).load()
-    (tmp_path / "x.xlsx").write_bytes(b"x")
-    with pytest.raises(DataError, match="unknown type"):
-        TableSource(str(tmp_path / "x.xlsx")).load()
-    (tmp_path / "x.parquet").write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"x\.parquet cannot be read as parquet"):
-        TableSource(str(tmp_path / "x.parquet")).load()
-
-
-def test_without_network_and_data_the_error_comes_within_seconds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    began = time.monotonic()
-    with pytest.raises(DataError, match=r"hub cannot be reached.*hf download nobody/nothing"):
-        model_folder("nobody/nothing")
-    with pytest.raises(DataError, match=r"hub cannot be reached.*load_dataset"):
-        TableSource("nobody/nothing").load()
-    assert time.monotonic() - began < 15
-
-
-def test_a_thousand_classes_are_split_learnt_and_reported(tmp_path: Path) -> None:
-    rows = [{"text": f"the item called i{n % 1000} in row {n}", "label": f"c{n % 1000}"} for n in range(3000)]
-    dataset = TableSource(str(write_jsonl(tmp_path / "many.jsonl", rows))).load()
-    assert len(dataset.facts["class_names"]) == 1000
-    splits, _ = split_dataset(dataset, PLAN)
-    assert len(splits["test"]["label"]) == 600
-    assert len(np.unique(splits["train"]["label"])) == 1000
-    from mlpipes.reporting.classification import classification_report
-    from mlpipes.reporting.report import Table
-
-    logits = np.eye(1000)[splits["test"]["label"]]
-    logits[::3] = np.roll(logits[::3], 1, axis=1)
-    report = classification_report(
-        logits, splits["test"]["label"], dataset.facts["class_names"], lambda r, c: Table("x", ["a"], [[i] for i in c])
-    )
-    assert report.estimates["accuracy"].value == pytest.approx(2 / 3)
-    assert 0.6 < report.estimates["matthews_correlation"].value < 0.7
-    assert len(report.tables[0].rows) == 50
-
-
-def test_matthews_and_macro_f1_agree_with_scikit_learn() -> None:
-    from sklearn import metrics
-
-    from mlpipes.reporting.classification import _bootstrapped
-
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 4, 500)
-    predicted = np.where(generator.random(500) < 0.6, labels, generator.integers(0, 4, 500))
-    found = _bootstrapped(labels, predicted, 4)
-    assert found["macro_f1"].value == pytest.approx(metrics.f1_score(labels, predicted, average="macro"))
-    assert found["matthews_correlation"].value == pytest.approx(metrics.matthews_corrcoef(labels, predicted))
-    assert found["matthews_correlation"].low < found["matthews_correlation"].value < found["matthews_correlation"].high
-
-
-def test_rare_classes_and_groups_are_split_as_they_should() -> None:
-    from mlpipes.data.dataset import Dataset, Provenance
-
-    labels = np.array([0] * 900 + [1] * 90 + [2] * 10)
-    columns = {"text": Ragged.of_texts(f"row {n}" for n in range(1000)), "label": labels, "file": np.arange(1000) // 7}
-    dataset = Dataset({"train": columns}, Provenance("x", "", "", ""), {})
-    splits, _ = split_dataset(dataset, PLAN)
-    for split, share in (("train", 0.6), ("validation", 0.2), ("test", 0.2)):
-        counts = np.bincount(splits[split]["label"], minlength=3)
-        assert np.abs(counts - share * np.array([900, 90, 10])).max() <= 2
-    splits, _ = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text",), group_by="file"))
-    files = [set(splits[split]["file"]) for split in ("train", "validation", "test")]
-    assert not files[0] & files[1]
-    assert not files[0] & files[2]
-    assert not files[1] & files[2]
-    assert abs(len(splits["test"]["label"]) - 200) <= 7
-    splits, _ = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text",), train_cap=100))
-    assert np.bincount(splits["train"]["label"], minlength=3).tolist() == [90, 9, 1]
+    return write_tables(tmp_path)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -224,15 +55,6 @@ def test_length_buckets_read_every_row_once_and_pad_little() -> None:
     assert padded < 1.1 * sum(int(lengths[batch].sum()) for batch in batches)
     means = [lengths[batch].mean() for batch in batches]
     assert np.abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5, "batches come in random order"
-
-
-def test_ragged_columns_pad_and_pick_rows() -> None:
-    column = Ragged.of([np.array([1, 2, 3]), np.array([]), np.array([4])], np.int32)
-    assert column[np.array([2, 0])].lengths.tolist() == [1, 3]
-    tensor = on_device({"tokens": column}, torch.device("cpu"))["tokens"]
-    ids, real = tensor.padded(torch.tensor([2, 0, 1]))
-    assert ids.tolist() == [[4, 0, 0], [1, 2, 3], [0, 0, 0]]
-    assert real.sum(1).tolist() == [1, 3, 0]
 
 
 def test_a_token_budget_changes_memory_and_not_the_model(tables: Path) -> None:
@@ -356,12 +178,22 @@ def test_pairs_carry_both_texts_and_their_types(tables: Path) -> None:
     assert "accuracy" in report.estimates
 
 
-def test_numbers_are_regressed(tables: Path) -> None:
-    report, _ = judged(make_job(tables, "w1-b16-e12-g0", NUMBERS, learning_rate=1e-2))
-    assert report.estimates["pearson"].value > 0.8
+@pytest.mark.parametrize("seed", [0, 1])
+def test_numbers_are_regressed(tables: Path, seed: int) -> None:
+    report, _ = judged(make_job(tables, "w1-b16-e12-g0", NUMBERS, learning_rate=1e-2, seed=seed))
+    assert report.estimates["pearson"].value > 0.9
     assert report.estimates["spearman"].low < report.estimates["spearman"].value
-    assert report.estimates["mean_absolute_error"].value < 1.0
+    assert report.estimates["mean_absolute_error"].value < 0.5
     assert "predictions" in report.figures
+
+
+def test_numbers_in_the_right_order_and_of_the_wrong_size_are_not_the_best() -> None:
+    """After one epoch the order may be perfect and every number near the mean: correlation alone would select that."""
+    labels, sign = np.arange(10.0), (-1.0) ** np.arange(10)
+    timid, close = 4.5 + 0.01 * labels, labels + 0.3 * sign
+    found = [numbers.validate({"value": values}, {"label": labels}) for values in (timid, close)]
+    assert found[0]["pearson"] > found[1]["pearson"]
+    assert numbers.rank(found[0]) < numbers.rank(found[1])
 
 
 def test_the_wrong_task_and_too_long_sequences_are_refused(tables: Path, tmp_path: Path) -> None:
@@ -402,4 +234,5 @@ def test_the_vocabulary_sees_the_training_split_only_and_comes_out_the_same(tabl
     changed = [{**row, "text": row["text"] + " qqqzzz"} if row["text"] in only_test else row for row in rows]
     write_jsonl(tables / "words.jsonl", changed)
     again = prepare(words, tmp_path)
+    assert all("qqqzzz" in text for text in again.splits["test"]["text"].texts()), "the same rows are held out"
     assert again.files["tokenizer/tokenizer.json"].read_bytes() == vocabularies[0]

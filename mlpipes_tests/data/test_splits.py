@@ -1,0 +1,38 @@
+"""Splits of texts: rare classes, groups, caps, and a thousand classes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mlpipes.data.dataset import Dataset, Provenance
+from mlpipes.data.ragged import Ragged
+from mlpipes.data.splits import SplitPlan, split_dataset
+from mlpipes.data.tables import TableSource
+from mlpipes_tests.workloads.texts import PLAN, write_jsonl
+
+
+def test_rare_classes_and_groups_are_split_as_they_should() -> None:
+    labels = np.array([0] * 900 + [1] * 90 + [2] * 10)
+    columns = {"text": Ragged.of_texts(f"row {n}" for n in range(1000)), "label": labels, "file": np.arange(1000) // 7}
+    dataset = Dataset({"train": columns}, Provenance("x", "", "", ""), {})
+    splits, _ = split_dataset(dataset, PLAN)
+    for split, share in (("train", 0.6), ("validation", 0.2), ("test", 0.2)):
+        counts = np.bincount(splits[split]["label"], minlength=3)
+        assert np.abs(counts - share * np.array([900, 90, 10])).max() <= 2
+    splits, _ = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text",), group_by="file"))
+    files = [set(splits[split]["file"]) for split in ("train", "validation", "test")]
+    assert not files[0] & files[1]
+    assert not files[0] & files[2]
+    assert not files[1] & files[2]
+    assert abs(len(splits["test"]["label"]) - 200) <= 7
+    splits, _ = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text",), train_cap=100))
+    assert np.bincount(splits["train"]["label"], minlength=3).tolist() == [90, 9, 1]
+
+
+def test_a_thousand_classes_are_all_in_every_split(tmp_path: Path) -> None:
+    rows = [{"text": f"the item called i{n % 1000} in row {n}", "label": f"c{n % 1000}"} for n in range(3000)]
+    dataset = TableSource(str(write_jsonl(tmp_path / "many.jsonl", rows))).load()
+    assert len(dataset.facts["class_names"]) == 1000
+    splits, _ = split_dataset(dataset, PLAN)
+    assert len(splits["test"]["label"]) == 600
+    assert len(np.unique(splits["train"]["label"])) == 1000
