@@ -65,7 +65,7 @@ def trace(case: str, folder: Path) -> Trace:
             gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
             values = (
                 trainer.progress.order_digest[:12],
-                float(trainer._undrained[-1]),
+                float(trainer._undrained[-1][0]),
                 weights_digest(gradients)[:12],
                 weights_digest(trainer.model.state_dict())[:12],
             )

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.training.determinism import prepare_process
+from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.loop import Trainer
-from mlpipes.training.parallel import ShardedGradient
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import DigitsHyperparameters, ImageClassification, digits
 from mlpipes.workloads.networks import Normalized
@@ -122,7 +122,7 @@ def compare_step(trainer: Trainer, kind: str) -> dict[str, float]:
     loss.backward()
     nn.utils.clip_grad_norm_(trainable(model).values(), CLIP, foreach=False)
     found = {
-        "loss": abs(float(trainer._undrained[-1]) / float(loss.detach()) - 1),
+        "loss": abs(float(trainer._undrained[-1][0]) / float(loss.detach()) - 1),
         "gradient": furthest(gradients(trainer.model), gradients(model)),
     }
 
@@ -155,11 +155,11 @@ def test_every_step_is_the_textbooks(
 
 
 def _mean_of_a_shard(patch: pytest.MonkeyPatch) -> None:
-    def backward(losses: Any, batch_size: int) -> Tensor:
-        return right(losses, batch_size // 4)
+    def backward(gradient: ShardedGradient, parts: Any, batch_size: int) -> Tensor:
+        return right(gradient, parts, batch_size // 4)
 
     right = ShardedGradient._backward
-    patch.setattr(ShardedGradient, "_backward", staticmethod(backward))
+    patch.setattr(ShardedGradient, "_backward", backward)
 
 
 def _no_clip(patch: pytest.MonkeyPatch) -> None:
@@ -188,9 +188,9 @@ def _no_momentum(patch: pytest.MonkeyPatch) -> None:
 def _a_lost_shard(patch: pytest.MonkeyPatch) -> None:
     right = Trainer._shard_losses
 
-    def losses(trainer: Trainer, shard: int, rows: Tensor) -> Iterator[Tensor]:
-        for loss in right(trainer, shard, rows):
-            yield loss * (shard != 3)
+    def losses(trainer: Trainer, shard: int, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | float]]:
+        for loss, weight in right(trainer, shard, rows):
+            yield loss * (shard != 3), weight
 
     patch.setattr(Trainer, "_shard_losses", losses)
 
