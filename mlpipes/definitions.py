@@ -5,12 +5,12 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.alerts import failure_message
-from mlpipes.assets.checks import workload_checks
-from mlpipes.assets.factory import partitions_of, workload_assets
-from mlpipes.automation import jobs_of, nightly, reports_follow
-from mlpipes.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
-from mlpipes.supervision import lost_retries
+from mlpipes.orchestration.assets import partitions_of, workload_assets
+from mlpipes.orchestration.checks import workload_checks
+from mlpipes.orchestration.jobs import jobs_of
+from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
+from mlpipes.orchestration.schedules import nightly
+from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow
 from mlpipes.workloads.catalog import Entry, configured
 
 

@@ -1,6 +1,6 @@
 """The workload `digits` behind barriers: the project's own in everything but that it waits where a test says so."""
 
-from mlpipes.store import home
+from mlpipes.store.layout import home
 from mlpipes.workloads import image_classification
 from mlpipes.workloads.image_classification import ImageClassification, ImageHyperparameters
 from mlpipes_tests.barriers import Barriers

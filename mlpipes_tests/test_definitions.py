@@ -9,11 +9,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from mlpipes.assets.training import TrainingConfig, make_recipe
 from mlpipes.definitions import build_defs, defs
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.training import TrainingConfig, make_recipe
 from mlpipes.scales import scales_of
-from mlpipes.training.recipe import code_version
+from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import CATALOG, Entry
 
 CHAIN = ["dataset", "snapshot", "checkpoints", "model", "eval_report", "champion"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from mlpipes.cli import app
+from mlpipes.cli.app import app
 from mlpipes_tests.documents import ELSEWHERE, HERE, Page, page, pages, words_of
 from mlpipes_tests.sandbox import CHECKOUT
 

@@ -5,24 +5,21 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mlpipes.cli import dagster_home
-from mlpipes.errors import UserError
-from mlpipes.files import read_record
-from mlpipes.reporting.scaling import COLUMNS, scaling_cells
-from mlpipes.status import all_statuses
-from mlpipes.store import Store
+from mlpipes.orchestration.instance import dagster_home, execute, execute_report, quiet_instance
+from mlpipes.scaling.table import COLUMNS, scaling_cells
+from mlpipes.store.files import read_record
+from mlpipes.store.layout import Store
+from mlpipes.store.status import all_statuses
 from mlpipes.workloads.catalog import Entry
 
 WIDE = 150
 """Characters that the summary needs with one row a scale."""
-QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
@@ -32,8 +29,6 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     """
     import logging
     import warnings
-
-    import dagster as dg
 
     from mlpipes.compute.local import LocalRay
     from mlpipes.definitions import build_defs
@@ -50,7 +45,7 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     ours = ray.status() is None
     definitions = build_defs(catalog=[entry])
     try:
-        with _instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
+        with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
                 for future in [pool.submit(ray.ensure), pool.submit(lambda: Tracker(default_uri()))]:
                     future.result()
@@ -58,31 +53,14 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
             with _bars(console) as bars:
                 for key in scales:
-                    _run_scale(bars, store, entry.name, key, lambda key=key: _execute(chain, instance, key))
-            report = [
-                asset for asset in definitions.resolve_all_asset_specs() if asset.key.path[-1] == "scaling_report"
-            ]
-            job = dg.define_asset_job("report", dg.AssetSelection.assets(*[spec.key for spec in report]))
-            _execute(dg.Definitions.merge(definitions, dg.Definitions(jobs=[job])).resolve_job_def("report"), instance)
+                    _run_scale(bars, store, entry.name, key, lambda key=key: execute(chain, instance, key))
+            execute_report(definitions, instance)
     finally:
         if ours:
             with console.status("Ending the Ray that was started …"):
                 ray.stop()
     _print_summary(console, entry, scales, store)
     console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
-
-
-def _instance(folder: Path) -> Any:
-    """The Dagster instance of a folder, less its capturing of what steps print.
-
-    That would take the progress bars from the terminal into a log, and a `tail` for each step into the user's pipe, which
-    must not outlive the demo.
-    """
-    from dagster import DagsterInstance
-    from dagster._core.instance import InstanceRef
-
-    nothing = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
-    return DagsterInstance.from_ref(InstanceRef.from_dir(str(folder), overrides={"compute_logs": nothing}))
 
 
 def _bars(console: Console) -> Progress:
@@ -93,15 +71,6 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.fields[figures]}"),
     )
     return Progress(*columns, TimeElapsedColumn(), console=console)
-
-
-def _execute(job: Any, instance: Any, partition: str | None = None) -> None:
-    import dagster as dg
-
-    try:
-        job.execute_in_process(instance=instance, partition_key=partition, run_config=QUIET)
-    except dg.Failure as failure:
-        raise UserError(failure.description or str(failure)) from failure
 
 
 def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) -> None:

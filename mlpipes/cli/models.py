@@ -7,9 +7,12 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from mlpipes.cli import app, console, friendly, scale_named, store
+from mlpipes.cli.common import console, friendly, scale_named
 from mlpipes.errors import ConfigError
+from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import configured, entry_named
+
+app = typer.Typer()
 
 
 @app.command()
@@ -21,7 +24,7 @@ def promote(
     force: Annotated[bool, typer.Option(help="also if the gates did not let it pass")] = False,
 ) -> None:
     """Make a scale's latest model the champion of its workload."""
-    from mlpipes.evaluations import evaluations_of
+    from mlpipes.evaluation.records import evaluations_of
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
     from mlpipes.tracking.runs import Tracker, default_uri
@@ -29,7 +32,7 @@ def promote(
     key = scale_named(workload, scale)
     champions = Champions(Tracker(default_uri()), registered_name(workload))
     version = champions.of_scale(key)
-    judged = [e for e in evaluations_of(store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
+    judged = [e for e in evaluations_of(default_store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
     if not (judged and judged[-1].is_good) and not force:
         raise ConfigError(
             f"the gates did not let version {version.version} pass, or were not asked; --force promotes it all the same"
@@ -63,13 +66,13 @@ def compare(
     second: Annotated[str, typer.Argument(help="the other one")],
 ) -> None:
     """Compare two models: what differs in data, settings, code and environment, and in quality, with intervals."""
-    from mlpipes.compare import compare as compare_models
-    from mlpipes.compare import evaluation_named
+    from mlpipes.evaluation.compare import compare as compare_models
+    from mlpipes.evaluation.compare import evaluation_named
 
     entries = configured()
-    a, b = evaluation_named(store(), entries, first), evaluation_named(store(), entries, second)
+    a, b = evaluation_named(default_store(), entries, first), evaluation_named(default_store(), entries, second)
     metric = entry_named(a.meta["workload"]).load().primary_metric
-    console.print(Markdown(compare_models(store(), a, b, metric).markdown()))
+    console.print(Markdown(compare_models(default_store(), a, b, metric).markdown()))
 
 
 @app.command()
@@ -79,12 +82,12 @@ def history(
     scale: Annotated[str, typer.Argument(help="which scale, e.g. w1-b128-e30-g0")],
 ) -> None:
     """List all evaluations of a scale's models, and what the gates said."""
-    from mlpipes.evaluations import evaluations_of
-    from mlpipes.gates import summary
+    from mlpipes.evaluation.gates import summary
+    from mlpipes.evaluation.records import evaluations_of
 
     key, metric = scale_named(workload, scale), entry_named(workload).load().primary_metric
     table = Table("when", "training", "weights", f"test {metric}", "gates")
-    for evaluation in evaluations_of(store(), workload, key):
+    for evaluation in evaluations_of(default_store(), workload, key):
         meta, gates = evaluation.meta, summary(evaluation.verdict)
         table.add_row(
             evaluation.when, meta["fingerprint"][:8], meta["weights"][:8], str(evaluation.estimate(metric)), gates
@@ -106,18 +109,18 @@ def predict(
 ) -> None:
     """Ask a trained text model about new texts: labels and probabilities, or values."""
     from mlpipes.data.snapshot import open_snapshot
-    from mlpipes.training.export import load_model, predict_texts
+    from mlpipes.training.model import load_model, predict_texts
 
     key = scale_named(workload, scale)
-    reference = store().read_reference(workload, "model", key)
+    reference = default_store().read_reference(workload, "model", key)
     if reference is None:
         raise ConfigError(f"{workload} {key} has no model yet; materialize {workload}/model first")
     asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not asked or (pair is not None and len(pair) != len(asked)):
         raise ConfigError("give at least one text, and with --pair as many second texts as first ones")
-    snapshot = open_snapshot(store().snapshots / reference["snapshot"])
+    snapshot = open_snapshot(default_store().snapshots / reference["snapshot"])
     answers = predict_texts(
-        load_model(store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
+        load_model(default_store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
     )
     table = Table("text", *answers)
     for row, text in enumerate(asked):

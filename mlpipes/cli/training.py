@@ -1,99 +1,21 @@
-"""The command line: `mlpipes demo | dev | backfill | status | checkpoints | replay | report | …`; `--help` lists all."""
+"""The part of the command line about training runs: scales, status, checkpoints, replay, report, backfill."""
 
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markdown import Markdown
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import Progress
-from rich.table import Table
 
-from mlpipes.errors import ConfigError, UserError
-from mlpipes.store import Store, home
+from mlpipes.cli.common import console, fitting, friendly, scale_named
+from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import configured, entry_named
 
-app = typer.Typer(
-    help="Durable ML training as Dagster assets.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-ray_app = typer.Typer(help="The private local Ray of this machine.", no_args_is_help=True)
-app.add_typer(ray_app, name="ray")
-doctor_app = typer.Typer(help="Say what a place to train needs and what is missing.", no_args_is_help=True)
-app.add_typer(doctor_app, name="doctor")
-console = Console()
-_UNBOUNDED = 10_000
-"""Columns of a terminal that cuts nothing."""
-
-
-def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a user's error as its message, without a traceback, and exit with 1."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            text = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-
-    return wrapped
-
-
-def scale_named(workload: str, scale: str) -> str:
-    """The key of a scale that the catalog has or the store knows: what was trained once stays reachable.
-
-    Raises ConfigError for an unknown workload, ScaleError for an unknown scale.
-    """
-    from mlpipes.status import trained_scales
-
-    return entry_named(workload).scale(scale, trained_scales(store(), workload)).key
-
-
-def store() -> Store:
-    """The store of this installation."""
-    return Store(home() / "store")
-
-
-@app.command()
-@friendly
-def demo(
-    workload: Annotated[str, typer.Option(help="which workload")] = "digits",
-    scale: Annotated[list[str] | None, typer.Option(help="scales to train; default: the first three")] = None,
-) -> None:
-    """Train a workload at several scales on a private local Ray, and compare them."""
-    from mlpipes.demo import run_demo
-
-    entry = entry_named(workload)
-    scales = scale or [s.key for s in entry.scales][:3]
-    for key in scales:
-        entry.scale(key)
-    run_demo(console, entry, scales, store())
-
-
-@app.command()
-@friendly
-def dev(
-    port: Annotated[int, typer.Option(help="port of the Dagster UI")] = 3000,
-    mlflow: Annotated[bool, typer.Option(help="also serve the MLflow UI")] = False,
-    mlflow_port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the servers print, too")] = False,
-) -> None:
-    """Serve the Dagster UI (and, if asked for, the MLflow UI) on this machine."""
-    from mlpipes.development import serve
-
-    serve(console, port, mlflow_port if mlflow else None, verbose=verbose)
+app = typer.Typer()
 
 
 @app.command()
@@ -113,7 +35,7 @@ def scales() -> None:
         for entry in configured()
         for s in entry.scales
     ]
-    console.print(_fitting(rows, "CPUs/worker", "GPUs/worker", "epochs", "global batch"))
+    console.print(fitting(rows, "CPUs/worker", "GPUs/worker", "epochs", "global batch"))
 
 
 @app.command()
@@ -134,31 +56,18 @@ def status(
 
 
 def _status_table() -> Group | str:
-    from mlpipes.status import all_statuses, progress_text
+    from mlpipes.store.status import all_statuses, progress_text
 
-    found = list(all_statuses(store()))
+    found = list(all_statuses(default_store()))
     if not found:
-        return f"No training in {store().root} yet."
+        return f"No training in {default_store().root} yet."
     failures = []
     for status in found:
         if status.state == "failed" and status.error:
             cause = escape(status.error.strip().partition("\n")[0])
             failures.append(f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {cause}")
     rows = [progress_text(status) for status in found]
-    return Group(_fitting(rows, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"), *failures)
-
-
-def _fitting(rows: Sequence[Mapping[str, str]], *expendable: str) -> Table:
-    """A table of rows with equal keys, less the columns that a narrow terminal has no room for, the first named first."""
-    names, left_over = list(rows[0]), list(expendable)
-    while True:
-        table = Table(*names, box=SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            table.add_row(*(row[name] for name in names))
-        width = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
-        if width <= console.width or not left_over:
-            return table
-        names.remove(left_over.pop(0))
+    return Group(fitting(rows, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"), *failures)
 
 
 @app.command()
@@ -169,16 +78,16 @@ def checkpoints(
     prune: Annotated[bool, typer.Option(help="remove all but the latest and the best of each training")] = False,
 ) -> None:
     """List and verify the checkpoints of a scale's trainings."""
-    from mlpipes.status import checkpoint_rows, prune_checkpoints
+    from mlpipes.training.checkpoints import checkpoint_rows, prune_checkpoints
 
     key = scale_named(workload, scale)
     if prune:
-        console.print(f"Removed {prune_checkpoints(store(), workload, key)} checkpoints.")
-    rows = list(checkpoint_rows(store(), workload, key))
+        console.print(f"Removed {prune_checkpoints(default_store(), workload, key)} checkpoints.")
+    rows = list(checkpoint_rows(default_store(), workload, key))
     if not rows:
-        console.print(f"No checkpoint of {workload} {key} in {store().root}.", soft_wrap=True)
+        console.print(f"No checkpoint of {workload} {key} in {default_store().root}.", soft_wrap=True)
         return
-    console.print(_fitting(rows, "fingerprint"))
+    console.print(fitting(rows, "fingerprint"))
 
 
 @app.command()
@@ -193,10 +102,10 @@ def replay(
     """Train again elsewhere, from the source data on, and compare data, order, every loss and the weights."""
     from mlpipes.compute.local import LocalRay
     from mlpipes.compute.places import jobs_for
-    from mlpipes.replay import find_training
-    from mlpipes.replay import replay as replay_training
+    from mlpipes.evaluation.replay import replay as replay_training
+    from mlpipes.store.status import find_training
 
-    folder = find_training(store(), workload, scale_named(workload, scale), run)
+    folder = find_training(default_store(), workload, scale_named(workload, scale), run)
     ours = LocalRay().status() is None
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
@@ -206,7 +115,7 @@ def replay(
                 bar.update(task, completed=message["step"], total=message["total_steps"])
 
         try:
-            found = replay_training(store(), folder, jobs_for, show)
+            found = replay_training(default_store(), folder, jobs_for, show)
         finally:
             if ours:  # a private Ray that was started for this
                 LocalRay().stop()
@@ -225,12 +134,14 @@ def report(
     budget: Annotated[float | None, typer.Option(help="what it may cost, at the price of a device-hour")] = None,
 ) -> None:
     """Make and print the scaling report of a workload, from what has been evaluated by now."""
-    from mlpipes.scaling_report import make_report, prices_from_environment
+    from mlpipes.scaling.report import make_report, prices_from_environment
 
     entry = entry_named(workload)
-    text, _ = make_report(store(), entry, prices_from_environment(), deadline, budget).write(store(), entry)
+    text, _ = make_report(default_store(), entry, prices_from_environment(), deadline, budget).write(
+        default_store(), entry
+    )
     console.print(Markdown(text))
-    console.print(f"{store().report(workload) / 'scaling_report.md'}", soft_wrap=True)
+    console.print(f"{default_store().report(workload) / 'scaling_report.md'}", soft_wrap=True)
 
 
 @app.command()
@@ -246,7 +157,7 @@ def backfill(
     ui: Annotated[str | None, typer.Option(help="address of the Dagster UI; default: that of `mlpipes dev`")] = None,
 ) -> None:
     """Materialize a workload's whole chain for its scales in a running Dagster; goes on with what is half done."""
-    from mlpipes.backfill import DagsterUi, launch
+    from mlpipes.orchestration.backfill import DagsterUi, launch
 
     entry = entry_named(workload)
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
@@ -272,76 +183,3 @@ def backfill(
         console.print(f"{key}: {status}{why}", soft_wrap=True)
     if any(status != "SUCCESS" for status in made.scales.values()):
         raise typer.Exit(1)
-
-
-@app.command()
-@friendly
-def fetch(dataset: Annotated[str, typer.Argument(help="cifar10")]) -> None:
-    """Download a data set that is not embedded."""
-    from mlpipes.data.sources import fetch_cifar10
-
-    if dataset != "cifar10":
-        raise ConfigError(f"unknown data set {dataset!r}; known is cifar10 (digits is embedded)")
-    console.print(f"CIFAR-10 is in {fetch_cifar10()}", soft_wrap=True)
-
-
-@ray_app.command("up")
-@friendly
-def ray_up() -> None:
-    """Start the private local Ray, if it does not run."""
-    from mlpipes.compute.local import LocalRay
-
-    address = LocalRay().ensure()
-    console.print(
-        f"Ray runs; dashboard {address.dashboard}, token in {address.environment['RAY_AUTH_TOKEN_PATH']}",
-        soft_wrap=True,
-    )
-
-
-@ray_app.command("down")
-@friendly
-def ray_down() -> None:
-    """End the private local Ray and every training in it; they go on from their checkpoints when asked for again."""
-    from mlpipes.compute.local import LocalRay
-
-    console.print("Ray ended." if LocalRay().stop() else "No local Ray runs.")
-
-
-@ray_app.command("status")
-@friendly
-def ray_status() -> None:
-    """Say whether the private local Ray runs."""
-    from mlpipes.compute.local import LocalRay
-
-    state = LocalRay().status()
-    console.print(f"Ray runs (pid {state['pid']}); dashboard {state['dashboard']}" if state else "No local Ray runs.")
-
-
-@doctor_app.command("slurm")
-@friendly
-def doctor_slurm(probe: Annotated[bool, typer.Option(help="also send a small job to a node")] = False) -> None:
-    """Look at everything that training on Slurm needs, and say what is missing."""
-    from mlpipes.doctor import examine_slurm
-
-    good = True
-    for found in examine_slurm(configured(), store(), probe=probe):
-        good &= found.good
-        mark = "[green]good[/]   " if found.good else "[bold red]missing[/]"
-        console.print(f"{mark} {found.what}: ", end="")
-        console.print(found.detail, soft_wrap=True, markup=False, highlight=False)
-    if not good:
-        raise typer.Exit(1)
-
-
-def dagster_home() -> Path:
-    """Set DAGSTER_HOME, where it is not set, to the checkout (its dagster.yaml keeps history), else to the home folder."""
-    if configured_home := os.environ.get("DAGSTER_HOME"):
-        return Path(configured_home)
-    here = Path.cwd()
-    folder = here if (here / "dagster.yaml").is_file() else home() / "dagster"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["DAGSTER_HOME"] = str(folder)
-    return folder
-
-
-from mlpipes import cli_models  # noqa: E402, F401 - adds its commands to `app`

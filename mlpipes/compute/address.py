@@ -1,13 +1,9 @@
-"""The address of a Ray cluster, and the choice between a given one and this machine's private one."""
+"""The address of a Ray cluster, and what a client of it needs."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from mlpipes.errors import ConfigError
-
-ADDRESS_VARIABLE = "MLPIPES_RAY_ADDRESS"
 
 
 @dataclass(frozen=True)
@@ -36,17 +32,3 @@ class RayAddress:
         else:
             token = known.get("RAY_AUTH_TOKEN", "")
         return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def resolve(address: str | None = None) -> RayAddress:
-    """The cluster at an address (default `$MLPIPES_RAY_ADDRESS`), or this machine's private one, started if need be."""
-    address = address or os.environ.get(ADDRESS_VARIABLE)
-    if not address:
-        from mlpipes.compute.local import LocalRay
-
-        return LocalRay().ensure()
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"{ADDRESS_VARIABLE}={address}: give the address of the head's dashboard, such as http://ray-head:8265"
-        )
-    return RayAddress(address.rstrip("/"))

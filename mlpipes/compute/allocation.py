@@ -18,8 +18,8 @@ from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
 from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip
-from mlpipes.training.messages import MessageWriter
-from mlpipes.training.specification import TrainingJob
+from mlpipes.store.messages import MessageWriter
+from mlpipes.store.training_job import TrainingJob
 
 PYTHON_VARIABLE = "MLPIPES_SLURM_PYTHON"
 """The command that starts Python on a node; in a container, more than a path."""
@@ -52,7 +52,7 @@ def main(path: Path) -> int:
     with ray_cluster() as cluster:
         notify("cluster", address=cluster.address)
         driver = subprocess.Popen(
-            [sys.executable, "-m", "mlpipes.training.job", str(path)], env=os.environ | cluster.environment
+            [sys.executable, "-m", "mlpipes.training.driver", str(path)], env=os.environ | cluster.environment
         )
         try:
             while driver.poll() is None and not time_is_up:

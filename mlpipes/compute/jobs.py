@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import TrainingFolder, read_messages
-from mlpipes.training.specification import TrainingJob
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import read_messages
+from mlpipes.store.training_job import TrainingJob
 
 ALIVE = ("PENDING", "RUNNING")
 LOST = "LOST"

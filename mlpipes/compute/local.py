@@ -16,8 +16,8 @@ from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_node import LOOPBACK, end_marked, free_port, start_command, start_environment
 from mlpipes.errors import CorruptionError, PreflightError
-from mlpipes.files import read_record, write_atomic, write_record
-from mlpipes.store import home
+from mlpipes.store.files import read_record, write_atomic, write_record
+from mlpipes.store.layout import home
 
 _START_SECONDS = 90
 

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
-from mlpipes.compute.address import ADDRESS_VARIABLE, resolve
+from mlpipes.compute.address import RayAddress
 from mlpipes.compute.jobs import Jobs
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmJobs, SlurmSettings
 from mlpipes.errors import ConfigError
 from mlpipes.scales import RayScaleConfig
+
+ADDRESS_VARIABLE = "MLPIPES_RAY_ADDRESS"
 
 
 def jobs_for(scale: RayScaleConfig, address: str | None = None, slurm: str | None = None) -> Jobs:
@@ -25,3 +27,17 @@ def jobs_for(scale: RayScaleConfig, address: str | None = None, slurm: str | Non
     if slurm:
         return SlurmJobs(SlurmSettings.load(Path(slurm)), scale)
     return RayJobs(resolve(address))
+
+
+def resolve(address: str | None = None) -> RayAddress:
+    """The cluster at an address (default `$MLPIPES_RAY_ADDRESS`), or this machine's private one, started if need be."""
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    if not address:
+        from mlpipes.compute.local import LocalRay
+
+        return LocalRay().ensure()
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{ADDRESS_VARIABLE}={address}: give the address of the head's dashboard, such as http://ray-head:8265"
+        )
+    return RayAddress(address.rstrip("/"))

@@ -15,7 +15,7 @@ from mlpipes.compute.address import RayAddress
 from mlpipes.compute.jobs import LOST, JobHandle, Jobs, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import TrainingFolder
+from mlpipes.store.layout import TrainingFolder
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -27,7 +27,7 @@ class RayJobs(Jobs):
     """The Jobs API of one cluster, patient with a head that is away for a while."""
 
     name = "Ray job"
-    module = "mlpipes.training.job"
+    module = "mlpipes.training.driver"
 
     def __init__(self, address: RayAddress, patience_seconds: float | None = None) -> None:
         address.enter()

@@ -19,7 +19,7 @@ from mlpipes.compute.jobs import LOST, REFUSED, REQUEUED, JobHandle, Jobs, JobSt
 from mlpipes.errors import ConfigError, PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.settings import load_mapping, problems
-from mlpipes.store import TrainingFolder
+from mlpipes.store.layout import TrainingFolder
 
 SETTINGS_VARIABLE = "MLPIPES_SLURM"
 _WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}

@@ -1,17 +1,16 @@
-"""Doctor: says what a place to train needs, what is there, and what to do about what is missing."""
+"""The doctor for Slurm: what training there needs, what is there, and what to do about what is missing."""
 
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmSettings, run_slurm, shape
 from mlpipes.errors import ConfigError, PreflightError, UserError
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import Store
-from mlpipes.workloads.catalog import Entry
+from mlpipes.store.layout import Store
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
 _PROBE_SECONDS = 600
@@ -26,8 +25,11 @@ class Finding:
     detail: str
 
 
-def examine_slurm(entries: Sequence[Entry], store: Store, *, probe: bool) -> Iterator[Finding]:
-    """What training on Slurm needs, one after the other; `probe` sends a job to a node. Nothing is left behind."""
+def examine_slurm(scales: Mapping[str, Sequence[RayScaleConfig]], store: Store, *, probe: bool) -> Iterator[Finding]:
+    """What training the `scales` of each workload on Slurm needs, one after the other.
+
+    `probe` sends a job to a node. Nothing is left behind.
+    """
     path = os.environ.get(SETTINGS_VARIABLE, "")
     try:
         settings = SlurmSettings.load(Path(path)) if path else SlurmSettings()
@@ -53,11 +55,11 @@ def examine_slurm(entries: Sequence[Entry], store: Store, *, probe: bool) -> Ite
         return
     if not nodes.detail:
         yield Finding("partition", False, f"there is no partition {settings.partition or 'at all'}")
-    for entry in entries:
-        for scale in entry.scales:
+    for workload, offered in scales.items():
+        for scale in offered:
             options = shape(scale, settings.of_scale(scale.key))
             yield _tried(
-                f"{entry.name} {scale.key}",
+                f"{workload} {scale.key}",
                 lambda options=options: (
                     run_slurm(settings.command_prefix, ["sbatch", "--test-only", *options], "#!/bin/sh\n")
                     or f"could start: {' '.join(options)}"
@@ -78,7 +80,7 @@ def _probe(settings: SlurmSettings, store: Store) -> str:
     )
     lines = list(settings.setup)
     if settings.python == sys.executable:  # as for a training
-        lines.append(f"export PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parents[1]))}")
+        lines.append(f"export PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parents[2]))}")
     lines += [f"{settings.python} -c {shlex.quote(checks)} > {shlex.quote(str(witness))}"]
     options = shape(RayScaleConfig(workers=1, batch_size=1, epochs=1), settings)
     try:

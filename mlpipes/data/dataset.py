@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlpipes.data.ragged import arrays_of
-from mlpipes.files import canonical_json
+from mlpipes.store.files import canonical_json
 
 Columns = Mapping[str, Any]
 """Columns of equal length, one row a sample, by name: arrays (N, …), or `Ragged` where rows differ in length."""

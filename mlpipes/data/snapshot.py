@@ -20,7 +20,7 @@ from mlpipes.data.dataset import Columns, Dataset, digest_splits
 from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.data.splits import SOURCE_INDEX, SplitPlan, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError
-from mlpipes.files import (
+from mlpipes.store.files import (
     Published,
     digest_of,
     open_published,
@@ -30,7 +30,7 @@ from mlpipes.files import (
     sha256_file,
     write_record,
 )
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 
 KIND = "snapshot"
 VERSION = 2

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes.errors import DataError
-from mlpipes.store import home
+from mlpipes.store.layout import home
 
 CIFAR10_VARIABLE = "MLPIPES_CIFAR10"
 _CIFAR10_FOLDER = "cifar-10-batches-py"

@@ -5,14 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlpipes.errors import ConfigError
-from mlpipes.evaluations import Evaluation, evaluations_of
-from mlpipes.files import read_record
-from mlpipes.replay import find_training
-from mlpipes.reporting.comparison import Difference, paired, unpaired
+from mlpipes.evaluation.records import Evaluation, evaluations_of
 from mlpipes.reporting.report import Table
-from mlpipes.status import trained_scales
-from mlpipes.store import Store
-from mlpipes.training.recipe import Recipe
+from mlpipes.reporting.statistics import Difference, paired, unpaired
+from mlpipes.store.files import read_record
+from mlpipes.store.layout import Store
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.status import find_training, trained_scales
 from mlpipes.workloads.catalog import Entry, entry_named
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlpipes.evaluations import Evaluation
-from mlpipes.reporting.comparison import Difference, paired
+from mlpipes.evaluation.records import Evaluation
+from mlpipes.reporting.statistics import Difference, paired
 
 BLOCKING = ("floor", "regression")
 """Gates that hold a model back; the others warn."""

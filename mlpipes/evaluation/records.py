@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlpipes.errors import ConfigError, CorruptionError
-from mlpipes.files import canonical_json, open_published, publishing, read_record, write_record
 from mlpipes.reporting.report import Estimate, Report
-from mlpipes.store import Store, TrainingFolder
+from mlpipes.store.files import canonical_json, open_published, publishing, read_record, write_record
+from mlpipes.store.layout import Store, TrainingFolder
 
 KIND, VERSION = "evaluation", 2
 NIGHT_TAG = "mlpipes/night"

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError
-from mlpipes.files import read_record, write_record
+from mlpipes.errors import ConfigError, TrainingFailedError
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import Store, TrainingFolder
-from mlpipes.training.recipe import Recipe, code_version
-from mlpipes.training.specification import Checkpointing, TrainingJob
+from mlpipes.store.files import read_record, write_record
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.training_job import Checkpointing, TrainingJob
+from mlpipes.training.code_version import code_version
 
 if TYPE_CHECKING:
     from mlpipes.compute.jobs import Jobs
@@ -62,43 +63,6 @@ class Comparison:
                 ),
             ]
         )
-
-
-def find_training(store: Store, workload: str, scale: str, run: str | None = None) -> TrainingFolder:
-    """A scale's finished training: the one materialized last, or the one that `run` names.
-
-    `run` is the beginning of a fingerprint, of an MLflow run's id or of a Dagster run's id. Raises ConfigError if there
-    is none, or more than one.
-    """
-    if run is None:
-        reference = store.read_reference(workload, "checkpoints", scale)
-        if reference is None:
-            raise ConfigError(f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first")
-        return store.training(reference["fingerprint"])
-    found = []
-    for path in sorted(store.root.glob("trainings/*/recipe.json")):
-        folder = TrainingFolder(path.parent)
-        recipe = Recipe.model_validate(read_record(path))
-        if (recipe.workload, recipe.scale.key) == (workload, scale) and any(
-            name.startswith(run) for name in _names(folder)
-        ):
-            found.append(folder)
-    if len(found) != 1:
-        listed = ", ".join(folder.fingerprint[:12] for folder in found) or "none"
-        raise ConfigError(f"{run!r} should name one training of {workload} {scale}; it names {listed}")
-    return found[0]
-
-
-def _names(folder: TrainingFolder) -> Iterator[str]:
-    yield folder.fingerprint
-    for path in folder.specification(0).parent.glob("a*.json"):
-        try:
-            job = TrainingJob.read(path)
-        except CorruptionError:
-            continue
-        yield job.requested_by
-        if job.tracking is not None:
-            yield job.tracking.run_id
 
 
 def replay(

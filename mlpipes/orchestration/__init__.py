@@ -1,1 +1,1 @@
-"""The Dagster layer: five assets per workload and a report over its scales. No torch, no ray at module level."""
+"""Orchestration: all that knows Dagster. Assets, checks, jobs, schedules, sensors. No torch, no ray at module level."""

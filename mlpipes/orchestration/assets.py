@@ -6,14 +6,14 @@ from typing import Any, cast
 
 import dagster as dg
 
-from mlpipes.assets.judgement import materialize_champion, materialize_evaluation, materialize_model
-from mlpipes.assets.live import live_asset
-from mlpipes.assets.metadata import mapping_table, user_errors
-from mlpipes.assets.scaling import scaling_report_asset
-from mlpipes.assets.training import TrainingConfig, materialize_training
 from mlpipes.compute.slurm import SETTINGS_VARIABLE
-from mlpipes.resources import MlflowResource, RayResource, StoreResource
-from mlpipes.training.recipe import code_version
+from mlpipes.orchestration.live import live_asset
+from mlpipes.orchestration.metadata import mapping_table, user_errors
+from mlpipes.orchestration.model import materialize_champion, materialize_evaluation, materialize_model
+from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
+from mlpipes.orchestration.scaling_report import scaling_report_asset
+from mlpipes.orchestration.training import TrainingConfig, materialize_training
+from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import Entry
 
 OWNERS = ["team:ml-platform"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import requests
 
-from mlpipes.assets.training import DAGSTER_UI_VARIABLE
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.workloads.catalog import Entry
 

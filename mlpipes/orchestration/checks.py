@@ -8,10 +8,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from mlpipes import gates
-from mlpipes.assets.metadata import user_errors
 from mlpipes.errors import ConfigError, CorruptionError
-from mlpipes.resources import RayResource, StoreResource
+from mlpipes.evaluation import gates
+from mlpipes.orchestration.metadata import user_errors
+from mlpipes.orchestration.resources import RayResource, StoreResource
 from mlpipes.workloads.catalog import Entry
 
 REPLAY = "replay"
@@ -127,7 +127,7 @@ def _loss_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinitio
         blocking=["loss_finite"],
     )
     def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
-        from mlpipes.files import read_record
+        from mlpipes.store.files import read_record
 
         with user_errors():
             reference = _reference(store, asset, context.partition_key)
@@ -156,7 +156,7 @@ def _gates(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
     def check(
         context: dg.AssetCheckExecutionContext, config: GateConfig, store: StoreResource
     ) -> Iterator[dg.AssetCheckResult]:
-        from mlpipes.evaluations import evaluations_of, open_evaluation
+        from mlpipes.evaluation.records import evaluations_of, open_evaluation
 
         with user_errors():
             current = open_evaluation(store.store, _reference(store, asset, context.partition_key))
@@ -194,7 +194,8 @@ def _replay_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinit
         if not config.enabled:
             context.log.info("not asked for; set `enabled: true` to train a second time and compare")
             return
-        from mlpipes.replay import find_training, replay
+        from mlpipes.evaluation.replay import replay
+        from mlpipes.store.status import find_training
 
         with user_errors():
             folder = find_training(store.store, entry.name, context.partition_key)

@@ -15,14 +15,14 @@ from typing import Any
 import dagster as dg
 from rich.console import Console
 
-from mlpipes.assets.training import DAGSTER_UI_VARIABLE
-from mlpipes.cli import dagster_home
-from mlpipes.code_servers import code_servers, heal, is_loaded, option
 from mlpipes.compute.local import LocalRay
 from mlpipes.errors import ConfigError, UserError
-from mlpipes.run_news import RunNews
-from mlpipes.servers import Server, ServerError, ServerLog
-from mlpipes.store import home
+from mlpipes.orchestration.code_servers import code_servers, heal, is_loaded, option
+from mlpipes.orchestration.instance import check_run_launcher, dagster_home
+from mlpipes.orchestration.run_news import RunNews
+from mlpipes.orchestration.servers import Server, ServerError, ServerLog
+from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
+from mlpipes.store.layout import home
 from mlpipes.tracking.runs import UI_VARIABLE, default_uri
 
 HOST = "127.0.0.1"
@@ -208,6 +208,7 @@ def _prepare_storage(instance: dg.DagsterInstance) -> bool:
     unfinished = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
     instance.get_asset_keys(limit=1)
     instance.all_instigator_state()
+    check_run_launcher(instance)
     return bool(instance.get_run_records(dg.RunsFilter(statuses=unfinished), limit=1))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.assets.live import LiveView
 from mlpipes.compute.jobs import JobHandle, Jobs, ask_for_last_checkpoint
 from mlpipes.errors import TrainingFailedError
-from mlpipes.store import TrainingFolder
-from mlpipes.training.specification import TrainingJob
+from mlpipes.orchestration.live import LiveView
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.training_job import TrainingJob
 
 DEAD, STALLED = "DEAD", "STALLED"
 DEAD_SECONDS = 30.0

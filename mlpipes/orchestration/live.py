@@ -7,11 +7,11 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.assets.metadata import table
+from mlpipes.orchestration.metadata import table
 from mlpipes.reporting.report import Table
-from mlpipes.status import all_statuses, progress_text
-from mlpipes.store import Store
-from mlpipes.training.specification import TrainingJob
+from mlpipes.store.layout import Store
+from mlpipes.store.status import all_statuses, progress_text
+from mlpipes.store.training_job import TrainingJob
 
 OBSERVATION_SECONDS = 5.0
 _SHOWN = 20

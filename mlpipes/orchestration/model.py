@@ -4,10 +4,9 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.assets.metadata import link, mapping_table, picture, report_metadata
 from mlpipes.data.snapshot import Snapshot, open_snapshot
 from mlpipes.errors import ConfigError
-from mlpipes.evaluations import (
+from mlpipes.evaluation.records import (
     NIGHT_TAG,
     evaluations_of,
     history_points,
@@ -15,11 +14,12 @@ from mlpipes.evaluations import (
     open_evaluation,
     publish_evaluation,
 )
-from mlpipes.files import read_record
-from mlpipes.reporting.documents import model_card
-from mlpipes.resources import MlflowResource, StoreResource
-from mlpipes.store import TrainingFolder
-from mlpipes.training.recipe import Recipe
+from mlpipes.orchestration.metadata import link, mapping_table, picture, report_metadata
+from mlpipes.orchestration.resources import MlflowResource, StoreResource
+from mlpipes.reporting.model_card import model_card
+from mlpipes.store.files import read_record
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.recipe import Recipe
 from mlpipes.workloads.catalog import Entry
 
 SPLIT = "test"
@@ -45,7 +45,7 @@ def materialize_model(
 ) -> dg.MaterializeResult:
     """Export the best checkpoint by validation, write its card, register it."""
     from mlpipes.tracking.models import FINGERPRINT, SCALE, SNAPSHOT, register, registered_name
-    from mlpipes.training.export import deployable, export_best, load_model
+    from mlpipes.training.model import deployable, export_best, load_model
 
     folder, recipe, snapshot, outcome = _open(store, reference)
     trained = load_model(export_best(folder, recipe, outcome), snapshot)
@@ -91,7 +91,7 @@ def materialize_evaluation(
 ) -> dg.MaterializeResult:
     """Judge the model on the test split; JSON, Markdown and pictures go to the store, MLflow and Dagster."""
     from mlpipes.reporting import figures
-    from mlpipes.training.export import evaluate, load_model
+    from mlpipes.training.model import evaluate, load_model
 
     folder, recipe, snapshot, outcome = _open(store, reference)
     trained = load_model(folder.model, snapshot)
@@ -137,7 +137,7 @@ def materialize_champion(
 ) -> dg.MaterializeResult:
     """Make the model champion if it passed the gates and is better by validation than the one that is."""
     from mlpipes.tracking.champion import Champions
-    from mlpipes.training.export import open_model
+    from mlpipes.training.model import open_model
 
     evaluation = open_evaluation(store.store, reference)
     verdict = evaluation.verdict
@@ -150,7 +150,7 @@ def materialize_champion(
 
     def rank(fingerprint: str) -> tuple[tuple[float, ...], float]:
         metrics = open_model(store.store.training(fingerprint).model)["metrics"]
-        return workload.rank(metrics), metrics[metric]
+        return workload.selection_key(metrics), metrics[metric]
 
     mine, value = rank(reference["fingerprint"])
     promoted = True

@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field
 
 from mlpipes.errors import ConfigError
-from mlpipes.store import Store, home
+from mlpipes.store.layout import Store, default_store
 
 if TYPE_CHECKING:
     from mlpipes.compute.jobs import Jobs
@@ -23,7 +23,7 @@ class StoreResource(dg.ConfigurableResource):
     @property
     def store(self) -> Store:
         """The store itself."""
-        return Store(Path(self.root).absolute() if self.root else home() / "store")
+        return Store(Path(self.root).absolute()) if self.root else default_store()
 
 
 class RayResource(dg.ConfigurableResource):

@@ -3,10 +3,10 @@
 import dagster as dg
 from pydantic import Field
 
-from mlpipes.assets.metadata import link, picture, table, user_errors
-from mlpipes.reporting.scaling import cost_table, forecast_table, scaling_table
-from mlpipes.resources import MlflowResource, StoreResource
-from mlpipes.scaling_report import NOTE, make_report, prices_from_environment
+from mlpipes.orchestration.metadata import link, picture, table, user_errors
+from mlpipes.orchestration.resources import MlflowResource, StoreResource
+from mlpipes.scaling.report import NOTE, make_report, prices_from_environment
+from mlpipes.scaling.table import cost_table, forecast_table, scaling_table
 from mlpipes.workloads.catalog import Entry
 
 

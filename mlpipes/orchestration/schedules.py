@@ -1,52 +1,15 @@
-"""Jobs and schedules: the whole chain of a workload's scale, its evaluation alone, and that every night."""
+"""Schedules: every scale that has a model is evaluated again, every night."""
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import dagster as dg
 
-from mlpipes.assets.checks import REPLAY
-from mlpipes.evaluations import NIGHT_TAG
+from mlpipes.evaluation.records import NIGHT_TAG
 from mlpipes.workloads.catalog import Entry
 
 NIGHTLY_VARIABLE = "MLPIPES_NIGHTLY"
 _TWO_IN_THE_MORNING = "0 2 * * *"
-
-
-def jobs_of(entries: Iterable[Entry]) -> list[Any]:
-    """For each workload `<name>_chain` (dataset to champion), `<name>_evaluation` (judge again), `<name>_replay`."""
-    jobs = []
-    for entry in entries:
-        champion = dg.AssetSelection.assets(dg.AssetKey([entry.name, "champion"]))
-        jobs += [
-            dg.define_asset_job(
-                f"{entry.name}_chain", champion.upstream(), description=f"Train, judge and promote {entry.name}"
-            ),
-            dg.define_asset_job(
-                f"{entry.name}_evaluation",
-                dg.AssetSelection.assets([entry.name, "eval_report"], [entry.name, "champion"]),
-                description=f"Judge {entry.name} again; promote what passes the gates",
-            ),
-            dg.define_asset_job(
-                f"{entry.name}_replay",
-                # With the asset, which is found finished: Dagster knows no partitions of a job of checks alone.
-                dg.AssetSelection.assets(dg.AssetKey([entry.name, "checkpoints"])),
-                config={"ops": {f"{entry.name}__checkpoints__{REPLAY}": {"config": {"enabled": True}}}},
-                description=f"Train {entry.name} a second time elsewhere, and compare bit for bit",
-            ),
-        ]
-    return jobs
-
-
-def reports_follow() -> dg.AutomationConditionSensorDefinition:
-    """Makes each scaling report anew when an evaluation has changed and no run is in progress any more."""
-    return dg.AutomationConditionSensorDefinition(
-        "reports_follow",
-        target=dg.AssetSelection.all(),
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        minimum_interval_seconds=30,
-    )
 
 
 def nightly(entry: Entry) -> dg.ScheduleDefinition:

@@ -7,16 +7,17 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
-from mlpipes.assets.following import follow_training, is_cancelled
-from mlpipes.assets.metadata import link, mapping_table, picture
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError, UserError
-from mlpipes.files import read_record, set_aside, write_record
-from mlpipes.resources import MlflowResource, RayResource, StoreResource
+from mlpipes.orchestration.following import follow_training, is_cancelled
+from mlpipes.orchestration.metadata import link, mapping_table, picture
+from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.settings import problems
-from mlpipes.store import TrainingFolder
-from mlpipes.training.recipe import Recipe, code_version
-from mlpipes.training.specification import Checkpointing, Tracking, TrainingJob
+from mlpipes.store.files import read_record, set_aside, write_record
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.training_job import Checkpointing, Tracking, TrainingJob
+from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import Entry
 
 DAGSTER_UI_VARIABLE = "MLPIPES_DAGSTER_UI"

@@ -1,16 +1,17 @@
-"""Figures: curves, confusion matrices, calibration, mistakes and scaling, each returned as the bytes of a PNG."""
+"""Figures: curves, confusion matrices, calibration and mistakes, each returned as the bytes of a PNG."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 _DPI = 80
-_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
+COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#64473a")
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of a size in inches, and its axes: one, or an array (rows, columns)."""
     # The object interface of matplotlib: pyplot would keep global state in a long-lived code server.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -20,7 +21,8 @@ def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[
     return figure, figure.subplots(rows, columns)
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """A figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -31,8 +33,8 @@ def training_curves(history: Sequence[Sequence[Any]], steps_per_epoch: int, best
 
     `history` holds rows of (key, value, step, time in ms).
     """
-    figure, (losses, scores) = _new(9, 3.4, columns=2)
-    for colour, key, label in ((_COLOURS[0], "train/loss", "train"), (_COLOURS[1], "validation/loss", "validation")):
+    figure, (losses, scores) = new_figure(9, 3.4, columns=2)
+    for colour, key, label in ((COLOURS[0], "train/loss", "train"), (COLOURS[1], "validation/loss", "validation")):
         points = [(step / steps_per_epoch, value) for name, value, step, _ in history if name == key]
         if points:
             losses.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.3)
@@ -40,19 +42,19 @@ def training_curves(history: Sequence[Sequence[Any]], steps_per_epoch: int, best
     losses.legend(frameon=False)
     points = [(step / steps_per_epoch, value) for name, value, step, _ in history if name == f"validation/{metric}"]
     if points:
-        scores.plot(*zip(*points, strict=True), color=_COLOURS[1], marker="o", markersize=3, linewidth=1.3)
-    scores.axvline(best_step / steps_per_epoch, color=_COLOURS[2], linestyle="--", label="chosen by validation")
+        scores.plot(*zip(*points, strict=True), color=COLOURS[1], marker="o", markersize=3, linewidth=1.3)
+    scores.axvline(best_step / steps_per_epoch, color=COLOURS[2], linestyle="--", label="chosen by validation")
     scores.set(xlabel="epoch", title=f"Validation {metric}")
     scores.legend(frameon=False)
     for axes in (losses, scores):
         axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     """Counts by true (rows) and predicted (columns) class; `matrix` int (C, C)."""
     side = max(3.6, min(12.0, 0.42 * len(names) + 1.4))
-    figure, axes = _new(side, side)
+    figure, axes = new_figure(side, side)
     rates = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 30:
@@ -62,41 +64,41 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
             colour = "white" if rates[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
     axes.set(xlabel="predicted", ylabel="true", title=f"Confusion, n={int(matrix.sum()):,}")
-    return _png(figure)
+    return png_of(figure)
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, ece: float, bins: int) -> bytes:
     """Accuracy against confidence in equal-width bins; `confidence` float (N,), `correct` bool (N,)."""
-    figure, axes = _new(3.8, 3.6)
+    figure, axes = new_figure(3.8, 3.6)
     edges = np.linspace(0, 1, bins + 1)
     which = np.clip(np.digitize(confidence, edges[1:-1]), 0, bins - 1)
     for number in range(bins):
         inside = which == number
         if inside.any():
             axes.bar(
-                (edges[number] + edges[number + 1]) / 2, correct[inside].mean(), width=0.9 / bins, color=_COLOURS[0]
+                (edges[number] + edges[number + 1]) / 2, correct[inside].mean(), width=0.9 / bins, color=COLOURS[0]
             )
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"Calibration, ECE {ece:.3f}")
-    return _png(figure)
+    return png_of(figure)
 
 
 def scatter(labels: np.ndarray, values: np.ndarray) -> bytes:
     """Predicted values (N,) against labels (N,), with the line of no error."""
-    figure, axes = _new(4.6, 4.2)
+    figure, axes = new_figure(4.6, 4.2)
     low, high = float(min(labels.min(), values.min())), float(max(labels.max(), values.max()))
     axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1)
-    axes.scatter(labels, values, s=8, alpha=0.4, color=_COLOURS[0])
+    axes.scatter(labels, values, s=8, alpha=0.4, color=COLOURS[0])
     axes.set(xlabel="label", ylabel="prediction", title="Predictions")
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: str) -> bytes:
     """Pictures with captions; `images` uint8 (N, C, H, W) with values up to `maximum`, C = 1 or 3."""
     columns = min(8, max(1, len(images)))
     rows = max(1, -(-len(images) // columns))
-    figure, grid = _new(1.3 * columns, 1.55 * rows + 0.4, rows=rows, columns=columns)
+    figure, grid = new_figure(1.3 * columns, 1.55 * rows + 0.4, rows=rows, columns=columns)
     for number, axes in enumerate(np.atleast_1d(grid).reshape(-1)):
         axes.axis("off")
         if number < len(images):
@@ -104,15 +106,15 @@ def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: st
             axes.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(captions[number], fontsize=8)
     figure.suptitle(title, fontsize=10)
-    return _png(figure)
+    return png_of(figure)
 
 
 def history(points: Sequence[tuple[str, Any, bool | None]], metric: str) -> bytes:
     """A figure over time with its intervals; `points` are (date, `Estimate`, passed), and crosses did not pass."""
-    figure, axes = _new(9, 3.2)
+    figure, axes = new_figure(9, 3.2)
     places = np.arange(len(points))
     for passed, colour, marker, label in (
-        (True, _COLOURS[2], "o", "passed the gates"),
+        (True, COLOURS[2], "o", "passed the gates"),
         (False, "#b91c1c", "X", "did not pass"),
         (None, "grey", "o", "not judged yet"),
     ):
@@ -127,87 +129,4 @@ def history(points: Sequence[tuple[str, Any, bool | None]], metric: str) -> byte
     axes.set(title=f"test {metric} of each evaluation, 95 % interval")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
-
-
-def scaling(rows: Sequence[Mapping[str, Any]], laws: Sequence[Any], metric: str) -> bytes:
-    """The scales side by side, and below them throughput with its law and forecasts, and quality against cost.
-
-    Each row is one of `scaling_rows`; each of `laws` is a `Law`. Forecasts are hollow and dashed.
-    """
-    figure, grid = _new(12, 4.4 + 0.35 * len(rows), rows=2, columns=3)
-    scores, seconds, efficiencies, throughput, front, memory = grid.reshape(-1)
-    names, places = [row["scale"] for row in rows], np.arange(len(rows))
-    values = np.array([row["value"] for row in rows])
-    errors = np.abs(np.array([[row["low"], row["high"]] for row in rows]).T - values)
-    scores.errorbar(values, places, xerr=errors, fmt="o", color=_COLOURS[0], capsize=3)
-    scores.set(title=f"test {metric}, 95 % interval")
-    _bars(seconds, [row["train_seconds"] for row in rows], "training seconds (no start-up)", _COLOURS[1])
-    _bars(efficiencies, [row["efficiency"] or 0 for row in rows], "parallel efficiency", _COLOURS[2])
-    efficiencies.axvline(1, color="grey", linestyle="--", linewidth=1)
-    _bars(
-        memory, [(row["peak_memory_bytes"] or 0) / 2**20 for row in rows], "peak memory of a worker, MiB", _COLOURS[4]
-    )
-    for axes in (scores, seconds, efficiencies, memory):
-        axes.set_yticks(places, names if axes in (scores, memory) else [])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-    _throughput(throughput, rows, laws)
-    _front(front, rows, metric)
-    for axes in grid.reshape(-1):
-        axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
-
-
-def _bars(axes: Any, values: Sequence[float], title: str, colour: str) -> None:
-    axes.barh(np.arange(len(values)), values, color=colour, height=0.6)
-    axes.set(title=title)
-
-
-def _throughput(axes: Any, rows: Sequence[Mapping[str, Any]], laws: Sequence[Any]) -> None:
-    axes.scatter(
-        [row["workers"] for row in rows],
-        [row["samples_per_second"] for row in rows],
-        color=_COLOURS[0],
-        zorder=3,
-        label="measured",
-    )
-    for law in laws:
-        measured = [row["workers"] for row in rows if row["scale"] in law.scales]
-        greatest = max([*measured, *(row["workers"] for row in law.forecasts)])
-        counts = np.linspace(1, greatest, 60)
-        curve = [law.law.forecast(count) for count in counts]
-        axes.plot(counts, [point.value for point in curve], color="grey", linestyle="--", label=law.law.name)
-        axes.fill_between(
-            counts,
-            [point.low for point in curve],
-            [point.high for point in curve],
-            color="grey",
-            alpha=0.15,
-            linewidth=0,
-        )
-        for row in law.forecasts:
-            axes.scatter(
-                row["workers"], row["samples_per_second"], facecolors="none", edgecolors="grey", label="forecast"
-            )
-    # One entry a kind, however many points it has.
-    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(entries.values(), entries.keys(), frameon=False, fontsize=8)
-    # A band that says "anything" must not make the measurements invisible.
-    tallest = max(row["samples_per_second"] for row in [*rows, *(row for law in laws for row in law.forecasts)])
-    axes.set(xlabel="workers", title="samples/s, 95 % band", ylim=(0, 2 * tallest))
-
-
-def _front(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
-    for number, row in enumerate(rows):
-        marker, colour = ("o", _COLOURS[1]) if row["pareto"] else ("x", "grey")
-        axes.scatter(row["device_hours"], row["value"], marker=marker, color=colour)
-        axes.annotate(
-            row["scale"],
-            (row["device_hours"], row["value"]),
-            fontsize=7,
-            xytext=(0, 8 + 10 * (number % 3)),
-            textcoords="offset points",
-            ha="center",
-        )
-    axes.set(xlabel="device-hours", title=f"test {metric}, Pareto front: o")
-    axes.margins(0.35)
+    return png_of(figure)

@@ -7,7 +7,7 @@ from mlpipes.reporting.report import escaped
 
 if TYPE_CHECKING:
     from mlpipes.data.snapshot import Snapshot
-    from mlpipes.training.recipe import Recipe
+    from mlpipes.store.recipe import Recipe
 
 
 def _rows(content: Mapping[str, Any]) -> str:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlpipes.errors import ConfigError
-from mlpipes.evaluations import evaluations_of
-from mlpipes.files import digest_of, read_record, write_atomic, write_record
-from mlpipes.gates import summary
+from mlpipes.evaluation.gates import summary
+from mlpipes.evaluation.records import evaluations_of
 from mlpipes.reporting.report import Table
-from mlpipes.reporting.scaling import (
+from mlpipes.scaling.table import (
     Law,
     Prices,
     ScaleResult,
@@ -21,9 +20,11 @@ from mlpipes.reporting.scaling import (
     scaling_rows,
     scaling_table,
 )
-from mlpipes.status import all_statuses
-from mlpipes.store import Store
-from mlpipes.training.recipe import Recipe, code_version
+from mlpipes.store.files import digest_of, read_record, write_atomic, write_record
+from mlpipes.store.layout import Store
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.status import all_statuses
+from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import Entry
 
 GPU_PRICE, CPU_PRICE = "MLPIPES_GPU_HOUR", "MLPIPES_CPU_HOUR"
@@ -93,10 +94,10 @@ class ScalingReport:
 
     def write(self, store: Store, entry: Entry) -> tuple[str, bytes]:
         """Write Markdown, PNG and JSON to the store; returns the first two."""
-        from mlpipes.reporting import figures
+        from mlpipes.scaling import figure
 
         folder, text = store.report(entry.name), self.markdown(entry)
-        plot = figures.scaling(self.rows, self.laws, self.metric)
+        plot = figure.scaling(self.rows, self.laws, self.metric)
         write_atomic(folder / "scaling_report.png", plot)
         write_atomic(folder / "scaling_report.md", text.encode())
         content = {

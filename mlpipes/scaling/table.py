@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlpipes.reporting.forecast import ScalingLaw, fit_scaling_law
 from mlpipes.reporting.report import Table
 from mlpipes.scales import RayScaleConfig
+from mlpipes.scaling.law import ScalingLaw, fit_scaling_law
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Where everything lies: the layout of the store and of the local home folder."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpipes.files import read_record, write_record
+from mlpipes.store.files import read_record, write_record
 
 HOME_VARIABLE = "MLPIPES_HOME"
 
@@ -18,7 +17,7 @@ def home() -> Path:
     """
     if configured := os.environ.get(HOME_VARIABLE):
         return Path(configured).expanduser().absolute()
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     base = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
     return base / ".mlpipes"
 
@@ -109,24 +108,6 @@ class Store:
             return None
 
 
-def read_messages(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Whole messages of a progress file from a byte offset on, and the offset behind them.
-
-    A torn last line is left for the next call; a line that is not JSON is passed over, for messages are display only.
-    """
-    try:
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read()
-    except FileNotFoundError:
-        return [], offset
-    end = data.rfind(b"\n") + 1
-    messages = []
-    for line in data[:end].splitlines():
-        try:
-            message = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(message, dict):
-            messages.append(message)
-    return messages, offset + end
+def default_store() -> Store:
+    """The store of this installation."""
+    return Store(home() / "store")

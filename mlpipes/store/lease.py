@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlpipes.errors import CorruptionError, LeaseLostError
-from mlpipes.files import read_record, set_aside, write_record
+from mlpipes.store.files import read_record, set_aside, write_record
 
 _LOCK_SECONDS = 60
 

@@ -30,3 +30,26 @@ class MessageWriter:
             pass
         finally:
             os.close(descriptor)
+
+
+def read_messages(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Whole messages of a progress file from a byte offset on, and the offset behind them.
+
+    A torn last line is left for the next call; a line that is not JSON is passed over, for messages are display only.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read()
+    except FileNotFoundError:
+        return [], offset
+    end = data.rfind(b"\n") + 1
+    messages = []
+    for line in data[:end].splitlines():
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, dict):
+            messages.append(message)
+    return messages, offset + end

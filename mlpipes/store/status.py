@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpipes.errors import CorruptionError
-from mlpipes.files import read_record
+from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import Store, TrainingFolder, read_messages
+from mlpipes.store.files import read_record
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.messages import read_messages
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.training_job import TrainingJob
 
 _SILENT_SECONDS = 60
 
@@ -113,47 +116,38 @@ def progress_text(status: TrainingStatus) -> dict[str, Any]:
     }
 
 
-def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:
-    """The checkpoints of all trainings of a scale, each verified, as the cells of a table."""
-    from mlpipes.training.checkpoints import Checkpoints
+def find_training(store: Store, workload: str, scale: str, run: str | None = None) -> TrainingFolder:
+    """A scale's finished training: the one materialized last, or the one that `run` names.
 
-    for status in all_statuses(store):
-        if (status.workload, status.scale) != (workload, scale):
-            continue
-        checkpoints = Checkpoints(status.folder.checkpoints)
-        for step in checkpoints.steps():
-            row = {
-                "fingerprint": status.folder.fingerprint[:12],
-                "step": str(step),
-                "MiB": "",
-                "best": "",
-                "state": "good",
-            }
-            try:
-                found = checkpoints.load(step)
-            except (CorruptionError, FileNotFoundError) as error:
-                row["state"] = f"unusable: {error}"
-            else:
-                best = found.progress.best
-                row |= {
-                    "MiB": f"{found.published.size / 2**20:.1f}",
-                    "best": "yes" if best and best["step"] == step else "",
-                }
-            yield row
-
-
-def prune_checkpoints(store: Store, workload: str, scale: str) -> int:
-    """Remove all but the latest and the best checkpoint of each training of a scale; returns how many went.
-
-    Raises CorruptionError, and removes nothing, where the latest one is unusable: the others may be needed.
+    `run` is the beginning of a fingerprint, of an MLflow run's id or of a Dagster run's id. Raises ConfigError if there
+    is none, or more than one.
     """
-    from mlpipes.training.checkpoints import Checkpoints
+    if run is None:
+        reference = store.read_reference(workload, "checkpoints", scale)
+        if reference is None:
+            raise ConfigError(f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first")
+        return store.training(reference["fingerprint"])
+    found = []
+    for path in sorted(store.root.glob("trainings/*/recipe.json")):
+        folder = TrainingFolder(path.parent)
+        recipe = Recipe.model_validate(read_record(path))
+        if (recipe.workload, recipe.scale.key) == (workload, scale) and any(
+            name.startswith(run) for name in _names(folder)
+        ):
+            found.append(folder)
+    if len(found) != 1:
+        listed = ", ".join(folder.fingerprint[:12] for folder in found) or "none"
+        raise ConfigError(f"{run!r} should name one training of {workload} {scale}; it names {listed}")
+    return found[0]
 
-    removed = 0
-    for status in all_statuses(store):
-        if (status.workload, status.scale) == (workload, scale):
-            checkpoints = Checkpoints(status.folder.checkpoints, keep_last=1)
-            if before := checkpoints.steps():
-                checkpoints.prune(checkpoints.load(before[-1]).progress)
-                removed += len(before) - len(checkpoints.steps())
-    return removed
+
+def _names(folder: TrainingFolder) -> Iterator[str]:
+    yield folder.fingerprint
+    for path in folder.specification(0).parent.glob("a*.json"):
+        try:
+            job = TrainingJob.read(path)
+        except CorruptionError:
+            continue
+        yield job.requested_by
+        if job.tracking is not None:
+            yield job.tracking.run_id

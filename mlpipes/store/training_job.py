@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mlpipes.files import read_record, write_record
-from mlpipes.store import Store, TrainingFolder
-from mlpipes.training.recipe import Recipe
+from mlpipes.store.files import read_record, write_record
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.recipe import Recipe
 
 
 class Checkpointing(BaseModel):

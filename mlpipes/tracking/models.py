@@ -97,7 +97,7 @@ def _log_text_model(deployable: "Deployable", extra_files: list[str]) -> Any:
     import pandas as pd
     from mlflow.models import infer_signature
 
-    from mlpipes.tracking import text_model
+    from mlpipes.workloads import served_text_model
 
     model: Any = deployable.module
     example = pd.DataFrame(deployable.example)
@@ -108,7 +108,7 @@ def _log_text_model(deployable: "Deployable", extra_files: list[str]) -> Any:
         shutil.copytree(deployable.tokenizer, folder, dirs_exist_ok=True)
         logged = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(text_model.__file__)),
+            python_model=str(Path(served_text_model.__file__)),
             artifacts={"model": str(folder)} | {Path(path).stem: path for path in extra_files},
             input_example=example,
             signature=infer_signature(example, pd.DataFrame(deployable.outputs)),

@@ -17,7 +17,8 @@ from filelock import FileLock
 from tenacity import retry, stop_after_attempt, wait_random_exponential
 
 from mlpipes.errors import ConfigError
-from mlpipes.store import home, read_messages
+from mlpipes.store.layout import home
+from mlpipes.store.messages import read_messages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,1 +1,1 @@
-"""Training: how it is done. Loop, checkpoints, determinism, evaluation, Ray Train entry point; no Dagster in here."""
+"""Training: how it is done. Driver, worker, loop, checkpoints, determinism, prediction; no Dagster in here."""

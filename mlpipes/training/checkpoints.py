@@ -7,7 +7,7 @@ containers only) and, in its manifest, the progress. Random numbers and learning
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlpipes.errors import CorruptionError
-from mlpipes.files import Published, open_published, publishing, set_aside
+from mlpipes.store.files import Published, open_published, publishing, set_aside
+from mlpipes.store.layout import Store
+from mlpipes.store.status import all_statuses
 
 KIND = "checkpoint"
 VERSION = 1
@@ -157,3 +159,45 @@ class Checkpoints:
                 "evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
             )
         return None, messages
+
+
+def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:
+    """The checkpoints of all trainings of a scale, each verified, as the cells of a table."""
+    for status in all_statuses(store):
+        if (status.workload, status.scale) != (workload, scale):
+            continue
+        checkpoints = Checkpoints(status.folder.checkpoints)
+        for step in checkpoints.steps():
+            row = {
+                "fingerprint": status.folder.fingerprint[:12],
+                "step": str(step),
+                "MiB": "",
+                "best": "",
+                "state": "good",
+            }
+            try:
+                found = checkpoints.load(step)
+            except (CorruptionError, FileNotFoundError) as error:
+                row["state"] = f"unusable: {error}"
+            else:
+                best = found.progress.best
+                row |= {
+                    "MiB": f"{found.published.size / 2**20:.1f}",
+                    "best": "yes" if best and best["step"] == step else "",
+                }
+            yield row
+
+
+def prune_checkpoints(store: Store, workload: str, scale: str) -> int:
+    """Remove all but the latest and the best checkpoint of each training of a scale; returns how many went.
+
+    Raises CorruptionError, and removes nothing, where the latest one is unusable: the others may be needed.
+    """
+    removed = 0
+    for status in all_statuses(store):
+        if (status.workload, status.scale) == (workload, scale):
+            checkpoints = Checkpoints(status.folder.checkpoints, keep_last=1)
+            if before := checkpoints.steps():
+                checkpoints.prune(checkpoints.load(before[-1]).progress)
+                removed += len(before) - len(checkpoints.steps())
+    return removed

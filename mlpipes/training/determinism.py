@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from mlpipes.files import canonical_json
+from mlpipes.store.files import canonical_json
 
 
 def mixed_seed(*parts: Any) -> int:

@@ -1,4 +1,4 @@
-"""Room: a training that finds the disk full waits for room instead of losing what it has."""
+"""Full disks: a training that finds no room waits for some instead of losing what it has."""
 
 import errno
 import shutil
@@ -27,7 +27,7 @@ def write_with_patience(
 ) -> T:
     """Call `write` until it does not fail for want of room; returns what it returns.
 
-    `write` must leave nothing behind when it fails, as all writers of `mlpipes.files` do. Raises DiskFullError when
+    `write` must leave nothing behind when it fails, as all writers of `mlpipes.store.files` do. Raises DiskFullError when
     patience is out, and any other error at once.
     """
 

@@ -1,6 +1,6 @@
 """The driver of a training: what the Ray job runs. Starts the workers, and passes the curve on to MLflow.
 
-Run as `python -m mlpipes.training.job <specification>`. It exits with 0 only if the result is in the store.
+Run as `python -m mlpipes.training.driver <specification>`. It exits with 0 only if the result is in the store.
 """
 
 import os
@@ -10,11 +10,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mlpipes.lease import Lease
-from mlpipes.store import read_messages
+from mlpipes.store.lease import Lease
+from mlpipes.store.messages import MessageWriter, read_messages
+from mlpipes.store.training_job import TrainingJob
 from mlpipes.tracking.runs import MetricFollower
-from mlpipes.training.messages import MessageWriter
-from mlpipes.training.specification import TrainingJob
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -67,7 +66,7 @@ def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from mlpipes.training.process_group import GroupConfig
+    from mlpipes.training.ray_backend import GroupConfig
 
     scale = job.recipe.scale
     # Ray's own bookkeeping is not needed for recovery (our checkpoints are the truth) and is not written atomically, so

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.training_job import Checkpointing
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
+from mlpipes.training.disk_full import write_with_patience
 from mlpipes.training.embedding import keep_embedding_gradients
-from mlpipes.training.evaluation import autocast, predictions_of
 from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.parallel import Workers
-from mlpipes.training.room import write_with_patience
-from mlpipes.training.specification import Checkpointing
+from mlpipes.training.prediction import autocast, predictions_of
 from mlpipes.training.stopwatch import Stopwatch
-from mlpipes.training.tensors import on_device
 from mlpipes.workloads.base import DataInfo, Workload
+from mlpipes.workloads.tensors import on_device
 
 LOGGED_POINTS = 1000
 """Points of a loss curve, whatever the length of the training, so that a checkpoint can carry the whole curve."""
@@ -249,7 +249,9 @@ class Trainer:
             | {"train/epoch_loss": progress.epoch_loss / self.order.steps_per_epoch, "train/epoch": float(epoch)}
         )
         progress.epoch_loss = 0.0
-        if progress.best is None or self.workload.rank(metrics) > self.workload.rank(progress.best["metrics"]):
+        if progress.best is None or self.workload.selection_key(metrics) > self.workload.selection_key(
+            progress.best["metrics"]
+        ):
             progress.best = {"step": progress.step, "epoch": epoch, "metrics": metrics}
         self._tell("epoch", epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics)
         self._save()

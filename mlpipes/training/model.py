@@ -12,17 +12,17 @@ from torch import nn
 
 from mlpipes.data.snapshot import Snapshot
 from mlpipes.errors import ConfigError
-from mlpipes.files import open_published, publishing
 from mlpipes.reporting.report import Report
-from mlpipes.store import TrainingFolder
+from mlpipes.store.files import open_published, publishing
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.recipe import Recipe
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import weights_digest
-from mlpipes.training.evaluation import predictions_of
 from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.recipe import Recipe
-from mlpipes.training.tensors import on_device
+from mlpipes.training.prediction import predictions_of
 from mlpipes.workloads.base import DataInfo, Deployable, Workload
 from mlpipes.workloads.catalog import load_workload
+from mlpipes.workloads.tensors import on_device
 
 KIND = "model"
 VERSION = 1

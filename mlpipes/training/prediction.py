@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mlpipes.training.parallel import Workers, shares
-from mlpipes.training.tensors import TensorColumns
 from mlpipes.workloads.base import Workload
+from mlpipes.workloads.tensors import TensorColumns
 
 BATCH_SIZE = 500
 """Samples per forward pass. Fixed, because the bits of a convolution may depend on the size of its batch."""

@@ -9,15 +9,15 @@ import torch
 
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
-from mlpipes.files import write_record
-from mlpipes.lease import Lease
+from mlpipes.store.files import write_record
+from mlpipes.store.lease import Lease
+from mlpipes.store.messages import MessageWriter
+from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
+from mlpipes.training.disk_full import write_with_patience
 from mlpipes.training.loop import Trainer
-from mlpipes.training.messages import MessageWriter
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
-from mlpipes.training.room import write_with_patience
-from mlpipes.training.specification import TrainingJob
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
 

@@ -149,7 +149,7 @@ class Workload(ABC):
         """Validation metrics; must hold `loss` and `primary_metric`."""
 
     @abstractmethod
-    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+    def selection_key(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """Sort key of a checkpoint by its validation metrics; the greatest is the best, and of equals the earliest."""
 
     @abstractmethod

@@ -27,6 +27,6 @@ class Classification(Workload):
         """1 where the label is right, 0 where it is not."""
         return (predictions["logits"].argmax(axis=1) == np.asarray(columns["label"])).astype(np.float32)
 
-    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+    def selection_key(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """By accuracy; the loss decides between equals, which a small validation split has often."""
         return metrics["accuracy"], -metrics["loss"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpipes.errors import ConfigError, DataError
-from mlpipes.files import sha256_file
+from mlpipes.store.files import sha256_file
 
 ENCODER, TOKENIZER = "encoder", "tokenizer"
 """Folders among a snapshot's files: `config.json` (and `model.safetensors`), and the tokenizer's files."""

@@ -24,7 +24,6 @@ from mlpipes.errors import ConfigError, DataError
 from mlpipes.reporting.classification import classification_report, probabilities_of
 from mlpipes.reporting.regression import regression_report
 from mlpipes.reporting.report import Report, Table
-from mlpipes.training.tensors import RaggedTensor, on_device
 from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.encoders import (
@@ -41,6 +40,7 @@ from mlpipes.workloads.encoders import (
     tokenizer_of,
 )
 from mlpipes.workloads.optimization import adamw, trapezoid
+from mlpipes.workloads.tensors import RaggedTensor, on_device
 
 SST2_VARIABLE = "MLPIPES_SST2"
 SST2_MODEL_VARIABLE = "MLPIPES_SST2_MODEL"
@@ -322,7 +322,7 @@ class TextRegression(TextWorkload):
             "loss": float(((values - labels) ** 2).mean()),
         }
 
-    def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+    def selection_key(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """By squared error. A correlation sees neither size nor place: best of all may be what is always near the mean."""
         return -metrics["loss"], metrics["pearson"]
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.data.splits import SplitPlan
 from mlpipes.data.tables import sst2_source
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 from mlpipes.training.determinism import has_native_bf16, prepare_process
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification

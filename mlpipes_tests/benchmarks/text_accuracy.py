@@ -16,12 +16,12 @@ import torch
 from mlpipes.data.snapshot import snapshot_of
 from mlpipes.data.splits import SplitPlan
 from mlpipes.data.tables import sst2_source
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 from mlpipes.training.determinism import prepare_process
-from mlpipes.training.evaluation import predictions_of
 from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.tensors import on_device
+from mlpipes.training.prediction import predictions_of
 from mlpipes.workloads.encoders import Pretrained
+from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
 from mlpipes_tests.training.harness import trainer_on
 

@@ -21,7 +21,7 @@ import torch
 from mlpipes.data.docstrings import DocstringSource
 from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.data.splits import SplitPlan
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 from mlpipes.training.determinism import prepare_process, weights_digest
 from mlpipes.workloads.encoders import Tiny
 from mlpipes.workloads.text_classification import TextClassification, TextHyperparameters

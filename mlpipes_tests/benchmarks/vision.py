@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlpipes.data.sources import Cifar10Source
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.training_job import Checkpointing
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import has_native_bf16, prepare_process
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.specification import Checkpointing
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import cifar10
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlpipes_tests.chaos.faults import DISK, VICTIMS
-from mlpipes_tests.chaos.harness import Session, Trial
+from mlpipes_tests.chaos.session import Session
+from mlpipes_tests.chaos.trial import Trial, run_trial
 
 
 def main(count: int, first_seed: int, victims: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def main(count: int, first_seed: int, victims: Sequence[str]) -> int:
         for seed in range(first_seed, first_seed + count):
             for victim in victims:
                 try:
-                    trials.append(session.trial(victim, seed))
+                    trials.append(run_trial(session, victim, seed))
                 except Exception as error:
                     traceback.print_exc()
                     trials.append(Trial(victim, seed, problem=f"{type(error).__name__}: {error}"))

@@ -16,8 +16,8 @@ from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_node import end_marked, free_port, own_ip, start_command, start_environment
 from mlpipes.errors import PreflightError
-from mlpipes.store import TrainingFolder
-from mlpipes_tests.chaos.harness import Session
+from mlpipes.store.layout import TrainingFolder
+from mlpipes_tests.chaos.session import Session
 from mlpipes_tests.sandbox import CHECKOUT
 
 EPOCHS = 500

@@ -3,16 +3,16 @@
 import random
 import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from mlpipes.store import TrainingFolder
+from mlpipes.store.layout import TrainingFolder
+from mlpipes_tests.chaos.processes import command_of, environment_of
 
 if TYPE_CHECKING:
-    from mlpipes_tests.chaos.harness import Session
+    from mlpipes_tests.chaos.session import Session
 
 KILLED = (
     *("run worker", "mlpipes dev", "daemon", "code server", "code server and its parent", "webserver"),
@@ -28,14 +28,12 @@ SNAPSHOT_BYTE = "flipped byte, snapshot"
 VICTIMS = (*KILLED, *HUNG, DISK, BYTE, SNAPSHOT_BYTE)
 AWAY_SECONDS = {"MLflow server": 10.0, "everything": 0.0, DISK: 15.0}
 """How long what the outside world has to mend stays broken."""
-DISK_BYTES = 1300 * 2**20
-"""Size of the store's disk where it is to run full: what the preflight asks for, and some."""
 _WORDS = {
     "daemon": "dagster-daemon",
     "code server": "api grpc",
     "code server and its parent": "code-server start",
     "webserver": "dagster-webserver",
-    "Ray driver": "mlpipes.training.job",
+    "Ray driver": "mlpipes.training.driver",
     "Train controller": "ray::TrainController",
     "train worker": "ray::RayTrainWorker",
     "raylet": "/raylet/raylet",
@@ -67,7 +65,7 @@ def processes(session: "Session", victim: str, run_id: str) -> list[psutil.Proce
         case "full disk":
             return []
         case "flipped byte" | "flipped byte, snapshot":
-            words = ("mlpipes.training.job", "ray::RayTrainWorker")
+            words = ("mlpipes.training.driver", "ray::RayTrainWorker")
             return [p for p in ray if any(word in command_of(p) for word in words)]
         case "code server and its parent":
             return [p for p in dagster if any(_WORDS[name] in command_of(p) for name in ("code server", victim))]
@@ -128,28 +126,3 @@ def _flip(folder: Path, chance: random.Random) -> str:
     data[position] ^= 1 << chance.randrange(8)
     path.write_bytes(data)
     return f"byte {position} of {path.relative_to(folder)}"
-
-
-def small_disk(folder: Path) -> None:
-    """Give a folder a small disk of its own. Raises RuntimeError where that cannot be had (it takes root)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"no small disk for the fault {DISK!r}: {done.stderr.strip()}")
-
-
-def environment_of(process: psutil.Process) -> dict[str, str]:
-    """A process's variables; none if it is gone."""
-    try:
-        return process.environ()
-    except (psutil.Error, OSError):
-        return {}
-
-
-def command_of(process: psutil.Process) -> str:
-    """A process's command line; empty if it is gone."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

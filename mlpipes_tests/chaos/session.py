@@ -1,35 +1,24 @@
-"""The chaos harness: launches a training in Dagster, kills a victim at a random moment, waits, and compares everything."""
+"""A session under chaos: a sandbox with `mlpipes dev`, Ray and MLflow in it, and what is asked of them."""
 
 import json
-import random
 import shutil
 import subprocess
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mlpipes.compute.stacks import processes_of
-from mlpipes.store import Store, TrainingFolder, read_messages
-from mlpipes_tests.chaos.faults import (
-    AWAY_SECONDS,
-    DISK,
-    HUNG,
-    KILLED,
-    SNAPSHOT_BYTE,
-    command_of,
-    environment_of,
-    mend,
-    processes,
-    small_disk,
-    strike,
-)
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.messages import read_messages
+from mlpipes_tests.chaos.processes import command_of, environment_of
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
-from mlpipes_tests.waiting import LIMIT_SECONDS, until
+from mlpipes_tests.waiting import until
+
+DISK_BYTES = 1300 * 2**20
+"""Size of the store's disk where it is to run full: what the preflight asks for, and some."""
 
 SCALE = "w2-b128-e40-g0"
 REFERENCE = "w1-b128-e40-g0"  # the same bits at any number of workers: one process is the cheapest reference
@@ -42,43 +31,6 @@ _TERMINATE = """mutation($run: String!) { terminateRun(runId: $run) { __typename
 _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
   __typename ... on MessageEvent { message timestamp }
   ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } }"""
-DEADLINE_SECONDS = LIMIT_SECONDS
-STALL_SECONDS = 60
-"""More than the start of a training is silent for on a busy machine of two cores."""
-
-
-class UnexpectedEndError(Exception):
-    """A run ended in a way that it should not."""
-
-
-@dataclass
-class Trial:
-    """What one trial found."""
-
-    victim: str
-    seed: int
-    done: str = ""
-    """What the fault was in particular."""
-    problem: str = ""
-    attempts: int = 0
-    attached_seconds: float | None = None
-    """From the fault until a run followed the training (again), where the fault ended the one that did."""
-    training_seconds: float | None = None
-    """From the fault until the training went on, start-up included; none if it ended in the meantime."""
-    total_seconds: float = 0.0
-    """From the fault until the run had succeeded."""
-    steps_repeated: int = 0
-
-    def __str__(self) -> str:
-        figures = [
-            f"{self.total_seconds:.0f} s to the end",
-            f"{self.attempts} job(s), {self.steps_repeated} steps repeated",
-        ]
-        if self.attached_seconds is not None:
-            figures.insert(0, f"{self.attached_seconds:.1f} s to re-attach")
-        if self.training_seconds is not None:
-            figures.insert(0, f"{self.training_seconds:.1f} s to training")
-        return f"{self.victim:22s} seed {self.seed}: {self.problem or 'same model'} ({self.done}); {', '.join(figures)}"
 
 
 class Session:
@@ -150,90 +102,12 @@ class Session:
         self.dev = self.sandbox.start(".venv/bin/mlpipes", "dev", "--port", str(self.port))
         wait_for(f"{self.address}/server_info", self.dev)
 
-    # -- one trial ----------------------------------------------------------------------------------------------------
-    def trial(self, victim: str, seed: int, place: float | None = None) -> Trial:
-        """Launch, let the fault happen, wait, compare.
-
-        It happens at a random moment or, given a place (a fraction of the steps), while the training waits there; it goes
-        on when a run follows it again.
-        """
-        trial, chance = Trial(victim, seed), random.Random(f"{victim}-{seed}")  # noqa: S311 - for moments, not secrets
-        self.until(self.is_ready, "Dagster can launch runs")
-        if place is not None:
-            self.sandbox.barriers.close(place)
-        run_id = self.launch(stall_seconds=STALL_SECONDS if victim in HUNG else 900)
-        folder = self.folder_of(run_id)
-        self.until(lambda: folder.messages(1).is_file(), "the training's driver has started")
-        if place is None:
-            self._random_moment(victim, run_id, folder, chance)
-        else:
-            self.sandbox.barriers.wait_for(place)
-        struck_at, step = time.time(), self.last_step(folder)
-        trial.done = strike(self, victim, run_id, folder, chance)
-        try:
-            self._recover(run_id, victim, struck_at)
-            trial.problem = self.compare(folder)
-        except (AssertionError, UnexpectedEndError) as error:
-            trial.problem = str(error)
-            for status_run in self.family(run_id):
-                if status_run not in ("SUCCESS", "FAILURE", "CANCELED"):
-                    self.cancel(run_id)
-        trial.total_seconds = time.time() - struck_at
-        self._measure(trial, run_id, folder, struck_at, step)
-        return trial
-
     def is_ready(self) -> bool:
         """Whether the webserver knows the jobs: what an earlier trial broke is mended."""
         try:
             return "digits_chain" in str(graphql(self.address, _JOBS))
         except (OSError, RuntimeError, ValueError):
             return False
-
-    def _random_moment(self, victim: str, run_id: str, folder: TrainingFolder, chance: random.Random) -> None:
-        """Wait for a moment at which the victim is there: while things start, or at some step of the training."""
-        self.until(lambda: victim == DISK or bool(processes(self, victim, run_id)), f"{victim} is there")
-        if victim in KILLED and victim != "train worker" and chance.random() < 0.3:
-            time.sleep(chance.uniform(0, 8))
-            return
-        step = chance.uniform(0.02, 0.8) * self.expected["steps"]
-        self.until(lambda: self.last_step(folder) >= step, f"the training is at step {step:.0f}")
-
-    def _recover(self, run_id: str, victim: str, struck_at: float) -> None:
-        statuses: list[str] = []
-        mended = asked_again = False
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while time.monotonic() < deadline:
-            if not mended and time.time() - struck_at > AWAY_SECONDS.get(victim, 0):
-                mend(self, victim)
-                mended = True
-            if self.dev is None or self.dev.poll() is not None:
-                self.up()  # the one thing that a user has to do
-            if self._attached(run_id, struck_at):
-                self.sandbox.barriers.open()
-            statuses = self.family(run_id)
-            if "SUCCESS" in statuses:
-                return
-            if statuses and set(statuses) == {"FAILURE"} and self.final_failure(run_id):
-                message = self.failure(run_id)
-                if victim != SNAPSHOT_BYTE or "Materialize `snapshot`" not in message or asked_again:
-                    raise UnexpectedEndError(f"failed: {message[:500]}")
-                asked_again = True  # what the message says: the user materializes the chain again
-                self.launch(parent=run_id)
-            time.sleep(1)
-        raise UnexpectedEndError(f"not done after {DEADLINE_SECONDS} s: runs {statuses}")
-
-    def _measure(self, trial: Trial, run_id: str, folder: TrainingFolder, struck_at: float, step: int) -> None:
-        trial.attempts = len(list(folder.messages(0).parent.glob("a*.jsonl")))
-        later = [m for m in self.messages(folder) if m["time"] > struck_at]
-        begun = [m for m in later if m["kind"] in ("resumed", "started")]
-        progress = [m["time"] for m in later if m["kind"] in ("progress", "epoch") and m["time"] > struck_at + 0.5]
-        if begun:
-            progress = [at for at in progress if at > begun[-1]["time"]]
-            trial.steps_repeated = max(0, step - begun[-1]["step"])
-        if progress:
-            trial.training_seconds = min(progress) - struck_at
-        attached = self._attached(run_id, struck_at)
-        trial.attached_seconds = min(attached) - struck_at if attached else None
 
     def _attached(self, run_id: str, after: float) -> list[float]:
         """When runs began to follow the training, after a Unix time."""
@@ -268,7 +142,7 @@ class Session:
 
         Ray keeps idle workers and cluster-wide actors of its own, which carry the variables of the job that came first.
         """
-        ours = ("mlpipes.training.job", "ray::TrainController", "ray::RayTrainWorker")
+        ours = ("mlpipes.training.driver", "ray::TrainController", "ray::RayTrainWorker")
         return [p for p in processes_of(folder.fingerprint) if any(word in command_of(p) for word in ours)]
 
     def tracked_steps(self, folder: TrainingFolder) -> list[int]:
@@ -387,3 +261,12 @@ class Session:
     def until(self, condition: Any, what: str) -> None:
         """Wait until a condition holds. Raises AssertionError saying what did not."""
         until(condition, what)
+
+
+def small_disk(folder: Path) -> None:
+    """Give a folder a small disk of its own. Raises RuntimeError where that cannot be had (it takes root)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"no small disk for the fault 'full disk': {done.stderr.strip()}")

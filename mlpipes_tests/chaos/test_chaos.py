@@ -7,7 +7,8 @@ import pytest
 
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes_tests.barriers import epochs
-from mlpipes_tests.chaos.harness import Session
+from mlpipes_tests.chaos.session import Session
+from mlpipes_tests.chaos.trial import run_trial
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT
 
@@ -27,7 +28,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 @pytest.mark.parametrize("victim", ["run worker", "everything"])
 def test_whatever_is_killed_the_same_model_comes_out(session: Session, victim: str) -> None:
-    trial = session.trial(victim, seed=1, place=PLACE)
+    trial = run_trial(session, victim, seed=1, place=PLACE)
     assert trial.problem == "", str(trial)
     assert trial.attempts == (1 if victim == "run worker" else 2)
 

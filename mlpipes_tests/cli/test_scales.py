@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlpipes.cli import app
+from mlpipes.cli.app import app
 from mlpipes.errors import ConfigError, ScaleError
-from mlpipes.files import write_record
 from mlpipes.scales import RayScaleConfig
-from mlpipes.status import trained_scales
-from mlpipes.store import Store
-from mlpipes.training.recipe import Recipe
+from mlpipes.store.files import write_record
+from mlpipes.store.layout import Store
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.status import trained_scales
 from mlpipes.workloads.catalog import CATALOG, entry, entry_named
 
 UNKNOWN = "w1-b128-e300-g0"

@@ -9,10 +9,10 @@ import pytest
 from mlpipes.compute import jobs
 from mlpipes.compute.jobs import REQUEUED, JobHandle, Jobs, JobStatus, ask_for_last_checkpoint
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import TrainingFolder
-from mlpipes.training.messages import MessageWriter
-from mlpipes.training.recipe import Recipe
-from mlpipes.training.specification import TrainingJob
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import MessageWriter
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.training_job import TrainingJob
 
 
 class Notebook(Jobs):

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from mlpipes.compute import preflight
-from mlpipes.compute.address import RayAddress, resolve
+from mlpipes.compute.address import RayAddress
+from mlpipes.compute.places import resolve
 from mlpipes.compute.preflight import (
     GIB,
     Node,

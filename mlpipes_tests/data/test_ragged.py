@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mlpipes.data.ragged import Ragged
-from mlpipes.training.tensors import on_device
+from mlpipes.workloads.tensors import on_device
 
 
 def test_ragged_columns_pad_and_pick_rows() -> None:

@@ -14,7 +14,7 @@ from mlpipes.data.snapshot import Prepared, Snapshot, open_snapshot, snapshot_of
 from mlpipes.data.sources import Cifar10Source, DigitsSource
 from mlpipes.data.splits import SplitPlan, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError, DataError
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 from mlpipes_tests.conftest import tiny_dataset
 
 PLAN = SplitPlan(0.1, test_fraction=0.2)

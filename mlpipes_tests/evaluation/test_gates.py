@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from mlpipes.errors import ConfigError, CorruptionError
-from mlpipes.evaluations import Evaluation, evaluations_of, open_evaluation, publish_evaluation
-from mlpipes.gates import Limits, pass_through
+from mlpipes.evaluation.gates import Limits, pass_through
+from mlpipes.evaluation.records import Evaluation, evaluations_of, open_evaluation, publish_evaluation
 from mlpipes.reporting.classification import wilson
 from mlpipes.reporting.report import Report
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 
 N = 400
 

@@ -7,11 +7,12 @@ import torch
 
 from mlpipes.compute.jobs import JobHandle
 from mlpipes.errors import ConfigError
-from mlpipes.files import read_record, write_record
-from mlpipes.replay import Comparison, find_training, replay
-from mlpipes.store import Store, TrainingFolder
+from mlpipes.evaluation.replay import Comparison, replay
+from mlpipes.store.files import read_record, write_record
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.status import find_training
+from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.determinism import DataOrder
-from mlpipes.training.specification import TrainingJob
 from mlpipes_tests.training.harness import make_job, run_here
 
 SCALE = "w1-b128-e2-g0"

@@ -14,9 +14,9 @@ import pytest
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
 from mlpipes.definitions import build_defs
-from mlpipes.files import read_record
 from mlpipes.scales import scales_of
-from mlpipes.store import Store
+from mlpipes.store.files import read_record
+from mlpipes.store.layout import Store
 from mlpipes.tracking.runs import Tracker, default_uri
 from mlpipes.workloads.catalog import CATALOG, Entry
 

@@ -149,7 +149,7 @@ def test_scale_files_are_valid(folder: Sandbox) -> None:
 
 @pytest.mark.parametrize("example", [block for _, block in YAML if block.startswith("ops:")])
 def test_launchpad_configurations_are_valid(example: str) -> None:
-    from mlpipes.assets.training import TrainingConfig, make_recipe
+    from mlpipes.orchestration.training import TrainingConfig, make_recipe
 
     configuration = yaml.safe_load(example)
     ((operation, step),) = configuration["ops"].items()

@@ -7,12 +7,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from mlpipes.compare import compare, evaluation_named
 from mlpipes.definitions import build_defs
-from mlpipes.evaluations import evaluations_of
+from mlpipes.evaluation.compare import compare, evaluation_named
+from mlpipes.evaluation.records import evaluations_of
 from mlpipes.scales import scales_of
-from mlpipes.scaling_report import Prices, make_report
-from mlpipes.store import Store
+from mlpipes.scaling.report import Prices, make_report
+from mlpipes.store.layout import Store
 from mlpipes.tracking.champion import Champions
 from mlpipes.tracking.runs import Tracker, default_uri
 from mlpipes.workloads.catalog import CATALOG, Entry

@@ -18,8 +18,9 @@ import yaml
 from mlpipes.compute.stacks import processes_of
 from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
-from mlpipes.scaling_report import make_report, prices_from_environment
-from mlpipes.store import Store, TrainingFolder, read_messages
+from mlpipes.scaling.report import make_report, prices_from_environment
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.messages import read_messages
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
 from mlpipes_tests.barriers import Barriers, epochs

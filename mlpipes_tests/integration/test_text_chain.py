@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from mlpipes.cli import app
+from mlpipes.cli.app import app
 from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
-from mlpipes.store import Store
+from mlpipes.store.layout import Store
 from mlpipes.workloads.catalog import Entry
 from mlpipes_tests.workloads.texts import FOLDER, WORDS
 
@@ -74,9 +74,9 @@ def test_the_registered_model_takes_texts_and_gives_labels_and_probabilities(cha
 
 
 def test_predict_answers_new_texts(chain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlpipes import cli_models
+    from mlpipes.cli import models
 
-    monkeypatch.setattr(cli_models, "scale_named", lambda workload, scale: scale)
+    monkeypatch.setattr(models, "scale_named", lambda workload, scale: scale)
     runner = CliRunner(env={"COLUMNS": "120"})
     result = runner.invoke(app, ["predict", "words", SCALES[0], "purr purr purr", "bark bark"])
     assert result.exit_code == 0, result.output

@@ -1,1 +1,1 @@
-"""Tests of mlpipes.assets."""
+"""Tests of mlpipes.orchestration."""

@@ -10,9 +10,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from mlpipes.alerts import WEBHOOK_VARIABLE, failure_message, failure_text
-from mlpipes.files import write_record
-from mlpipes.resources import StoreResource
+from mlpipes.orchestration.alerts import WEBHOOK_VARIABLE, failure_text
+from mlpipes.orchestration.resources import StoreResource
+from mlpipes.orchestration.sensors import failure_message
+from mlpipes.store.files import write_record
 from mlpipes_tests.training.harness import make_job, run_here
 
 SCALE = "w1-b64-e1-g0"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mlpipes import backfill
-from mlpipes.backfill import Backfill, DagsterUi
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration import backfill
+from mlpipes.orchestration.backfill import Backfill, DagsterUi
 
 
 def run(status: str, retry: int = 0, **tags: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlpipes.code_servers import code_servers, heal, is_loaded, option
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.code_servers import code_servers, heal, is_loaded, option
 from mlpipes_tests.sandbox import free_port
 
 

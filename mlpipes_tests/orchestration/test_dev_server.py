@@ -9,8 +9,8 @@ import dagster as dg
 import psutil
 
 from mlpipes.compute.local import LocalRay
-from mlpipes.development import _prepare_storage
-from mlpipes.files import write_record
+from mlpipes.orchestration.dev_server import _prepare_storage
+from mlpipes.store.files import write_record
 
 
 def test_unfinished_runs_of_an_earlier_session_are_seen(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mlpipes.assets.following import MAX_JOBS, _Restarts
-from mlpipes.store import TrainingFolder
+from mlpipes.orchestration.following import MAX_JOBS, _Restarts
+from mlpipes.store.layout import TrainingFolder
 
 
 def test_restarts_are_given_up_when_five_in_a_row_bring_no_checkpoint(tmp_path: Path) -> None:

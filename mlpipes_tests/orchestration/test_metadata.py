@@ -3,7 +3,7 @@
 import dagster as dg
 import pytest
 
-from mlpipes.assets.metadata import user_errors
+from mlpipes.orchestration.metadata import user_errors
 
 
 def test_an_mlflow_server_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from mlpipes.run_news import RunNews, name_of
+from mlpipes.orchestration.run_news import RunNews, name_of
 
 UI = "http://127.0.0.1:3000"
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}

@@ -1,14 +1,13 @@
-"""The run launcher's health check and the sensor for lost retries, against a real instance."""
+"""The sensor for lost retries, against a real instance."""
 
 import time
 from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._core.launcher.base import WorkerStatus
 
-from mlpipes import supervision
-from mlpipes.supervision import SupervisedRunLauncher, lost_retries
+from mlpipes.orchestration import sensors
+from mlpipes.orchestration.sensors import lost_retries
 
 
 @dg.asset(key=["mine", "fails"], group_name="mine", partitions_def=dg.StaticPartitionsDefinition(["a", "b"]))
@@ -22,6 +21,8 @@ def works() -> None:
 
 
 SENSOR, OTHER = lost_retries("mine"), lost_retries("other")
+
+
 DEFINITIONS = dg.Definitions([fails, works], jobs=[dg.define_asset_job("named", [fails])], sensors=[SENSOR, OTHER])
 
 
@@ -44,7 +45,7 @@ def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch:
         failed_run(instance, monkeypatch)  # nobody promised anything
         assert requests(instance) == [], "it may still be on its way"
         real = time.time
-        monkeypatch.setattr(supervision.time, "time", lambda: real() + 60)
+        monkeypatch.setattr(sensors.time, "time", lambda: real() + 60)
         (request,) = requests(instance)
         assert requests(instance, OTHER) == [], "another workload's sensor leaves it alone"
         assert request.run_key == f"retry-{lost}"
@@ -65,20 +66,8 @@ def test_a_retry_that_could_not_be_launched_is_requested(monkeypatch: pytest.Mon
         instance.report_engine_event("Failed to retry run", run)  # what Dagster writes while the code server is away
         real = time.time
         for later in (0, 60):  # at once: nothing more is on its way
-            monkeypatch.setattr(supervision.time, "time", lambda later=later: real() + later)
+            monkeypatch.setattr(sensors.time, "time", lambda later=later: real() + later)
             (request,) = requests(instance)
             assert request.run_key == f"retry-{given_up}"
-        monkeypatch.setattr(supervision.time, "time", lambda: real() + 7200)
+        monkeypatch.setattr(sensors.time, "time", lambda: real() + 7200)
         assert requests(instance) == [], "long ago"
-
-
-def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = SupervisedRunLauncher()
-    run: Any = type("Run", (), {"run_id": "r"})()
-    monkeypatch.setattr(launcher, "_get_grpc_client_for_termination", lambda run_id: None)
-    clock = [100.0]
-    monkeypatch.setattr(supervision.time, "monotonic", lambda: clock[0])
-    assert launcher.supports_check_run_worker_health
-    assert launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
-    clock[0] += supervision.GRACE_SECONDS
-    assert launcher.check_run_worker_health(run).status == WorkerStatus.NOT_FOUND

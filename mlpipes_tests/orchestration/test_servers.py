@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mlpipes.errors import ConfigError
-from mlpipes.servers import Server, ServerError, ServerLog
+from mlpipes.orchestration.servers import Server, ServerError, ServerLog
 
 WAITS = "import sys; print('I serve', flush=True); sys.stdin.close(); import signal; signal.pause()"
 
@@ -94,7 +94,7 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_servers_end_with_their_parent_however_it_dies(tmp_path: Path, how: signal.Signals) -> None:
     parent_code = (
-        "import os, pathlib, signal, sys; from mlpipes.servers import Server, ServerLog; "
+        "import os, pathlib, signal, sys; from mlpipes.orchestration.servers import Server, ServerLog; "
         f"log = ServerLog(pathlib.Path({str(tmp_path / 'dev.log')!r})); "
         f"print(Server('server', [sys.executable, '-c', {WAITS!r}], os.environ, log).process.pid, flush=True); "
         "signal.pause()"

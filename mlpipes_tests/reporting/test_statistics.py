@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlpipes.reporting.comparison import paired, unpaired
 from mlpipes.reporting.report import Estimate
+from mlpipes.reporting.statistics import paired, unpaired
 
 
 def test_right_and_wrong_by_hand() -> None:

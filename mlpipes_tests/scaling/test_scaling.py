@@ -3,18 +3,10 @@
 import numpy as np
 import pytest
 
-from mlpipes.reporting import figures
-from mlpipes.reporting.forecast import fit_scaling_law
-from mlpipes.reporting.scaling import (
-    Prices,
-    ScaleResult,
-    cost_table,
-    forecast_table,
-    laws_of,
-    recommend,
-    scaling_rows,
-)
 from mlpipes.scales import RayScaleConfig
+from mlpipes.scaling import figure
+from mlpipes.scaling.law import fit_scaling_law
+from mlpipes.scaling.table import Prices, ScaleResult, cost_table, forecast_table, laws_of, recommend, scaling_rows
 
 
 def result(key: str, speed: float, comparable: str = "same", value: float = 0.9, seconds: float = 10.0) -> ScaleResult:
@@ -109,7 +101,7 @@ def test_forecasts_are_for_scales_of_the_same_shape_and_drawn() -> None:
     assert law.forecasts[1]["train_seconds"] == pytest.approx(3600 * 1.7 / 800, rel=1e-3)
     assert law.forecasts[1]["cost"] == pytest.approx(8 * 3600 * 1.7 / 800 / 3600, rel=1e-3)
     assert "w8-b64-e1-g0" in forecast_table(law).markdown()
-    assert figures.scaling(scaling_rows(results), [law], "accuracy").startswith(b"\x89PNG")
+    assert figure.scaling(scaling_rows(results), [law], "accuracy").startswith(b"\x89PNG")
 
 
 def test_the_recommended_scale_keeps_its_limits() -> None:

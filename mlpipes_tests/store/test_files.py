@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpipes.errors import CorruptionError
-from mlpipes.files import MANIFEST, open_published, publishing, read_record, set_aside, write_atomic, write_record
-from mlpipes.store import read_messages
+from mlpipes.store.files import MANIFEST, open_published, publishing, read_record, set_aside, write_atomic, write_record
 
 
 def publish(target: Path, content: bytes = b"hello" * 100) -> None:
@@ -135,14 +134,3 @@ def test_set_aside_never_overwrites(tmp_path: Path) -> None:
         (tmp_path / "f").write_text(str(number))
         assert set_aside(tmp_path / "f").name == f"f.corrupt-{number}"
     assert (tmp_path / "f.corrupt-1").read_text() == "1"
-
-
-def test_messages_are_read_whole_lines_only(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    assert read_messages(path) == ([], 0)
-    path.write_bytes(b'{"kind": "a"}\nnot json\n7\n{"kind": "b"')
-    found, offset = read_messages(path)
-    assert found == [{"kind": "a"}]
-    with path.open("ab") as stream:
-        stream.write(b"}\n")
-    assert read_messages(path, offset)[0] == [{"kind": "b"}]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlpipes.errors import LeaseLostError
-from mlpipes.lease import Lease
+from mlpipes.store.lease import Lease
 
 
 def test_the_latest_taker_holds_the_lease(tmp_path: Path) -> None:

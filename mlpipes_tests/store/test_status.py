@@ -3,10 +3,11 @@ import io
 import pytest
 
 from mlpipes.errors import CorruptionError
-from mlpipes.files import write_record
-from mlpipes.status import all_statuses, checkpoint_rows, progress_text, prune_checkpoints
-from mlpipes.store import Store
-from mlpipes.training.messages import MessageWriter
+from mlpipes.store.files import write_record
+from mlpipes.store.layout import Store
+from mlpipes.store.messages import MessageWriter
+from mlpipes.store.status import all_statuses, progress_text
+from mlpipes.training.checkpoints import checkpoint_rows, prune_checkpoints
 from mlpipes_tests.training.harness import make_job, run_here
 
 SCALE = "w1-b128-e4-g0"
@@ -44,16 +45,17 @@ def test_the_store_tells_the_state_of_a_training(trained) -> None:
 def test_a_narrow_terminal_gets_fewer_columns_and_failures_say_why(trained, monkeypatch) -> None:
     from rich.console import Console
 
-    from mlpipes import cli
+    from mlpipes.cli import common, training
 
     def shown(width: int) -> str:
         console = Console(width=width, record=True, file=io.StringIO())
-        monkeypatch.setattr(cli, "console", console)
-        cli.status(watch=False)
+        monkeypatch.setattr(common, "console", console)
+        monkeypatch.setattr(training, "console", console)
+        training.status(watch=False)
         return console.export_text()
 
     store = Store(trained.folder.path.parents[1])
-    monkeypatch.setattr(cli, "store", lambda: store)
+    monkeypatch.setattr(training, "default_store", lambda: store)
     wide, narrow = shown(140), shown(80)
     assert trained.folder.fingerprint[:12] in wide
     for text in (SCALE, "finished", "36/36"):

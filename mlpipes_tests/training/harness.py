@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlpipes.data.snapshot import Snapshot, snapshot_of
-from mlpipes.files import read_record
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store import Store
+from mlpipes.store.files import read_record
+from mlpipes.store.layout import Store
+from mlpipes.store.recipe import Recipe
+from mlpipes.store.training_job import Checkpointing, TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker
-from mlpipes.training.recipe import Recipe
-from mlpipes.training.specification import Checkpointing, TrainingJob
 from mlpipes.training.worker import train
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload

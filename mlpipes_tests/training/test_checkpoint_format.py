@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mlpipes.errors import CorruptionError
-from mlpipes.files import MANIFEST
+from mlpipes.store.files import MANIFEST
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import weights_digest
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mlpipes.errors import DiskFullError
-from mlpipes.store import read_messages
-from mlpipes.training import room
+from mlpipes.store.messages import read_messages
+from mlpipes.training import disk_full
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.training.harness import curve, make_job, run_here
@@ -41,7 +41,7 @@ def fill(folder: Path) -> Path:
 def test_a_training_waits_for_room_and_ends_in_the_same_model(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(disk_full, "RETRY_SECONDS", 0.01)
     expected = run_here(make_job(tmp_path / "reference", SCALE))
     job = make_job(small_disk / "store", SCALE)
     original, ballasts, failures = Checkpoints.save, list[Path](), list[Exception]()
@@ -70,7 +70,7 @@ def test_a_training_waits_for_room_and_ends_in_the_same_model(
 def test_without_room_a_training_fails_clearly_and_keeps_its_last_checkpoint(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(disk_full, "RETRY_SECONDS", 0.05)
     job = make_job(small_disk / "store", SCALE, every_steps=3)
     original, ballasts = Checkpoints.save, []
 
@@ -79,9 +79,9 @@ def test_without_room_a_training_fails_clearly_and_keeps_its_last_checkpoint(
             ballasts.append(fill(small_disk))
         return original(self, *arguments)
 
-    patience = room.write_with_patience.__defaults__
+    patience = disk_full.write_with_patience.__defaults__
     assert patience is not None
-    monkeypatch.setattr(room.write_with_patience, "__defaults__", (0.3,))
+    monkeypatch.setattr(disk_full.write_with_patience, "__defaults__", (0.3,))
     monkeypatch.setattr(Checkpoints, "save", save)
     with pytest.raises(DiskFullError, match=r"is full.*last good checkpoint is kept.*Make room"):
         run_here(job)
@@ -98,7 +98,7 @@ def test_other_errors_are_not_waited_for(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "not yours")
 
     with pytest.raises(PermissionError):
-        room.write_with_patience(write, tmp_path, 10**15, lambda *_, **__: None, patience_seconds=0)
+        disk_full.write_with_patience(write, tmp_path, 10**15, lambda *_, **__: None, patience_seconds=0)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_other_errors_are_not_waited_for(tmp_path: Path) -> None:
     ],
 )
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path, error: Exception, needed: int, full: bool) -> None:
-    assert room.is_disk_full(error, tmp_path, needed) is full
+    assert disk_full.is_disk_full(error, tmp_path, needed) is full

@@ -11,7 +11,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from mlpipes.training.process_group import GroupBackend, GroupConfig, loopback_interface
+from mlpipes.training.ray_backend import GroupBackend, GroupConfig, loopback_interface
 
 
 def worker(pipe: Any, address: str) -> None:

@@ -14,9 +14,9 @@ from mlpipes.data.tables import TableSource
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
-from mlpipes.training.export import evaluate, export_best, load_model
-from mlpipes.training.tensors import on_device
+from mlpipes.training.model import evaluate, export_best, load_model
 from mlpipes.workloads.base import DataInfo
+from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.text_classification import TextClassification, TextRegression, TextWorkload
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
 from mlpipes_tests.workloads.texts import (
@@ -119,7 +119,7 @@ def test_what_is_frozen_stays_as_it_was_and_the_rest_learns(tables: Path) -> Non
 @pytest.mark.parametrize("pooling", ["own", "mean"])
 def test_padding_says_nothing_and_the_served_model_computes_the_same(tables: Path, pooling: Any) -> None:
     from mlpipes.data.snapshot import open_snapshot
-    from mlpipes.tracking.text_model import TextModel
+    from mlpipes.workloads.served_text_model import TextModel
 
     job, hp = make_job(tables, "w1-b32-e1-g0", WORDS), HYPER(pooling=pooling)
     snapshot = open_snapshot(job.snapshot)

@@ -1,0 +1,58 @@
+"""What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from mlpipes.errors import UserError
+from mlpipes.store.layout import default_store
+from mlpipes.workloads.catalog import entry_named
+
+console = Console()
+_UNBOUNDED = 10_000
+"""Columns of a terminal that cuts nothing."""
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Show a user's error as its message, without a traceback, and exit with 1."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            text = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def scale_named(workload: str, scale: str) -> str:
+    """The key of a scale that the catalog has or the store knows: what was trained once stays reachable.
+
+    Raises ConfigError for an unknown workload, ScaleError for an unknown scale.
+    """
+    from mlpipes.store.status import trained_scales
+
+    return entry_named(workload).scale(scale, trained_scales(default_store(), workload)).key
+
+
+def fitting(rows: Sequence[Mapping[str, str]], *expendable: str) -> Table:
+    """A table of rows with equal keys, less the columns that a narrow terminal has no room for, the first named first."""
+    names, left_over = list(rows[0]), list(expendable)
+    while True:
+        table = Table(*names, box=SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(row[name] for name in names))
+        width = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
+        if width <= console.width or not left_over:
+            return table
+        names.remove(left_over.pop(0))

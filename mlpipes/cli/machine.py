@@ -1,0 +1,105 @@
+"""The part of the command line about this machine: demo, dev, fetch, ray, doctor."""
+
+from typing import Annotated
+
+import typer
+
+from mlpipes.cli.common import console, friendly
+from mlpipes.errors import ConfigError
+from mlpipes.store.layout import default_store
+from mlpipes.workloads.catalog import configured, entry_named
+
+app = typer.Typer()
+ray_app = typer.Typer(help="The private local Ray of this machine.", no_args_is_help=True)
+app.add_typer(ray_app, name="ray")
+doctor_app = typer.Typer(help="Say what a place to train needs and what is missing.", no_args_is_help=True)
+app.add_typer(doctor_app, name="doctor")
+
+
+@app.command()
+@friendly
+def demo(
+    workload: Annotated[str, typer.Option(help="which workload")] = "digits",
+    scale: Annotated[list[str] | None, typer.Option(help="scales to train; default: the first three")] = None,
+) -> None:
+    """Train a workload at several scales on a private local Ray, and compare them."""
+    from mlpipes.cli.demo import run_demo
+
+    entry = entry_named(workload)
+    scales = scale or [s.key for s in entry.scales][:3]
+    for key in scales:
+        entry.scale(key)
+    run_demo(console, entry, scales, default_store())
+
+
+@app.command()
+@friendly
+def dev(
+    port: Annotated[int, typer.Option(help="port of the Dagster UI")] = 3000,
+    mlflow: Annotated[bool, typer.Option(help="also serve the MLflow UI")] = False,
+    mlflow_port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the servers print, too")] = False,
+) -> None:
+    """Serve the Dagster UI (and, if asked for, the MLflow UI) on this machine."""
+    from mlpipes.orchestration.dev_server import serve
+
+    serve(console, port, mlflow_port if mlflow else None, verbose=verbose)
+
+
+@app.command()
+@friendly
+def fetch(dataset: Annotated[str, typer.Argument(help="cifar10")]) -> None:
+    """Download a data set that is not embedded."""
+    from mlpipes.data.sources import fetch_cifar10
+
+    if dataset != "cifar10":
+        raise ConfigError(f"unknown data set {dataset!r}; known is cifar10 (digits is embedded)")
+    console.print(f"CIFAR-10 is in {fetch_cifar10()}", soft_wrap=True)
+
+
+@ray_app.command("up")
+@friendly
+def ray_up() -> None:
+    """Start the private local Ray, if it does not run."""
+    from mlpipes.compute.local import LocalRay
+
+    address = LocalRay().ensure()
+    console.print(
+        f"Ray runs; dashboard {address.dashboard}, token in {address.environment['RAY_AUTH_TOKEN_PATH']}",
+        soft_wrap=True,
+    )
+
+
+@ray_app.command("down")
+@friendly
+def ray_down() -> None:
+    """End the private local Ray and every training in it; they go on from their checkpoints when asked for again."""
+    from mlpipes.compute.local import LocalRay
+
+    console.print("Ray ended." if LocalRay().stop() else "No local Ray runs.")
+
+
+@ray_app.command("status")
+@friendly
+def ray_status() -> None:
+    """Say whether the private local Ray runs."""
+    from mlpipes.compute.local import LocalRay
+
+    state = LocalRay().status()
+    console.print(f"Ray runs (pid {state['pid']}); dashboard {state['dashboard']}" if state else "No local Ray runs.")
+
+
+@doctor_app.command("slurm")
+@friendly
+def doctor_slurm(probe: Annotated[bool, typer.Option(help="also send a small job to a node")] = False) -> None:
+    """Look at everything that training on Slurm needs, and say what is missing."""
+    from mlpipes.compute.slurm_doctor import examine_slurm
+
+    good = True
+    for found in examine_slurm({entry.name: entry.scales for entry in configured()}, default_store(), probe=probe):
+        good &= found.good
+        mark = "[green]good[/]   " if found.good else "[bold red]missing[/]"
+        console.print(f"{mark} {found.what}: ", end="")
+        console.print(found.detail, soft_wrap=True, markup=False, highlight=False)
+    if not good:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Scaling: the report over all scales of a workload. Table, law, figure."""
