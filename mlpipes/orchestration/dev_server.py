@@ -157,7 +157,8 @@ class _Session:
             return
         self.environment[UI_VARIABLE] = address
         self.announced.append((f"MLflow UI:  {address}", f"{address}/health"))
-        options = ["--host", HOST, "--port", self.mlflow_port, "--backend-store-uri", uri]
+        # One worker: on a laptop one person looks at it, and each imports all of MLflow.
+        options = ["--host", HOST, "--port", self.mlflow_port, "--workers", 1, "--backend-store-uri", uri]
         self._start("The MLflow UI", "mlflow", "ui", *options)
 
     def _start_the_others(self, workspace: Path) -> None:

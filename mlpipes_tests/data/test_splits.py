@@ -8,7 +8,7 @@ from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes.data.ragged import Ragged
 from mlpipes.data.splits import SplitPlan, split_dataset
 from mlpipes.data.tables import TableSource
-from mlpipes_tests.workloads.texts import PLAN, write_jsonl
+from mlpipes_tests.texts import PLAN, write_jsonl
 
 
 def test_rare_classes_and_groups_are_split_as_they_should() -> None:

@@ -9,7 +9,7 @@ import pytest
 from mlpipes.data.hub import PROBE_SECONDS, model_folder
 from mlpipes.data.tables import TableSource, infer_roles, sst2_source
 from mlpipes.errors import DataError
-from mlpipes_tests.workloads.texts import write_jsonl
+from mlpipes_tests.texts import write_jsonl
 
 
 def test_roles_are_inferred_or_the_candidates_are_listed() -> None:

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import psutil
 import pytest
 
 from mlpipes_tests.sandbox import Sandbox, answers, end, free_port, graphql
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 SCALE = "w1-b128-e30-g0"
-SECONDS = 300
 NOISE = ("Traceback", "Stack Trace", "WARNING", "INFO", "ERROR", "UserWarning", "dagster.")
 _LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
@@ -32,33 +31,29 @@ def command_of(process: psutil.Process) -> str:
 class Dev:
     """A running `mlpipes dev` and its screen."""
 
-    def __init__(self, sandbox: Sandbox, *options: str) -> None:
-        self.sandbox, self.port, self.mlflow = sandbox, free_port(), free_port()
+    def __init__(self, sandbox: Sandbox, *options: str, mlflow: int | None = None) -> None:
+        self.sandbox, self.port, self.mlflow = sandbox, free_port(), mlflow
         self.ui = f"http://127.0.0.1:{self.port}"
-        self.screen = sandbox.path / f"screen-{self.port}.txt"
-        command = [".venv/bin/mlpipes", "dev", "--port", str(self.port), "--mlflow", "--mlflow-port", str(self.mlflow)]
-        self.process = sandbox.start(*command, *options, log=self.screen.name)
+        self.screen = sandbox.path / f"screen-{self.port}.log"
+        command = [".venv/bin/mlpipes", "dev", "--port", str(self.port), *options]
+        command += ["--mlflow", "--mlflow-port", str(mlflow)] if mlflow else []
+        self.process = sandbox.start(*command, log=self.screen.name)
 
     @property
     def lines(self) -> list[str]:
         return self.screen.read_text().splitlines()
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
-        """Wait for a condition; what there is to know goes into the error."""
-        deadline = time.monotonic() + SECONDS
-        while not (found := condition()):
-            log = self.sandbox.home / "logs" / "dev.log"
-            assert time.monotonic() < deadline, f"not {what}:\n{self.screen.read_text()}\n{log.read_text()[-4000:]}"
-            assert self.process.poll() is None, f"ended before {what}:\n{self.screen.read_text()}"
-            time.sleep(0.2)
-        return found
+        """Wait for a condition, in vain if it ended; what there is to know is in the logs."""
+        return until(condition, what, vain=lambda: "" if self.process.poll() is None else "it ended")
 
     def line(self, pattern: str) -> str:
         """The first line that matches, as soon as there is one."""
         return self.until(lambda: next((x for x in self.lines if re.search(pattern, x)), None), pattern)
 
     def ready(self) -> "Dev":
-        self.line("^MLflow UI:")
+        if self.mlflow:
+            self.line("^MLflow UI:")
         self.line("^Trainings run")
         return self
 
@@ -102,7 +97,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
 
 @pytest.fixture(scope="module")
 def dev(sandbox: Sandbox) -> Iterator[Dev]:
-    started = Dev(sandbox)
+    started = Dev(sandbox, mlflow=free_port())
     try:
         yield started.ready()
     finally:
@@ -188,7 +183,7 @@ def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(sandbox: Sa
         assert not [line for line in second.lines if "Traceback" in line or "WARNING" in line], second.lines
     finally:
         second.process.send_signal(signal.SIGINT)
-        code = second.process.wait(SECONDS)
+        code = second.process.wait(LIMIT_SECONDS)
         end(second.process)
     assert code == 0
     assert "Ending Dagster's servers …" in second.lines
@@ -203,7 +198,7 @@ def test_it_can_be_interrupted_while_it_starts(sandbox: Sandbox) -> None:
         )
     finally:
         early.process.send_signal(signal.SIGINT)
-        code = early.process.wait(SECONDS)
+        code = early.process.wait(LIMIT_SECONDS)
         end(early.process)
     assert code == 0
     assert early.lines[-1] == "Ending Dagster's servers …"
@@ -213,7 +208,7 @@ def test_it_can_be_interrupted_while_it_starts(sandbox: Sandbox) -> None:
 def test_a_bad_scale_file_is_one_clear_error(sandbox: Sandbox, tmp_path: Path) -> None:
     path = tmp_path / "scales.yaml"
     path.write_text("digits: [w3-b64-e1-g0]")
-    result = sandbox.run(f".venv/bin/mlpipes dev --port {free_port()}", timeout=SECONDS, MLPIPES_SCALES=str(path))
+    result = sandbox.run(f".venv/bin/mlpipes dev --port {free_port()}", MLPIPES_SCALES=str(path))
     assert result.returncode == 1
     said = result.stderr.splitlines()
     assert said[0].startswith("ConfigError: the definitions of mlpipes.definitions do not load. ")

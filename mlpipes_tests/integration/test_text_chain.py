@@ -16,7 +16,7 @@ from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
 from mlpipes.store.layout import Store
 from mlpipes.workloads.catalog import Entry
-from mlpipes_tests.workloads.texts import FOLDER, WORDS
+from mlpipes_tests.texts import FOLDER, WORDS
 
 SCALES = ["w1-b16-e12-g0", "w2-b16-e12-g0"]
 

@@ -79,8 +79,8 @@ def trace(case: str, folder: Path) -> Trace:
 def _training(name: str, folder: Path) -> tuple[str, str, dict[str, Any]]:
     """Implementation, scale and hyperparameters of a training, its data written into a folder where it needs some."""
     from mlpipes_tests.data.test_snapshot import write_cifar
+    from mlpipes_tests.texts import FOLDER, WORDS, write_tables
     from mlpipes_tests.training.harness import DIGITS
-    from mlpipes_tests.workloads.texts import FOLDER, WORDS, write_tables
 
     if name in ("digits", "augmented"):
         return DIGITS, "w1-b64-e3-g0", {"affine": name == "augmented"}

@@ -10,8 +10,8 @@ import torch
 
 from mlpipes.training.loop import Trainer
 from mlpipes_tests.conftest import missing
+from mlpipes_tests.texts import FOLDER
 from mlpipes_tests.training.golden import CASES, EXACT, RENEW, first_difference, golden, portable_traces, trace
-from mlpipes_tests.workloads.texts import FOLDER
 
 KINKS = {"fp32": 1e-3, "bf16": 2e-2}
 """How far losses of other kernels may be off, as a share: by and by, rounding flips winners in a max-pooling."""

@@ -18,8 +18,7 @@ from mlpipes.training.model import evaluate, export_best, load_model
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.text_classification import TextClassification, TextRegression, TextWorkload
-from mlpipes_tests.training.harness import curve, make_job, run, run_here
-from mlpipes_tests.workloads.texts import (
+from mlpipes_tests.texts import (
     DEEP,
     FOLDER,
     HYPER,
@@ -35,6 +34,7 @@ from mlpipes_tests.workloads.texts import (
     write_jsonl,
     write_tables,
 )
+from mlpipes_tests.training.harness import curve, make_job, run, run_here
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_numbers_in_the_right_order_and_of_the_wrong_size_are_not_the_best() -> 
     timid, close = 4.5 + 0.01 * labels, labels + 0.3 * sign
     found = [numbers.validate({"value": values}, {"label": labels}) for values in (timid, close)]
     assert found[0]["pearson"] > found[1]["pearson"]
-    assert numbers.rank(found[0]) < numbers.rank(found[1])
+    assert numbers.selection_key(found[0]) < numbers.selection_key(found[1])
 
 
 def test_the_wrong_task_and_too_long_sequences_are_refused(tables: Path, tmp_path: Path) -> None:
