@@ -31,7 +31,10 @@ class Sandbox:
         self.path, self.home = path, path / ".mlpipes"
         for name in ("Makefile", "pyproject.toml", "constraints.txt", "dagster.yaml", "workspace.yaml", ".venv"):
             (path / name).symlink_to(CHECKOUT / name)
-        self.environment = dict(os.environ) | {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
+        # Not what tests of this process have set, for its own use.
+        unwanted = ("MLPIPES_", "DAGSTER_", "MLFLOW_", "PYTEST_", "RAY_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
+        self.environment |= {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
         self.barriers = Barriers(self.home)
         if held:
             (path / "workspace.yaml").unlink()
