@@ -24,6 +24,12 @@ from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
 
 DIGITS = "mlpipes.workloads.image_classification:digits"
+PRELOADED = [
+    "mlpipes.training.worker",
+    *(f"mlpipes.workloads.{name}_classification" for name in ("image", "text")),
+    *("transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"),
+]
+"""What the server of worker processes imports once; set for all tests, because only the first wish of a session counts."""
 
 
 def make_job(root: Path, scale: str, implementation: str = DIGITS, seed: int = 0, **options: Any) -> TrainingJob:
@@ -92,7 +98,7 @@ def run(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path, context = job.write(), mp.get_context("forkserver")
-    context.set_forkserver_preload(["mlpipes.training.worker", job.recipe.implementation.partition(":")[0]])
+    context.set_forkserver_preload(PRELOADED)
     arguments = [(rank, size, port, str(path), crash, discard) for rank in range(size)]
     processes = [context.Process(target=worker_process, args=a) for a in arguments]
     try:

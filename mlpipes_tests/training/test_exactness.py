@@ -64,7 +64,7 @@ def test_discarding_the_other_workers_would_be_noticed(tmp_path: Path, reduction
 
 @pytest.mark.parametrize(("workers", "reduction"), [(1, "ordered"), (2, "ordered"), (4, "allreduce")])
 def test_crashed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path, workers: int, reduction: str) -> None:
-    scale = f"w{workers}-b64-e3-g0"
+    scale = f"w{workers}-b64-e2-g0"
     whole = run(make_job(tmp_path / "whole", scale, reduction=reduction))
     job = make_job(tmp_path / "crashed", scale, reduction=reduction, every_steps=3)
     run(job, crash=5)  # back to step 3, in mid-epoch

@@ -83,7 +83,7 @@ def test_any_number_of_workers_gives_the_same_bits(tables: Path, options: dict[s
 
 def test_with_a_shard_for_each_worker_scales_agree_to_rounding(tables: Path) -> None:
     options = {"logical_shards": None, "precision": "fp32", "dropout": 0.0, "learning_rate": 1e-4}
-    free = [run(make_job(tables / "free", f"w{n}-b32-e2-g0", WORDS, **options)) for n in (1, 4)]
+    free = [run(make_job(tables / "free", f"w{n}-b32-e2-g0", WORDS, **options)) for n in (1, 2)]
     losses = [np.array([row[1] for row in outcome["history"] if row[0] == "train/loss"]) for outcome in free]
     assert np.abs(losses[0] - losses[1]).max() < 1e-5
 
