@@ -11,11 +11,12 @@ import pytest
 
 from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes_tests import evidence, leftovers
+from mlpipes_tests.barriers import HASTE
 
 REAL_DATA = "MLPIPES_REAL_DATA"
 NO_SKIPS = "MLPIPES_NO_SKIPS"
 _LONG = ("chaos", "integration", "ui")
-_SWITCHES = (REAL_DATA, NO_SKIPS, "MLPIPES_TEST_")
+_SWITCHES = (REAL_DATA, NO_SKIPS, HASTE)
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
 
 

@@ -16,7 +16,7 @@ from mlpipes.workloads.text_classification import TextClassification, TextRegres
 TINY = Tiny(vocabulary=300, hidden=16, layers=1, heads=2, intermediate=32, positions=64)
 PLAN = SplitPlan(0.2, test_fraction=0.2, content=("text",))
 PAIR_PLAN = SplitPlan(0.2, test_fraction=0.2, content=("text", "text_pair"))
-FOLDER = "MLPIPES_TEST_TABLES"
+FOLDER = "TABLES_OF_TESTS"
 """Names the folder with the tables of the workloads below; worker processes find it in their environment."""
 
 
