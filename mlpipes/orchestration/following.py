@@ -39,25 +39,25 @@ def follow_training(
     """
     folder, restarts, view = job.folder, _Restarts(job.folder), LiveView(context, job, links)
     while True:
-        jobs, log = connect(), ""
+        jobs, log, cause, status = connect(), "", "", "LOST"
         try:
             handle = jobs.attach_or_submit(job)
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} {jobs.name} {handle.id}")
             end = _watch(context, jobs, handle, folder, stall_seconds, view, restarts)
             if folder.result.is_file():
-                _see_off(context, jobs, handle)
+                _see_off(context, jobs, end.handle)
             else:
-                log = _settle(context, jobs, handle, folder, end)
+                log = _settle(context, jobs, folder, end)
+            status, cause = end.status, end.error or "no error reported"
         except ConnectionError as error:
             # The head is gone for longer than its clients are patient. A private one is started again by `connect`.
-            end = _End("LOST", str(error))
+            cause = str(error)
         if folder.result.is_file():
             return
-        cause = end.error or "no error reported"
         if restarts.are_in_vain():
             raise TrainingFailedError(f"{restarts} ({cause}):\n{log}")
         context.log.warning(
-            f"The {jobs.name} ended as {end.status} without a result ({cause}); going on from the last checkpoint"
+            f"The {jobs.name} ended as {status} without a result ({cause}); going on from the last checkpoint"
         )
 
 
@@ -74,12 +74,11 @@ def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle) -
         time.sleep(0.2)
 
 
-def _settle(
-    context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle, folder: TrainingFolder, end: "_End"
-) -> str:
+def _settle(context: dg.AssetExecutionContext, jobs: Jobs, folder: TrainingFolder, end: "_End") -> str:
     """Deal with a job that ended without a result; returns the end of its log. Raises TrainingFailedError if it is final."""
     from mlpipes.compute.stacks import keep_stacks
 
+    handle = end.handle
     if end.status == STALLED:
         stacks = keep_stacks(folder.fingerprint, folder.path / "jobs" / f"a{handle.attempt}.stacks.txt")
         context.log.warning(f"Stacks of the stalled processes on this machine: {stacks}")
@@ -98,6 +97,8 @@ def _settle(
 class _End:
     """How a job ended, as far as it was watched."""
 
+    handle: JobHandle
+    """The attempt that it had come to; a job that is put back into its queue begins another."""
     status: str = "RUNNING"
     error: str | None = None
     fatal: bool = False
@@ -112,7 +113,7 @@ def _watch(
     view: LiveView,
     restarts: "_Restarts",
 ) -> _End:
-    end = _End()
+    end = _End(handle)
     # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
     beat, beat_seen, heard, why = None, time.monotonic(), time.monotonic(), ""
     try:
@@ -129,9 +130,9 @@ def _watch(
                 if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
                     beat, beat_seen = current, now
                 if beat is not None and now - beat_seen > DEAD_SECONDS:
-                    return _End(DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
+                    return _End(handle, DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
                 if now - heard > stall_seconds:
-                    return _End(STALLED, f"it reported nothing for {stall_seconds:.0f} s")
+                    return _End(handle, STALLED, f"it reported nothing for {stall_seconds:.0f} s")
                 view.show(message)
                 continue
             heard = now
@@ -148,9 +149,9 @@ def _watch(
                 context.log.info(f"{jobs.name} {handle.id} has its allocation: {message['nodes']}")
             elif kind == "requeued":
                 handle, beat = replace(handle, attempt=message["attempt"]), None
-                end = _End()
+                end = _End(handle)
                 if restarts.are_in_vain():
-                    return _End(error=f"{restarts}; is the time limit of a job too short?", fatal=True)
+                    return _End(handle, error=f"{restarts}; is the time limit of a job too short?", fatal=True)
                 context.log.info(f"{jobs.name} {handle.id} is back in its queue, for attempt {handle.attempt}")
             elif kind == "failed":
                 end.error, end.fatal = message["error"], message["fatal"]

@@ -53,6 +53,13 @@ class Lease:
                 "training, and this one stops without writing"
             )
 
+    def is_lost(self) -> bool:
+        """Whether somebody else has certainly taken it; what cannot be read just now is for the next write to judge."""
+        try:
+            return int(read_record(self.path)["token"]) != self.token
+        except (FileNotFoundError, CorruptionError):
+            return False
+
     def guarded(self) -> "_Guard":
         """A context in which the lease is ours and stays so: taking it waits until the context ends."""
         return _Guard(self)

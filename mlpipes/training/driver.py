@@ -25,7 +25,7 @@ def main(path: Path) -> int:
     notify("driver", attempt=job.attempt, workload=job.recipe.workload, scale=job.recipe.scale.key)
     lease = Lease.take(job.folder.path, f"job a{job.attempt}")
     stop = threading.Event()
-    threading.Thread(target=_watch_over, args=(job, stop), daemon=True, name="watch").start()
+    threading.Thread(target=_watch_over, args=(job, lease, notify, stop), daemon=True, name="watch").start()
     follower = None
     if job.tracking is not None:
         follower = MetricFollower(job.tracking.uri, job.tracking.run_id, job.folder.messages(job.attempt), notify)
@@ -49,14 +49,18 @@ def _worker(config: dict[str, Any]) -> None:
     train_on_ray(config)
 
 
-def _watch_over(job: TrainingJob, stop: threading.Event) -> None:
-    """Show that this driver lives, and end it when a worker has reported an error that a restart would not mend.
+def _watch_over(job: TrainingJob, lease: Lease, notify: MessageWriter, stop: threading.Event) -> None:
+    """Show that this driver lives, and end it where to go on is in vain; Ray ends its workers with it.
 
-    The other workers of that one may wait for it in a collective operation for ever; Ray ends them with their driver.
+    That is when another job has taken over the training, or when a worker has reported an error that a restart would not
+    mend: the other workers may wait for that one in a collective operation for ever.
     """
     heartbeat, messages, offset = job.folder.heartbeat(job.attempt), job.folder.messages(job.attempt), 0
     while not stop.wait(HEARTBEAT_SECONDS):
         heartbeat.touch()
+        if lease.is_lost():
+            notify("warning", text="another job has taken over this training; this one ends")
+            os._exit(1)
         found, offset = read_messages(messages, offset)
         if any(message.get("kind") == "failed" and message.get("fatal") for message in found) and not stop.wait(5):
             os._exit(1)

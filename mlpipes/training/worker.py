@@ -1,5 +1,7 @@
 """One worker's process: what Ray Train runs on every rank."""
 
+import os
+import threading
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +25,9 @@ from mlpipes.workloads.catalog import load_workload
 
 RESULT_BYTES = 1 << 20
 """More than an outcome takes."""
+FENCED = 3
+"""Exit code of a worker whose training somebody else has taken over."""
+_LOOK_SECONDS = 2.0
 
 
 def train_on_ray(config: dict[str, Any]) -> None:
@@ -35,13 +40,29 @@ def train_on_ray(config: dict[str, Any]) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     workers: Workers = DistributedWorkers() if torch.distributed.is_initialized() else SingleWorker()
+    lease = Lease(job.folder.path / "lease.json", config["lease"])
+    over = threading.Event()
+    threading.Thread(target=end_when_fenced, args=(lease, over), daemon=True, name="lease").start()
     try:
-        train(job, workers, device, Lease(job.folder.path / "lease.json", config["lease"]))
+        train(job, workers, device, lease)
     except Exception as error:
         if _another_worker_is_gone(error):
             raise  # Ray Train starts the workers again, and they go on from the last checkpoint
         # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
         MessageWriter(job.folder.messages(job.attempt))("failed", error=explained(error), fatal=True, rank=workers.rank)
+    finally:
+        over.set()
+
+
+def end_when_fenced(lease: Lease, over: threading.Event) -> None:
+    """End this process within seconds of the lease's loss, whatever it is doing, until its training is over.
+
+    It could not write any more, but it would compute until it tried, on devices that somebody else may wait for; and where
+    its head is gone, nobody else would end it.
+    """
+    while not over.wait(_LOOK_SECONDS):
+        if lease.is_lost():
+            os._exit(FENCED)
 
 
 def _another_worker_is_gone(error: Exception) -> bool:
@@ -73,6 +94,8 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
 
     Raises a UserError for what a restart would not mend.
     """
+    if lease is not None:
+        lease.check()  # Ray Train starts a fenced worker again; it is to say why it ends
     may_write = lease.guarded if lease is not None else nullcontext
     recipe = job.recipe
     notify = MessageWriter(job.folder.messages(job.attempt))

@@ -1,9 +1,174 @@
-"""Following a training: when its restarts are given up."""
+"""Following a training: what becomes of jobs that are dead, stalled, lost or requeued, and when restarts are given up."""
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
-from mlpipes.orchestration.following import MAX_JOBS, _Restarts
+import dagster as dg
+import pytest
+
+from mlpipes.compute import stacks
+from mlpipes.compute.jobs import LOST, REQUEUED, JobHandle, Jobs, JobStatus
+from mlpipes.errors import TrainingFailedError
+from mlpipes.orchestration import following
+from mlpipes.orchestration.following import MAX_JOBS, _Restarts, follow_training
+from mlpipes.store.files import write_record
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.training_job import TrainingJob
+from mlpipes_tests.compute.test_jobs import job_in
+
+RUNNING, SUCCEEDED = JobStatus("RUNNING"), JobStatus("SUCCEEDED")
+Answers = Iterator[JobStatus]
+
+
+class Place(Jobs):
+    """A place whose jobs do what a test has written down: for each that is submitted, how it stands when it is asked."""
+
+    name, module, python, shares_machine, poll_seconds = "job", "none", "python", True, 0.0
+
+    def __init__(self, *jobs: Callable[[], Answers]) -> None:
+        self.scripts = list(jobs)
+        self.submitted: list[JobHandle] = []
+        self.stopped: list[JobHandle] = []
+        self.answers: Answers = iter(())
+
+    def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
+        return None
+
+    def submit(
+        self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
+    ) -> JobHandle:
+        self.answers = self.scripts.pop(0)()
+        self.submitted.append(JobHandle(f"job-{len(self.submitted) + 1}", attempt, attached=False))
+        return self.submitted[-1]
+
+    def status(self, handle: JobHandle) -> JobStatus:
+        return next(self.answers)
+
+    def ask_to_stop(self, handle: JobHandle) -> None:
+        self.stopped.append(handle)
+        self.answers = iter([JobStatus("STOPPED")] * 9)
+
+    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        return "what it printed"
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingJob:
+    made = job_in(tmp_path)
+    made.folder.heartbeat(1).parent.mkdir(parents=True)
+    monkeypatch.setattr(Jobs.follow, "__defaults__", (0.0,))  # asked without a pause
+    return made
+
+
+def follow(place: Place, job: TrainingJob, stall_seconds: float = 1e9) -> None:
+    context: Any = SimpleNamespace(
+        log=MagicMock(),
+        log_event=MagicMock(),
+        asset_key=dg.AssetKey("checkpoints"),
+        partition_key="w1-b1-e1-g0",
+        instance=MagicMock(get_run_by_id=lambda _: None),
+        run=SimpleNamespace(run_id="r"),
+    )
+    follow_training(context, lambda: place, job, stall_seconds, {"mlflow": "none"})
+
+
+def finishing(job: TrainingJob) -> Callable[[], Answers]:
+    """A job that brings the result."""
+
+    def script() -> Answers:
+        yield RUNNING
+        write_record(job.folder.result, {})
+        while True:
+            yield SUCCEEDED
+
+    return script
+
+
+def standing_still(job: TrainingJob, attempt: int = 1) -> Callable[[], Answers]:
+    """A job that runs, as the place says, and whose driver gave one sign of life."""
+
+    def script() -> Answers:
+        job.folder.heartbeat(attempt).touch()
+        while True:
+            yield RUNNING
+
+    return script
+
+
+def requeued(job: TrainingJob) -> Callable[[], Answers]:
+    """A job that is put back into its queue once, and stands still in its second attempt."""
+
+    def script() -> Answers:
+        yield RUNNING
+        yield JobStatus(REQUEUED, "PREEMPTED", 2)
+        yield from standing_still(job, 2)()
+
+    return script
+
+
+@pytest.fixture
+def kept_stacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    kept: list[str] = []
+    monkeypatch.setattr(stacks, "keep_stacks", lambda _, path: kept.append(path.name))
+    return kept
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a second at each look, so that it does not matter how fast this machine is."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(following.time, "monotonic", lambda: float(next(ticks)))
+
+
+def test_a_job_without_a_heartbeat_is_stopped_and_followed_by_the_next(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "DEAD_SECONDS", 0.0)
+    place = Place(standing_still(job), finishing(job))
+    follow(place, job)
+    assert [handle.attempt for handle in place.submitted] == [1, 2]
+    assert place.stopped == place.submitted[:1]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_job_that_says_nothing_is_stopped_and_its_stacks_are_kept(
+    job: TrainingJob, kept_stacks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "DEAD_SECONDS", 1e9)
+    place = Place(standing_still(job), finishing(job))
+    follow(place, job, stall_seconds=100.0)
+    assert kept_stacks == ["a1.stacks.txt"]
+    assert place.stopped == place.submitted[:1]
+    assert [handle.attempt for handle in place.submitted] == [1, 2]
+
+
+def test_a_job_that_nobody_knows_any_more_is_submitted_again(job: TrainingJob) -> None:
+    place = Place(lambda: iter([RUNNING, JobStatus(LOST)]), finishing(job))
+    follow(place, job)
+    assert [handle.attempt for handle in place.submitted] == [1, 2]
+    assert place.stopped == []
+
+
+@pytest.mark.usefixtures("clock")
+def test_after_a_requeue_it_is_the_new_attempt_that_is_stopped_and_whose_stacks_are_kept(
+    job: TrainingJob, kept_stacks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "DEAD_SECONDS", 1e9)
+    place = Place(requeued(job), finishing(job))
+    job.folder.messages(2).parent.mkdir(exist_ok=True)
+    follow(place, job, stall_seconds=100.0)
+    assert (place.stopped[0].id, place.stopped[0].attempt) == ("job-1", 2)
+    assert kept_stacks == ["a2.stacks.txt"]
+    assert len(place.submitted) == 2
+
+
+def test_who_gets_no_further_is_given_up_with_what_was_printed(job: TrainingJob) -> None:
+    place = Place(*[lambda: iter([RUNNING, JobStatus("FAILED", "crashed")])] * MAX_JOBS)
+    with pytest.raises(TrainingFailedError, match=r"5 jobs in a row .*\(crashed\):\nwhat it printed"):
+        follow(place, job)
 
 
 def test_restarts_are_given_up_when_five_in_a_row_bring_no_checkpoint(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """A worker's process: which kernels it may use, and what it says of errors that users can cause."""
 
+import multiprocessing as mp
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mlpipes.errors import TrainingFailedError
+from mlpipes.errors import LeaseLostError, TrainingFailedError
+from mlpipes.store.lease import Lease
 from mlpipes.training import worker
 from mlpipes.training.determinism import prepare_process
-from mlpipes.training.worker import explained
+from mlpipes.training.parallel import SingleWorker
+from mlpipes.training.worker import FENCED, end_when_fenced, explained, train
 from mlpipes_tests.training.harness import make_job, run_here
 
 
@@ -52,3 +57,36 @@ def test_errors_are_explained_or_shown_whole() -> None:
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
     assert explained(full).startswith("the GPU has not enough memory (CUDA out of memory). Use a smaller batch size")
     assert explained(KeyError("what")).startswith("KeyError: 'what'\n")
+
+
+def _compute(folder: Path, begun: Any) -> None:
+    lease = Lease.take(folder, "the first")
+    threading.Thread(target=end_when_fenced, args=(lease, threading.Event()), daemon=True).start()
+    begun.set()
+    while True:
+        torch.ones(300, 300).mm(torch.ones(300, 300))
+
+
+def test_a_worker_whose_training_was_taken_over_ends_itself_whatever_it_does(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    begun = context.Event()
+    process = context.Process(target=_compute, args=(tmp_path, begun))
+    process.start()
+    try:
+        assert begun.wait(300)
+        process.join(3)
+        assert process.is_alive(), "it has the lease, and goes on"
+        Lease.take(tmp_path, "another job")
+        process.join(300)
+        assert process.exitcode == FENCED
+    finally:
+        process.kill()
+
+
+def test_a_fenced_worker_that_is_started_again_says_why_and_does_not_train(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "w1-b512-e1-g0")
+    lost = Lease.take(job.folder.path, "the first")
+    Lease.take(job.folder.path, "another job")
+    with pytest.raises(LeaseLostError, match="taken over"):
+        train(job, SingleWorker(), torch.device("cpu"), lost)
+    assert not job.folder.checkpoints.exists()
