@@ -36,15 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of a module run in one process, for they share fixtures; those that share a Ray do, too.
-
-    At once, for xdist looks at the groups before other plugins are asked to modify the items.
-    """
-    group = "ray" if "ray_home" in getattr(item, "fixturenames", ()) else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long ones first, so that no process has nothing to do at the end."""
     items.sort(key=lambda item: item.path.parent.name not in _LONG)
