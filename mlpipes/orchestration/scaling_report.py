@@ -6,7 +6,7 @@ from pydantic import Field
 from mlpipes.orchestration.metadata import link, picture, table, user_errors
 from mlpipes.orchestration.resources import MlflowResource, StoreResource
 from mlpipes.scaling.report import NOTE, make_report, prices_from_environment
-from mlpipes.scaling.table import cost_table, forecast_table, scaling_table
+from mlpipes.scaling.table import cost_table, scaling_table
 from mlpipes.workloads.catalog import Entry
 
 
@@ -51,7 +51,7 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
                 "cost": table(cost_table(report.rows)),
                 "recommended": report.recommendation,
                 **{
-                    f"law_{number}": dg.MetadataValue.md(f"{law.law.text()}\n\n{forecast_table(law).markdown()}")
+                    f"law_{number}": dg.MetadataValue.md(law.markdown())
                     for number, law in enumerate(report.laws, start=1)
                 },
                 **({} if report.nights is None else {"nights": table(report.nights)}),

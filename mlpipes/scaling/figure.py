@@ -27,7 +27,7 @@ def scaling(rows: Sequence[Mapping[str, Any]], laws: Sequence[Any], metric: str)
     for axes in (scores, seconds, efficiencies, memory):
         axes.set_yticks(places, names if axes in (scores, memory) else [])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    _throughput(throughput, rows, laws)
+    _throughput(throughput, rows, [law for law in laws if law.says_something()])
     _front(front, rows, metric)
     for axes in grid.reshape(-1):
         axes.spines[["top", "right"]].set_visible(False)

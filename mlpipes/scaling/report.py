@@ -14,7 +14,6 @@ from mlpipes.scaling.table import (
     Prices,
     ScaleResult,
     cost_table,
-    forecast_table,
     laws_of,
     recommend,
     scaling_rows,
@@ -29,9 +28,6 @@ from mlpipes.workloads.catalog import Entry
 
 GPU_PRICE, CPU_PRICE = "MLPIPES_GPU_HOUR", "MLPIPES_CPU_HOUR"
 NIGHTS = 14
-VAGUE = 10.0
-"""Ratio of a forecast's bounds from which on it is not shown as a figure."""
-TOO_VAGUE = "The scales that were run say too little: the bounds of a forecast are more than a factor of 10 apart."
 NOTE = (
     "Training seconds and samples/s count time in steps only: no start-up, no evaluation, no checkpoints; so do "
     "device-hours and cost. Speed-up and efficiency compare with the fewest workers that did the same work (same data, "
@@ -83,11 +79,7 @@ class ScalingReport:
         lines += [f"Stale: {text}.\n" for text in self.stale]
         lines += [f"Recommended: {self.recommendation}.", ""]
         for law in self.laws:
-            lines.append(f"Law of {', '.join(law.scales)}: {law.law.text()}, 95 % intervals.")
-            if any(row["high"] > VAGUE * row["low"] for row in law.forecasts):
-                lines += [TOO_VAGUE, ""]
-            elif law.forecasts:
-                lines += ["Forecast, not measured:", "", forecast_table(law).markdown(), ""]
+            lines += [law.markdown(), ""]
         if self.nights is not None:
             lines += [f"## {self.nights.title}", "", self.nights.markdown(), ""]
         return "\n".join([*lines, NOTE, "", "![scaling](scaling_report.png)", ""])

@@ -100,6 +100,12 @@ def _dominates(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     return better and (other["value"], other["device_hours"]) != (row["value"], row["device_hours"])
 
 
+VAGUE_SHARE = 0.5
+"""Width of the interval of the share of work that is not parallel from which on a law says nothing."""
+VAGUE_FACTOR = 10.0
+"""Ratio of a forecast's bounds beyond which it says nothing."""
+
+
 @dataclass(frozen=True)
 class Law:
     """The scaling law of the scales that did the same work, and what it says of scales that were not run."""
@@ -108,6 +114,19 @@ class Law:
     scales: Sequence[str]
     forecasts: Sequence[Mapping[str, Any]]
     """Rows: `scale`, `workers`, `samples_per_second`, `low`, `high`, `train_seconds`, `device_hours`, `cost`."""
+
+    def says_something(self) -> bool:
+        """Whether the measurements tell enough for the law and its forecasts to be shown."""
+        low, high = self.law.interval(1)
+        return high - low <= VAGUE_SHARE and all(row["high"] <= VAGUE_FACTOR * row["low"] for row in self.forecasts)
+
+    def markdown(self) -> str:
+        """The law and its forecasts, or that there is not enough to tell."""
+        scales = ", ".join(self.scales)
+        if not self.says_something():
+            return f"Not enough to tell how throughput grows with workers, from {scales}: run more scales."
+        law = f"Law of {scales}: {self.law.text()}, 95 % intervals."
+        return f"{law}\n\nForecast, not measured:\n\n{forecast_table(self).markdown()}" if self.forecasts else law
 
 
 def laws_of(

@@ -104,6 +104,22 @@ def test_forecasts_are_for_scales_of_the_same_shape_and_drawn() -> None:
     assert figure.scaling(scaling_rows(results), [law], "accuracy").startswith(b"\x89PNG")
 
 
+def test_what_says_nothing_is_not_shown_as_a_law() -> None:
+    """As three scales on two busy cores came out once: anything from 400 to 126,011 samples/s, 0 to 100 % parallel."""
+    noisy = [result(f"w{n}-b64-e1-g0", speed) for n, speed in ((1, 4000.0), (2, 4700.0), (4, 3900.0))]
+    (law,) = laws_of(noisy, [])
+    assert law.forecasts
+    assert not law.says_something()
+    assert law.markdown() == (
+        "Not enough to tell how throughput grows with workers, from w1-b64-e1-g0, w2-b64-e1-g0, w4-b64-e1-g0: run more "
+        "scales."
+    )
+    assert figure.scaling(scaling_rows(noisy), [law], "accuracy").startswith(b"\x89PNG")
+    (clear,) = laws_of([result(f"w{n}-b64-e1-g0", 100 * n / (1 + 0.1 * (n - 1))) for n in (1, 2, 4)], [])
+    assert "10.0% of the work is not parallel" in clear.markdown()
+    assert "w8-b64-e1-g0" in clear.markdown()
+
+
 def test_the_recommended_scale_keeps_its_limits() -> None:
     rows = scaling_rows(
         [
