@@ -71,7 +71,7 @@ def compare(
 
     entries = configured()
     a, b = evaluation_named(default_store(), entries, first), evaluation_named(default_store(), entries, second)
-    metric = entry_named(a.meta["workload"]).load().primary_metric
+    metric = entry_named(a.meta["workload"]).load().metric.name
     console.print(Markdown(compare_models(default_store(), a, b, metric).markdown()))
 
 
@@ -85,7 +85,7 @@ def history(
     from mlpipes.evaluation.gates import summary
     from mlpipes.evaluation.records import evaluations_of
 
-    key, metric = scale_named(workload, scale), entry_named(workload).load().primary_metric
+    key, metric = scale_named(workload, scale), entry_named(workload).load().metric.name
     table = Table("when", "training", "weights", f"test {metric}", "gates")
     for evaluation in evaluations_of(default_store(), workload, key):
         meta, gates = evaluation.meta, summary(evaluation.verdict)

@@ -59,7 +59,7 @@ def evaluation_named(store: Store, entries: Iterable[Entry], name: str) -> Evalu
     return found[-1]
 
 
-def compare(store: Store, first: Evaluation, second: Evaluation, primary_metric: str) -> ModelComparison:
+def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) -> ModelComparison:
     """Compare two evaluations; on the same test samples pairwise, otherwise from their intervals."""
     differences = _differing(_described(store, first), _described(store, second))
     same = first.meta["snapshot"] == second.meta["snapshot"] and first.meta["split"] == second.meta["split"]
@@ -73,7 +73,7 @@ def compare(store: Store, first: Evaluation, second: Evaluation, primary_metric:
         found = paired(first.scores(), second.scores())
         metrics |= {"score per sample": (f"{first.scores().mean():.4f}", f"{second.scores().mean():.4f}", found)}
         notes.append(
-            f"The score per sample (greater is better; for classes its mean is {primary_metric}) is compared on the same "
+            f"The score per sample (greater is better; for classes its mean is {metric}) is compared on the same "
             f"{found.n:,} test samples of snapshot {first.meta['snapshot'][:12]}."
         )
     else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlpipes.evaluation.records import Evaluation
+from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.statistics import Difference, paired
 
 BLOCKING = ("floor", "regression")
@@ -19,7 +20,8 @@ class Limits:
     """Where the gates stand."""
 
     floor: float | None = None
-    """Least value of the primary metric; None: its interval must lie above what blind guessing reaches."""
+    """Least value of the metric, or the greatest where lower is better; None: its whole interval must be better than the
+    baseline, what blind guessing reaches."""
     significance: float = 0.01
     """A model counts as worse if chance explains the difference with less than this probability."""
     calibration_error: float = 0.1
@@ -34,16 +36,23 @@ class Finding:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def floor(current: Evaluation, metric: str, limits: Limits) -> Finding:
-    """The primary metric is high enough."""
-    found = current.estimate(metric)
+def floor(current: Evaluation, metric: Metric, limits: Limits) -> Finding:
+    """The metric is good enough: a floor where higher is better, a ceiling where lower is."""
+    found, name = current.estimate(metric.name), metric.name
     if limits.floor is not None:
-        return Finding(found.value >= limits.floor, f"{metric} {found}, floor {limits.floor}", {metric: found.value})
-    baseline = current.meta["quantities"].get(BASELINE, 0.0)
+        passed = metric.score(found.value) >= metric.score(limits.floor)
+        limit = "floor" if metric.higher_is_better else "ceiling"
+        return Finding(passed, f"{name} {found}, {limit} {limits.floor}", {name: found.value})
+    baseline = current.meta["quantities"].get(BASELINE)
+    if baseline is None:
+        return Finding(
+            True, f"{name} {found}; not judged, for the task has no baseline: set `floor`", {name: found.value}
+        )
+    worst = min(metric.score(found.low), metric.score(found.high))
     return Finding(
-        found.low > baseline,
-        f"{metric} {found}, blind guessing {baseline:.4f}",
-        {metric: found.value, BASELINE: baseline},
+        worst > metric.score(baseline),
+        f"{name} {found}, blind guessing {baseline:.4f}",
+        {name: found.value, BASELINE: baseline},
     )
 
 
@@ -61,12 +70,12 @@ def regression(current: Evaluation, before: Sequence[Evaluation], limits: Limits
     return _compared(current, good[-1], f"the last good one ({good[-1].when})", limits)
 
 
-def drift(current: Evaluation, before: Sequence[Evaluation], metric: str, limits: Limits) -> Finding:
+def drift(current: Evaluation, before: Sequence[Evaluation], metric: Metric, limits: Limits) -> Finding:
     """Not worse than the best of the last good ones: many small steps down that each pass are noticed here."""
     good = [e for e in before if e.is_good and e.meta["snapshot"] == current.meta["snapshot"]][-REMEMBERED:]
     if not good:
         return Finding(True, "there is no good evaluation on these data to compare with")
-    best = max(good, key=lambda evaluation: evaluation.estimate(metric).value)
+    best = max(good, key=lambda evaluation: metric.score(evaluation.estimate(metric.name).value))
     return _compared(current, best, f"the best of the last {len(good)} good ones ({best.when})", limits)
 
 
@@ -101,7 +110,11 @@ def summary(verdict: Mapping[str, Any] | None) -> str:
 
 
 def pass_through(
-    current: Evaluation, before: Sequence[Evaluation], metric: str, limits: Limits, only: Sequence[str] | None = None
+    current: Evaluation,
+    before: Sequence[Evaluation],
+    metric: Metric,
+    limits: Limits,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Finding]:
     """What the gates say about an evaluation; the verdict is recorded beside it."""
     gates: dict[str, Callable[[], Finding]] = {

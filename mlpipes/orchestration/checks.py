@@ -29,7 +29,8 @@ class GateConfig(dg.Config):
 
     floor: float | None = Field(
         default=None,
-        description="least value of the primary metric; default: its interval must lie above blind guessing",
+        description="least value of the metric (the greatest where lower is better); default: its interval must be better "
+        "than blind guessing",
     )
     significance: float = Field(
         default=0.01, gt=0, lt=1, description="probability below which chance does not explain a difference"
@@ -146,7 +147,7 @@ def _loss_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinitio
 def _gates(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
     asset = dg.AssetKey([entry.name, "eval_report"])
     descriptions = {
-        "floor": "The primary metric is high enough.",
+        "floor": "The metric is good enough.",
         "regression": "Not worse than the last good evaluation of this partition, on the same samples.",
         "calibration": "Confidence says how often the model is right.",
         "drift": "Not worse than the best of the last good evaluations of this partition.",
@@ -165,7 +166,7 @@ def _gates(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
             ]
             limits = gates.Limits(config.floor, config.significance, config.calibration_error)
             selected = sorted(key.name for key in context.selected_asset_check_keys)
-            found = gates.pass_through(current, before, entry.load().primary_metric, limits, selected)
+            found = gates.pass_through(current, before, entry.load().metric, limits, selected)
         for name, finding in found.items():
             yield dg.AssetCheckResult(
                 passed=finding.passed,

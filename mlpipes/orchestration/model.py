@@ -66,7 +66,7 @@ def materialize_model(
         },
         extra_files=[card],
     )
-    metric = trained.workload.primary_metric
+    metric = trained.workload.metric.name
     return dg.MaterializeResult(
         value={**reference, "registered_model": name, "version": version},
         data_version=dg.DataVersion(trained.meta["weights_digest"]),
@@ -115,7 +115,7 @@ def materialize_evaluation(
     estimates = {f"{SPLIT}/{name}": estimate.value for name, estimate in report.estimates.items()}
     tracker.log_values(run_id, estimates, step=outcome["steps"])
     tracker.log_files(run_id, f"evaluation/{evaluation.name}", sorted(evaluation.path.iterdir()))
-    metric = trained.workload.primary_metric
+    metric = trained.workload.metric.name
     history = evaluations_of(store.store, entry.name, recipe.scale.key)
     return dg.MaterializeResult(
         value={**reference, "evaluation": evaluation.name, "estimates": evaluation.meta["estimates"]},
@@ -146,7 +146,7 @@ def materialize_champion(
         why = "; ".join(failed) or "they were not asked: execute the checks of `eval_report`"
         raise ConfigError(f"the gates did not let {reference['registered_model']} {reference['version']} pass: {why}")
     champions, workload = Champions(mlflow.tracker(), reference["registered_model"]), entry.load()
-    current, metric = champions.current(), workload.primary_metric
+    current, metric = champions.current(), workload.metric.name
 
     def rank(fingerprint: str) -> tuple[tuple[float, ...], float]:
         metrics = open_model(store.store.training(fingerprint).model)["metrics"]

@@ -181,7 +181,7 @@ def _tags(context: dg.AssetExecutionContext, entry: Entry, recipe: Recipe) -> di
 def _metadata(entry: Entry, recipe: Recipe, outcome: dict[str, Any], folder: TrainingFolder) -> dict[str, Any]:
     from mlpipes.reporting import figures
 
-    best, metric = outcome["best"], entry.load().primary_metric
+    best, metric = outcome["best"], entry.load().metric.name
     curves = figures.training_curves(outcome["history"], outcome["steps_per_epoch"], best["step"], metric)
     return {
         "curves": picture(curves, "loss and validation curves"),

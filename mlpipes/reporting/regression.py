@@ -12,12 +12,16 @@ MISSES = 24
 
 
 def regression_report(
-    values: np.ndarray, labels: np.ndarray, table_of_misses: Callable[[np.ndarray, Sequence[str]], Table]
+    values: np.ndarray,
+    labels: np.ndarray,
+    training_mean: float,
+    table_of_misses: Callable[[np.ndarray, Sequence[str]], Table],
 ) -> Report:
     """The report of predictions `values` float (N,) against `labels` float (N,).
 
-    Intervals are percentiles of 1,000 bootstrap resamples of the samples (Efron 1979). `table_of_misses(rows, captions)`
-    shows the rows with the greatest errors.
+    The baseline is the root mean squared error of who always says the mean of the training labels. Intervals are percentiles
+    of 1,000 bootstrap resamples of the samples (Efron 1979). `table_of_misses(rows, captions)` shows the rows with the
+    greatest errors.
     """
     from scipy.stats import rankdata
 
@@ -44,6 +48,7 @@ def regression_report(
             "root_mean_squared_error": estimate(lambda rows: float(np.sqrt((error[rows] ** 2).mean()))),
         },
         tables=[table_of_misses(worst, captions)],
+        quantities={"baseline": float(np.sqrt(((labels - training_mean) ** 2).mean()))},
         figures={"predictions": figures.scatter(labels, values)},
         notes=[
             "Intervals: percentiles of 1,000 bootstrap resamples. Spearman's resamples keep the ranks of all samples."

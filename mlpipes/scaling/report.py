@@ -8,6 +8,7 @@ from typing import Any
 from mlpipes.errors import ConfigError
 from mlpipes.evaluation.gates import summary
 from mlpipes.evaluation.records import evaluations_of
+from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Table
 from mlpipes.scaling.table import (
     Law,
@@ -119,7 +120,7 @@ def make_report(
     store: Store, entry: Entry, prices: Prices, deadline_seconds: float | None = None, budget: float | None = None
 ) -> ScalingReport:
     """Read the results of all scales. Raises ConfigError if none has been evaluated."""
-    metric = entry.load().primary_metric
+    metric = entry.load().metric
     results, missing, stale, not_run = [], [], [], []
     for scale in entry.scales:
         reference = store.read_reference(entry.name, "eval_report", scale.key)
@@ -135,17 +136,17 @@ def make_report(
         raise ConfigError(f"no scale of {entry.name} has been evaluated; materialize eval_report of one first")
     rows = scaling_rows(results, prices)
     return ScalingReport(
-        metric,
+        str(metric),
         rows,
         laws_of(results, not_run, prices),
         missing,
         stale,
-        _nights(store, entry, metric),
+        _nights(store, entry, metric.name),
         recommend(rows, deadline_seconds, budget)[1],
     )
 
 
-def _result(store: Store, reference: dict[str, Any], metric: str) -> tuple[ScaleResult, Recipe]:
+def _result(store: Store, reference: dict[str, Any], metric: Metric) -> tuple[ScaleResult, Recipe]:
     folder = store.training(reference["fingerprint"])
     recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
     shared = recipe.model_dump(mode="json")
@@ -155,8 +156,9 @@ def _result(store: Store, reference: dict[str, Any], metric: str) -> tuple[Scale
         scale=recipe.scale,
         snapshot=recipe.snapshot,
         code=recipe.code,
-        validation=outcome["best"]["metrics"][metric],
-        test=reference["estimates"][metric],
+        validation=outcome["best"]["metrics"][metric.name],
+        test=reference["estimates"][metric.name],
+        metric=metric,
         train_seconds=outcome["train_seconds"],
         samples_per_second=outcome["samples_per_second"],
         weights_digest=outcome["weights_digest"],

@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Table
 from mlpipes.scales import RayScaleConfig
 from mlpipes.scaling.law import ScalingLaw, fit_scaling_law
+
+ACCURACY = Metric("accuracy")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class ScaleResult:
     samples: int = 0
     usage: Mapping[str, float | None] | None = None
     """CPU seconds per second of all workers, peak memory of the greatest one, as the training measured them."""
+    metric: Metric = ACCURACY
+    """What `validation` and `test` are."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
                 "code": result.code,
                 "comparable": result.comparable,
                 "pareto": False,
+                # The greater the better, whatever the metric: what scales are ranked by.
+                "score": result.metric.score(result.test["value"]),
+                "validation_score": result.metric.score(result.validation),
             }
         )
     for row in rows:
@@ -96,8 +104,8 @@ def _together(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _dominates(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    better = other["value"] >= row["value"] and other["device_hours"] <= row["device_hours"]
-    return better and (other["value"], other["device_hours"]) != (row["value"], row["device_hours"])
+    better = other["score"] >= row["score"] and other["device_hours"] <= row["device_hours"]
+    return better and (other["score"], other["device_hours"]) != (row["score"], row["device_hours"])
 
 
 VAGUE_SHARE = 0.5
@@ -193,7 +201,7 @@ def recommend(
     ]
     if not fits:
         return None, f"no scale that was run is {within}"
-    best = min(fits, key=lambda row: (-row["validation"], row["device_hours"], row["train_seconds"]))
+    best = min(fits, key=lambda row: (-row["validation_score"], row["device_hours"], row["train_seconds"]))
     return best, f"{best['scale']} is the best by validation {within}, and the cheapest of its equals"
 
 

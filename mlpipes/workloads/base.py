@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.snapshot import Prepared
 from mlpipes.data.splits import SplitPlan
+from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 
 Batch = dict[str, Tensor]
@@ -70,8 +71,8 @@ class Deployable:
 class Workload(ABC):
     """One kind of training. An instance is stateless: everything that changes lives in the model and the optimizers."""
 
-    primary_metric: ClassVar[str]
-    """The validation metric that people look at first."""
+    metric: ClassVar[Metric]
+    """The validation metric that people look at first, and that gates, champion and recommendation go by."""
 
     hyperparameters: type[Any] = Hyperparameters
     """The schema of what can be set, a subclass of `Hyperparameters`."""
@@ -146,11 +147,14 @@ class Workload(ABC):
     # -- judgement ----------------------------------------------------------------------------------------------------
     @abstractmethod
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
-        """Validation metrics; must hold `loss` and `primary_metric`."""
+        """Validation metrics; must hold `loss` and `metric`."""
 
-    @abstractmethod
     def selection_key(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """Sort key of a checkpoint by its validation metrics; the greatest is the best, and of equals the earliest."""
+        """Sort key of a checkpoint by its validation metrics; the greatest is the best, and of equals the earliest.
+
+        By `metric`; the loss decides between equals, which a small validation split has often.
+        """
+        return self.metric.score(metrics[self.metric.name]), -metrics["loss"]
 
     @abstractmethod
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:

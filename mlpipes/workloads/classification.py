@@ -7,13 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from mlpipes.data.dataset import Columns
+from mlpipes.reporting.metric import Metric
 from mlpipes.workloads.base import Workload
 
 
 class Classification(Workload):
     """One label of several for each sample: column `label` int64 (N,), facts `class_names`, predictions `logits` (N, C)."""
 
-    primary_metric = "accuracy"
+    metric = Metric("accuracy")
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Accuracy and mean cross-entropy."""
@@ -26,7 +27,3 @@ class Classification(Workload):
     def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
         """1 where the label is right, 0 where it is not."""
         return (predictions["logits"].argmax(axis=1) == np.asarray(columns["label"])).astype(np.float32)
-
-    def selection_key(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """By accuracy; the loss decides between equals, which a small validation split has often."""
-        return metrics["accuracy"], -metrics["loss"]

@@ -22,6 +22,7 @@ from mlpipes.data.splits import SplitPlan
 from mlpipes.data.tables import sst2_source
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.reporting.classification import classification_report, probabilities_of
+from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.regression import regression_report
 from mlpipes.reporting.report import Report, Table
 from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
@@ -277,7 +278,8 @@ class TextClassification(Classification, TextWorkload):
 class TextRegression(TextWorkload):
     """A number for each text or pair: `label` float64."""
 
-    primary_metric = "pearson"
+    # Not a correlation, which sees neither size nor place: best of all may be what is always near the mean.
+    metric = Metric("root_mean_squared_error", higher_is_better=False)
 
     def _check(self, facts: Mapping[str, Any]) -> None:
         if "class_names" in facts:
@@ -314,17 +316,14 @@ class TextRegression(TextWorkload):
         return {"value": np.asarray(outputs["value"], dtype=np.float64).tolist()}
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
-        """Pearson's correlation and the mean squared error."""
+        """Root mean squared error, Pearson's correlation, and the mean squared error as the loss."""
         values, labels = predictions["value"].astype(np.float64), np.asarray(columns["label"])
-        constant = values.std() == 0 or labels.std() == 0
+        constant, loss = values.std() == 0 or labels.std() == 0, float(((values - labels) ** 2).mean())
         return {
+            "root_mean_squared_error": loss**0.5,
             "pearson": 0.0 if constant else float(np.corrcoef(values, labels)[0, 1]),
-            "loss": float(((values - labels) ** 2).mean()),
+            "loss": loss,
         }
-
-    def selection_key(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """By squared error. A correlation sees neither size nor place: best of all may be what is always near the mean."""
-        return -metrics["loss"], metrics["pearson"]
 
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
         """Correlations and errors with the worst misses as a table of texts."""
@@ -333,7 +332,9 @@ class TextRegression(TextWorkload):
             cells = [[caption, *text] for caption, text in zip(captions, _shown(columns, rows), strict=True)]
             return Table("Widest misses", ["label → prediction", *_names(columns)], cells)
 
-        return regression_report(predictions["value"], np.asarray(columns["label"]), misses)
+        return regression_report(
+            predictions["value"], np.asarray(columns["label"]), info.statistics["label_mean"], misses
+        )
 
     def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
         """The squared error, negative."""

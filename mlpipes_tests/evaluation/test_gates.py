@@ -9,23 +9,28 @@ from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.evaluation.gates import Limits, pass_through
 from mlpipes.evaluation.records import Evaluation, evaluations_of, open_evaluation, publish_evaluation
 from mlpipes.reporting.classification import wilson
+from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 from mlpipes.store.layout import Store
 
 N = 400
+ACCURACY, ERROR = Metric("accuracy"), Metric("error", higher_is_better=False)
 
 
 class Partition:
     """Evaluations of one partition, one after the other."""
 
     def __init__(self, root: Path) -> None:
-        self.store, self.count = Store(root), 0
+        self.store, self.count, self.metric = Store(root), 0, ACCURACY
 
-    def evaluate(self, right: int, *, snapshot: str = "s", shift: int = 0, ece: float = 0.02) -> Evaluation:
+    def evaluate(
+        self, right: int, *, snapshot: str = "s", shift: int = 0, ece: float = 0.02, baseline: float | None = 0.5
+    ) -> Evaluation:
         """An evaluation in which `right` of N samples are right, beginning with number `shift`."""
         self.count += 1
         scores = np.roll((np.arange(N) < right).astype(np.float32), shift)
-        report = Report({"accuracy": wilson(right, N)}, quantities={"baseline": 0.5, "expected_calibration_error": ece})
+        quantities = {"expected_calibration_error": ece} | ({} if baseline is None else {"baseline": baseline})
+        report = Report({"accuracy": wilson(right, N), "error": wilson(N - right, N)}, quantities=quantities)
         meta = {
             "workload": "w", "scale": "w1-b8-e1-g0", "seed": 0, "fingerprint": "f" * 64, "snapshot": snapshot * 64,
             "weights": f"{self.count:064d}", "split": "test", "n": N, "data": "made up", "night": None,
@@ -35,7 +40,7 @@ class Partition:
 
     def judge(self, current: Evaluation, **limits: float) -> dict[str, bool]:
         before = [e for e in evaluations_of(self.store, "w", "w1-b8-e1-g0") if e.name < current.name]
-        found = pass_through(current, before, "accuracy", Limits(**limits))
+        found = pass_through(current, before, self.metric, Limits(**limits))
         return {name: finding.passed for name, finding in found.items()}
 
 
@@ -59,6 +64,36 @@ def test_no_better_than_guessing_does_not_pass(partition: Partition) -> None:
     assert not found["floor"]
     assert partition.judge(partition.evaluate(300), floor=0.8)["floor"] is False
     assert partition.judge(partition.evaluate(330), floor=0.8)["floor"] is True
+
+
+def test_where_lower_is_better_the_floor_is_a_ceiling_and_the_baseline_lies_above(partition: Partition) -> None:
+    """Errors of N samples; who guesses blindly has half of them wrong."""
+    partition.metric = ERROR
+    assert partition.judge(partition.evaluate(380)) == ALL, "20 wrong"
+    assert not partition.judge(partition.evaluate(185))["floor"], "53.8 % wrong, but its interval reaches above 50 %"
+    assert partition.judge(partition.evaluate(330), floor=0.2)["floor"] is True
+    assert partition.judge(partition.evaluate(300), floor=0.2)["floor"] is False
+    current = partition.evaluate(300)
+    text = pass_through(current, [], ERROR, Limits(floor=0.2), only=["floor"])["floor"].text
+    assert "ceiling 0.2" in text
+
+
+def test_drift_compares_with_the_lowest_error(partition: Partition) -> None:
+    partition.metric = ERROR
+    for right in (380, 340, 341):
+        current = partition.evaluate(right)
+        current.judge({"passed": True, "gates": {}})
+    found = pass_through(
+        partition.evaluate(341), evaluations_of(partition.store, "w", "w1-b8-e1-g0"), ERROR, Limits(), only=["drift"]
+    )
+    assert not found["drift"].passed, "not worse than the last ones, but than the best"
+
+
+def test_without_a_baseline_nothing_is_judged(partition: Partition) -> None:
+    current = partition.evaluate(10, baseline=None)
+    found = pass_through(current, [], ACCURACY, Limits(), only=["floor"])["floor"]
+    assert found.passed
+    assert "not judged" in found.text
 
 
 def test_a_worse_model_is_held_and_the_next_is_compared_with_the_last_good_one(partition: Partition) -> None:
@@ -94,9 +129,9 @@ def test_bad_calibration_warns_and_does_not_hold(partition: Partition) -> None:
 
 def test_half_a_verdict_lets_nothing_pass(partition: Partition) -> None:
     found = partition.evaluate(380)
-    pass_through(found, [], "accuracy", Limits(), only=["floor"])
+    pass_through(found, [], ACCURACY, Limits(), only=["floor"])
     assert not found.is_good
-    pass_through(found, [], "accuracy", Limits(), only=["regression"])
+    pass_through(found, [], ACCURACY, Limits(), only=["regression"])
     assert found.is_good
 
 

@@ -1,8 +1,11 @@
 """Scaling: figures by hand, the law on data with known parameters, and which scale is recommended."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from mlpipes.reporting.metric import Metric
 from mlpipes.scales import RayScaleConfig
 from mlpipes.scaling import figure
 from mlpipes.scaling.law import fit_scaling_law
@@ -118,6 +121,18 @@ def test_what_says_nothing_is_not_shown_as_a_law() -> None:
     (clear,) = laws_of([result(f"w{n}-b64-e1-g0", 100 * n / (1 + 0.1 * (n - 1))) for n in (1, 2, 4)], [])
     assert "10.0% of the work is not parallel" in clear.markdown()
     assert "w8-b64-e1-g0" in clear.markdown()
+
+
+def test_where_lower_is_better_the_lowest_is_recommended_and_on_the_front() -> None:
+    error = Metric("root_mean_squared_error", higher_is_better=False)
+    found = [
+        replace(result(key, 1, value=value, seconds=seconds), metric=error)
+        for key, value, seconds in (("w1-b8-e1-g0", 2.0, 1000), ("w2-b8-e1-g0", 1.0, 2000), ("w4-b8-e1-g0", 1.5, 4000))
+    ]
+    rows = scaling_rows(found)
+    assert recommend(rows)[0] == rows[1]
+    assert [row["pareto"] for row in rows] == [True, True, False]
+    assert str(error) == "root_mean_squared_error (lower is better)"
 
 
 def test_the_recommended_scale_keeps_its_limits() -> None:

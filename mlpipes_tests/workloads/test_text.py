@@ -184,6 +184,8 @@ def test_numbers_are_regressed(tables: Path, seed: int) -> None:
     assert report.estimates["pearson"].value > 0.9
     assert report.estimates["spearman"].low < report.estimates["spearman"].value
     assert report.estimates["mean_absolute_error"].value < 0.5
+    assert report.estimates["root_mean_squared_error"].high < report.quantities["baseline"]
+    assert 1.3 < report.quantities["baseline"] < 2.1, "numbers from 0 to 5, all as frequent: 1.71"
     assert "predictions" in report.figures
 
 
