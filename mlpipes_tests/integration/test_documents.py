@@ -60,7 +60,8 @@ def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Sandbox) -
     assert len(rows) == 3
     for row in rows:
         cells = [cell.strip() for cell in row.strip("│").split("│")]
-        assert float(cells[4]) >= 0.99, "test accuracy of digits"
+        # 99.5 % on average over splits; of 359 images, 98 % is four standard errors less, which no rounding explains.
+        assert float(cells[4]) >= 0.98, "test accuracy of digits"
     assert re.search(r"Done in \d+ s", demo.stdout)
     # The head's record is there while one runs that nobody has ended.
     assert not (folder.home / "ray" / "head.json").exists()
