@@ -101,7 +101,12 @@ def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Sandbox) ->
 def test_every_example_is_tried_below() -> None:
     examples = [block for document in pages() for block in document.blocks("python")]
     assert set(examples) == {SHAPES, ENTRY, REVIEWS, CHAMPION}
-    assert {next(iter(yaml.safe_load(block))) for _, block in YAML} == {"ops", "digits"}
+    assert {next(iter(yaml.safe_load(block))) for _, block in YAML} == {"ops", "digits", "run_launcher"}
+
+
+def test_the_run_launcher_is_the_one_of_the_shipped_settings() -> None:
+    (example,) = [yaml.safe_load(block) for _, block in YAML if block.startswith("run_launcher")]
+    assert example.items() <= yaml.safe_load((CHECKOUT / "dagster.yaml").read_text(encoding="utf-8")).items()
 
 
 def test_the_champion_is_loaded_and_reads_digits(folder: Sandbox) -> None:
