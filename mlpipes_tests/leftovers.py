@@ -1,8 +1,9 @@
-"""Leftovers: nothing survives a test run; whatever does is named, ended, and makes the run fail.
+"""Leftovers: nothing survives a test run; a process that does is named, ended, and makes the run fail.
 
 The tests run in a child of this process, which adopts every process that they orphan (Linux' child subreaper), whatever it
 calls itself and whatever session it is in. When the child has ended, by itself, by Ctrl-C or by SIGKILL, no process may be
-left, nothing in the folder for temporary files, and no state in the checkout.
+left, and no state in the checkout. All temporary files are in one folder, which goes then: processes that tests kill cannot
+remove theirs.
 """
 
 import ctypes
@@ -22,15 +23,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 _GRACE_SECONDS = 10.0
 """For processes that were told to end and are on their way."""
 _STATE = ".mlpipes"
-_CACHES = ("torchinductor_",)
-"""What libraries keep there on purpose, for the next process; it goes with the folder."""
 
 
 def watch(config: pytest.Config) -> None:
     """Fork; the child goes on with the tests, this process waits for it, looks for leftovers, and exits."""
     if sys.platform != "linux" or hasattr(config, "workerinput") or config.option.collectonly:
         return
-    # The user's own pytest folders stay where they are, to be looked at; all else goes where it is seen if it stays.
+    # The user's own pytest folders stay where they are, to be looked at; all else goes with this run.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     temporary = Path(tempfile.mkdtemp(prefix="t-"))  # short: it holds Unix sockets
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
@@ -48,7 +47,6 @@ def watch(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
     code = _reap_until(child)
     left = [f"process {p}" for p in _end_survivors()]
-    left += [f"folder {path}" for path in temporary.iterdir() if not path.name.startswith(_CACHES)]
     left += [f"folder {state}"] if state.exists() and not had_state else []
     shutil.rmtree(temporary, ignore_errors=True)
     if left:

@@ -73,12 +73,19 @@ def test_also_after_ctrl_c(tmp_path: Path) -> None:
     assert orphan_is_gone(tmp_path)
 
 
-@pytest.mark.parametrize("left", ["Path('.mlpipes').mkdir()", "__import__('tempfile').mkdtemp(prefix='mine-')"])
-def test_folders_that_are_left_are_named(tmp_path: Path, left: str) -> None:
-    run = start(tmp_path, f"\ndef test_it():\n    {left}\n")
+def test_state_in_the_checkout_is_named(tmp_path: Path) -> None:
+    run = start(tmp_path, "\ndef test_it():\n    Path('.mlpipes').mkdir()\n")
     said, _ = run.communicate()
     assert run.returncode == 1, said
-    assert "Left behind by the tests:\n  folder " in said
+    assert f"Left behind by the tests:\n  folder {tmp_path / '.mlpipes'}" in said
+
+
+def test_temporary_files_go_with_the_run(tmp_path: Path) -> None:
+    test = "\ndef test_it():\n    Path('where').write_text(__import__('tempfile').mkdtemp(prefix='mine-'))\n"
+    run = start(tmp_path, test)
+    said, _ = run.communicate()
+    assert run.returncode == 0, said
+    assert not Path((tmp_path / "where").read_text()).exists()
 
 
 def test_who_leaves_nothing_passes(tmp_path: Path) -> None:
