@@ -152,7 +152,7 @@ class Clock:
 @pytest.mark.parametrize("kind", ["stopping", "finished"])
 def test_a_last_checkpoint_is_waited_for(job: TrainingJob, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     messages = MessageWriter(job.folder.messages(1))
-    messages("progress", step=1)
+    messages("started", step=0)
     clock = Clock(lambda: messages(kind, step=1))
     monkeypatch.setattr(jobs, "time", clock)
     ask_for_last_checkpoint(job.folder, 1, seconds=30)
@@ -161,8 +161,17 @@ def test_a_last_checkpoint_is_waited_for(job: TrainingJob, monkeypatch: pytest.M
 
 
 def test_a_last_checkpoint_is_not_waited_for_for_ever(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    MessageWriter(job.folder.messages(1))("progress", step=1)
+    MessageWriter(job.folder.messages(1))("started", step=0)
     clock = Clock(lambda: None)
     monkeypatch.setattr(jobs, "time", clock)
     ask_for_last_checkpoint(job.folder, 1, seconds=30)
     assert clock.now == pytest.approx(30, abs=1)
+
+
+def test_who_has_not_begun_to_train_has_nothing_to_save(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    MessageWriter(job.folder.messages(1))("driver", attempt=1)
+    clock = Clock(lambda: None)
+    monkeypatch.setattr(jobs, "time", clock)
+    ask_for_last_checkpoint(job.folder, 1, seconds=30)
+    assert job.folder.stop_request(1).exists()
+    assert clock.sleeps == 0
