@@ -12,7 +12,7 @@ from pathlib import Path
 from mlpipes_tests.waiting import until
 
 HASTE = "MLPIPES_TEST_HASTE"
-"""Environment variable: how many times faster than usual the trainings of tests are, by so many times fewer epochs."""
+"""Environment variable: how many times fewer epochs than usual the trainings that wait at barriers have, three at least."""
 _LOOK_SECONDS = 0.02
 _PAUSE_SECONDS = 0.6
 """A barrier holds a training at least so long: messages of progress are half a second apart, so the next step sends one."""

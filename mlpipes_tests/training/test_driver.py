@@ -1,0 +1,33 @@
+"""The driver: what it watches while the workers train."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlpipes.store.lease import Lease
+from mlpipes.store.messages import MessageWriter, read_messages
+from mlpipes.training.driver import _watch_over
+from mlpipes_tests.compute.test_jobs import job_in
+
+
+class _EndedError(Exception):
+    pass
+
+
+def test_a_driver_whose_training_was_taken_over_says_so_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(code: int) -> None:
+        raise _EndedError(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    job = job_in(tmp_path).model_copy(update={"attempt": 1})
+    job.folder.heartbeat(1).parent.mkdir(parents=True)
+    lost = Lease.take(job.folder.path, "the first")
+    Lease.take(job.folder.path, "another job")
+    with pytest.raises(_EndedError, match="1"):
+        _watch_over(job, lost, MessageWriter(job.folder.messages(1)), threading.Event())
+    (message,) = read_messages(job.folder.messages(1))[0]
+    assert "taken over" in message["text"]
