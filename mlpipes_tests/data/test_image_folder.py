@@ -314,6 +314,21 @@ def test_another_pillow_decodes_again(tmp_path: Path, decoded: list[int], monkey
     assert len(decoded) == 8
 
 
+def test_of_two_that_want_the_same_one_decodes(root: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    both, digest_of = threading.Barrier(2), image_folder.digest_of
+
+    def together(value: Any) -> str:
+        both.wait(600)
+        return digest_of(value)
+
+    monkeypatch.setattr(image_folder, "digest_of", together)
+    source = grey(two_classes(root))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: source.load().digest(), range(2))
+    assert first == second
+    assert len(decoded) == 4
+
+
 def test_a_corrupt_cache_is_set_aside_and_what_a_killed_process_left_is_removed(
     tmp_path: Path, decoded: list[int], isolated_home: Path
 ) -> None:
@@ -393,7 +408,9 @@ def test_a_snapshot_is_made_of_it(tmp_path: Path) -> None:
     for number in range(60):
         write(root / "ab"[number % 2] / f"{number}.png", 3 * number)
     write(root / "a" / "again.png", 0)
-    workload = ImageClassification(grey(root), SplitPlan(0.1, test_fraction=0.2), ImageHyperparameters)
+    workload = ImageClassification(
+        grey(root), SplitPlan(0.1, test_fraction=0.2, stratify_by="label"), ImageHyperparameters
+    )
     snapshot, _ = snapshot_of(Store(tmp_path / "store"), workload.source.load().digest(), workload)
     assert snapshot.counts == {"train": 42, "validation": 6, "test": 12}
     assert snapshot.meta["duplicates"]["train_rows_dropped_because_repeated"] == 1
