@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.sources import Cifar10Source, DigitsSource
 from mlpipes.data.splits import SplitPlan
+from mlpipes.errors import ConfigError
 from mlpipes.reporting import figures
 from mlpipes.workloads import networks
 from mlpipes.workloads.augmentation import affine, crop_and_flip
@@ -88,12 +89,26 @@ class ImageClassification(Classification):
         return {
             "mean": [total / n for total, _ in exact],
             "std": [math.sqrt(variance) or 1.0 for variance in variances],
+            "shape": list(images.shape[1:]),
         }
 
     def build_model(self, hp: ImageHyperparameters, info: DataInfo) -> nn.Module:
-        """The network behind the normalization of the training split, in the memory order that convolutions like best."""
-        mean, std = info.statistics["mean"], info.statistics["std"]
+        """The network behind the normalization of the training split, in the memory order that convolutions like best.
+
+        Raises ConfigError if it cannot read images of this size.
+        """
+        mean, std, shape = (info.statistics[name] for name in ("mean", "std", "shape"))
         model = networks.Normalized(self.network(len(mean), len(info.facts["class_names"]), hp), mean, std)
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *shape))
+        except RuntimeError as error:
+            name = getattr(hp, "network", "this network")
+            raise ConfigError(
+                f"{name} cannot read images of {shape[1]}×{shape[2]} pixels ({error}). Choose another `network` (resnet18 "
+                "takes 8 to 224 pixels), or another size of the images."
+            ) from error
+        model.train()
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def initialize(self, model: nn.Module, hp: ImageHyperparameters, train: Columns) -> None:

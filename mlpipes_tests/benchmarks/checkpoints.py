@@ -34,7 +34,7 @@ def stepped(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[t
 def main() -> None:
     """Print the table."""
     hp = cifar10.hyperparameters()
-    facts = DataInfo({"class_names": list("0123456789")}, {"mean": [0.0] * 3, "std": [1.0] * 3})
+    facts = DataInfo({"class_names": list("0123456789")}, {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": [3, 32, 32]})
     image = cifar10.build_model(hp, facts)
     # 110 million parameters in layers of BERT-base's shapes; what they compute does not matter here.
     large = nn.Sequential(nn.Embedding(30522, 768), *(nn.Linear(768, 3072) for _ in range(36)))

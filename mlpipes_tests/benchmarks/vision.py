@@ -72,7 +72,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
 def usual_steps(images: np.ndarray, labels: np.ndarray, device: torch.device) -> Iterator[None]:
     """Training steps of the usual path: DataLoader, float32, NCHW; the same network and optimizers."""
     hp = cifar10.hyperparameters()
-    statistics_ = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    statistics_ = {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": [3, 32, 32]}
     model = cifar10.build_model(hp, DataInfo({"class_names": [str(n) for n in range(10)]}, statistics_)).to(device)
     optimizers = cifar10.optimizers(model, hp)
     loader = DataLoader(_Images(images, labels), BATCH, shuffle=True, drop_last=True)

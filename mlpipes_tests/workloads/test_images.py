@@ -1,4 +1,4 @@
-"""The statistics of images: exact, so that they depend on nothing but the pixels, and made of a few rows at a time."""
+"""Images: statistics that are exact and made of a few rows at a time, and networks that cannot read them say so."""
 
 from fractions import Fraction
 from math import isqrt
@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlpipes.data.sources import DigitsSource
+from mlpipes.data.splits import SplitPlan
+from mlpipes.errors import ConfigError
 from mlpipes.workloads import image_classification
-from mlpipes.workloads.image_classification import digits
+from mlpipes.workloads.base import DataInfo
+from mlpipes.workloads.image_classification import ImageClassification, digits
 
 
 def test_mean_and_deviation_are_exact_however_the_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +61,12 @@ def test_memory_mapped_images_are_never_whole_in_memory(monkeypatch: pytest.Monk
 
     images = Column(np.zeros((100, 3, 8, 8), dtype=np.uint8))
     assert digits.statistics({"image": images})["mean"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("pixels", [16, 64])
+def test_a_network_that_cannot_read_the_images_says_so(pixels: int) -> None:
+    info = DataInfo({"class_names": ["a", "b"]}, {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": [3, pixels, pixels]})
+    workload = ImageClassification(DigitsSource(), SplitPlan())
+    with pytest.raises(ConfigError, match=rf"airbench cannot read images of {pixels}×{pixels} pixels .*resnet18"):
+        workload.build_model(workload.hyperparameters(), info)
+    workload.build_model(workload.hyperparameters(network="resnet18"), info)
