@@ -60,7 +60,10 @@ def remembered_store(instance: "DagsterInstance") -> tuple[str, str] | None:
 
 
 def store_of_this_dagster(*, adopting: bool) -> str:
-    """What this machine's Dagster and store say of each other, for people; with `adopting`, after it has adopted it."""
+    """Which store Dagster's history goes with, for people; with `adopting`, with this one from now on.
+
+    Raises ConfigError if it goes with another one.
+    """
     import dagster as dg
 
     from mlpipes.orchestration.instance import dagster_home
@@ -69,6 +72,8 @@ def store_of_this_dagster(*, adopting: bool) -> str:
     with dg.DagsterInstance.from_config(str(dagster_home())) as instance:
         if adopting:
             return f"Dagster's history goes with store {adopt(instance, store)} at {store.root} from now on."
+        if remembered_store(instance) is None:
+            return f"The store is {store.root}; Dagster's history goes with none yet, and adopts it at its first run."
         check_store(instance, store)
         return f"Store {identity_of(store)} at {store.root}; Dagster's history is about the same."
 

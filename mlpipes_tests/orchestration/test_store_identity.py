@@ -121,6 +121,10 @@ def test_a_foreign_dagster_home_remembers_and_the_command_line_says_so(
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     monkeypatch.setenv("DAGSTER_HOME", str(foreign))
+    assert "with none yet" in store_of_this_dagster(adopting=False)
+    assert identity_of(default_store()) is None, "looking decides nothing"
+    with dg.DagsterInstance.from_config(str(foreign)) as instance:
+        assert materialize(instance, default_store().root).success
     assert "is about the same" in store_of_this_dagster(adopting=False)
     identity = identity_of(default_store())
     monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "another"))
