@@ -183,8 +183,8 @@ def open_published(path: Path, *, kind: str, versions: frozenset[int] | None = N
         readable = ", ".join(map(str, sorted(versions)))
         raise FormatError(
             f"{path} was written by another version of mlpipes: a {kind} of format {published.version}, and this version "
-            f"reads {readable}. It was left as it is. Use that version, or materialize the whole chain again, with the config "
-            "`fresh: true` for `checkpoints`."
+            f"reads {readable}. It was left as it is. Use that version, or materialize the whole chain again, with "
+            "the config `fresh: true` for `checkpoints`."
         )
     for name, entry in published.files.items():
         file = path / name

@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.messages import (
+    CheckpointSaved,
+    EpochEnded,
+    Message,
+    MetricsLogged,
+    Notify,
+    Progressed,
+    Resumed,
+    Started,
+    Stopping,
+    Warned,
+)
 from mlpipes.store.training_job import Checkpointing
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
@@ -49,7 +61,7 @@ class Trainer:
         device: torch.device,
         checkpoints: Checkpoints,
         policy: Checkpointing,
-        notify: Callable[..., None],
+        notify: Notify,
         may_write: Callable[[], AbstractContextManager[None]] = nullcontext,
         stop_is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -72,8 +84,9 @@ class Trainer:
         torch.manual_seed(mixed_seed(seed, "model"))
         self.model: nn.Module = workload.build_model(hp, info)
         workload.initialize(self.model, hp, train)
-        self.model.to(device).to(memory_format=torch.channels_last)
-        keep_embedding_gradients(self.model)
+        self.model.to(device)
+        if workload.sparse_embedding_gradients:
+            keep_embedding_gradients(self.model)
         self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
@@ -95,18 +108,18 @@ class Trainer:
         if self.workers.rank == 0:
             found, messages = self.checkpoints.latest()
             for message in messages:
-                self._tell("warning", text=message)
+                self._tell(Warned(text=message))
         chosen = torch.tensor(found.step if found else -1, device=next(self.model.parameters()).device)
         step = int(self.workers.gather(chosen)[0])
         if step < 0:
             return
         checkpoint = found or self.checkpoints.load(step)
         self.progress = checkpoint.progress
-        self.model.load_state_dict(checkpoint.model_state())
+        self.workload.load_state(self.model, checkpoint.model_state())
         for optimizer, state in zip(self.optimizers, checkpoint.optimizer_states(), strict=True):
             optimizer.load_state_dict(state)
-        self._tell("resumed", step=self.progress.step, total_steps=self.total_steps)
-        self._tell("metrics", rows=self.progress.history)
+        self._tell(Resumed(step=self.progress.step, total_steps=self.total_steps))
+        self._tell_metrics(self.progress.history)
         self._told = len(self.progress.history)
 
     def run(self) -> dict[str, Any]:
@@ -115,11 +128,12 @@ class Trainer:
         self._last_save = time.perf_counter()
         self.stopwatch.begin()
         self._tell(
-            "started",
-            step=first_step,
-            total_steps=self.total_steps,
-            precision=self.progress.precision,
-            workers=self.workers.size,
+            Started(
+                step=first_step,
+                total_steps=self.total_steps,
+                precision=self.progress.precision,
+                workers=self.workers.size,
+            )
         )
         while self.progress.step < self.total_steps:
             self._step()
@@ -135,8 +149,8 @@ class Trainer:
                 self._stopping = True
                 if step not in self.checkpoints.steps():
                     self._save()
-                self._tell("stopping", step=step)
-        digest = weights_digest(self.model.state_dict())
+                self._tell(Stopping(step=step))
+        digest = weights_digest(self.workload.state(self.model))
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
         samples = self.total_steps * self.scale.batch_size
@@ -227,13 +241,14 @@ class Trainer:
             self._last_message = now
             speed = progress.step * self.scale.batch_size / max(progress.train_seconds, 1e-9)
             self._tell(
-                "progress",
-                step=progress.step,
-                total_steps=self.total_steps,
-                epoch=progress.step / self.order.steps_per_epoch,
-                loss=loss,
-                samples_per_second=speed,
-                eta_seconds=(self.total_steps - progress.step) * self.scale.batch_size / speed,
+                Progressed(
+                    step=progress.step,
+                    total_steps=self.total_steps,
+                    epoch=progress.step / self.order.steps_per_epoch,
+                    loss=loss,
+                    samples_per_second=speed,
+                    eta_seconds=(self.total_steps - progress.step) * self.scale.batch_size / speed,
+                )
             )
 
     def _finish_epoch(self) -> None:
@@ -253,7 +268,7 @@ class Trainer:
             progress.best["metrics"]
         ):
             progress.best = {"step": progress.step, "epoch": epoch, "metrics": metrics}
-        self._tell("epoch", epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics)
+        self._tell(EpochEnded(epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics))
         self._save()
 
     def _checkpoint_is_due(self) -> bool:
@@ -267,20 +282,20 @@ class Trainer:
         if self.workers.rank == 0:
             self._drain()
             path = write_with_patience(self._publish, self.checkpoints.folder, self._checkpoint_bytes(), self._tell)
-            self._tell("checkpoint", step=self.progress.step, path=str(path))
+            self._tell(CheckpointSaved(step=self.progress.step, path=str(path)))
             # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
-            self._tell("metrics", rows=self.progress.history[self._told :])
+            self._tell_metrics(self.progress.history[self._told :])
             self._told = len(self.progress.history)
         self._last_save = time.perf_counter()
         self.stopwatch.begin()
 
     def _publish(self) -> Path:
         with self.may_write():
-            return self.checkpoints.save(self.model, self.optimizers, self.progress)
+            return self.checkpoints.save(self.workload.state(self.model), self.optimizers, self.progress)
 
     def _checkpoint_bytes(self) -> int:
         """About what a checkpoint takes: the weights and everything that the optimizers keep."""
-        kept = [*self.model.state_dict().values()]
+        kept = [*self.workload.state(self.model).values()]
         for optimizer in self.optimizers:
             kept += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(tensor.nbytes for tensor in kept)
@@ -289,9 +304,12 @@ class Trainer:
         now = int(time.time() * 1000)
         self.progress.history += [[name, value, self.progress.step, now] for name, value in metrics.items()]
 
-    def _tell(self, kind: str, **fields: Any) -> None:
+    def _tell(self, message: Message) -> None:
         if self.workers.rank == 0:
-            self.notify(kind, **fields)
+            self.notify(message)
+
+    def _tell_metrics(self, rows: Sequence[Any]) -> None:
+        self._tell(MetricsLogged(rows=[tuple(row) for row in rows]))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]

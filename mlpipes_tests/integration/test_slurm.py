@@ -20,17 +20,18 @@ from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
 from mlpipes.scaling.report import make_report, prices_from_environment
 from mlpipes.store.layout import Store, TrainingFolder
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
-from mlpipes_tests.barriers import Barriers, epochs
+from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.held import REFERENCE
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 from mlpipes_tests.training.harness import make_job, run_here
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 pytestmark = pytest.mark.slurm
-SCALE = f"w1-b128-e{epochs(12)}-g0"
+SCALE = "w1-b128-e12-g0"
 EARLY, LATE = 0.4, 0.7
 """Where the trainings wait."""
 
@@ -53,7 +54,7 @@ def idle(cluster: SlurmCluster) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The outcome of the same training, uninterrupted, in one process, without Ray and Slurm."""
-    return run_here(make_job(tmp_path_factory.mktemp("reference"), SCALE))
+    return run_here(make_job(tmp_path_factory.mktemp("reference"), SCALE, REFERENCE))
 
 
 class Training:
@@ -156,7 +157,7 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
     definitions = build_defs(catalog=[entry])
     checkpoints = definitions.resolve_assets_def(dg.AssetKey(["digits", "checkpoints"]))
     assert checkpoints.op.pool is None, "a job that waits in Slurm's queue holds no slot of Dagster"
-    local = run_here(make_job(tmp_path / "reference", scales[0]))
+    local = run_here(make_job(tmp_path / "reference", scales[0], REFERENCE))
     with dg.DagsterInstance.ephemeral() as instance:
         for scale, nodes in zip(scales, ("1", "2"), strict=True):
             chain = definitions.resolve_job_def("digits_chain")
@@ -244,8 +245,8 @@ def test_cancelled_by_an_administrator_and_out_of_time(
     folder = training.training_folder()
     assert folder is not None
     before, after = read_messages(folder.messages(2))[0], read_messages(folder.messages(3))[0]
-    (stopped,) = [message["step"] for message in before if message["kind"] == "stopping"]
-    (resumed,) = [message["step"] for message in after if message["kind"] == "resumed"]
+    (stopped,) = [message.step for message in before if isinstance(message, Stopping)]
+    (resumed,) = [message.step for message in after if isinstance(message, Resumed)]
     assert resumed >= stopped, "the last checkpoint was made on demand, so not a step was lost"
 
 
@@ -274,7 +275,7 @@ def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, exp
 
 def started(folder: TrainingFolder, attempt: int) -> bool:
     """Whether an attempt's workers have begun to train."""
-    return any(message["kind"] == "started" for message in read_messages(folder.messages(attempt))[0])
+    return any(isinstance(message, Started) for message in read_messages(folder.messages(attempt))[0])
 
 
 def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) -> None:
@@ -300,7 +301,7 @@ def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) 
     folder = training.training_folder()
     assert folder is not None
     messages = read_messages(folder.messages(1))[0]
-    (stopped,) = [message["step"] for message in messages if message["kind"] == "stopping"]
+    (stopped,) = [message.step for message in messages if isinstance(message, Stopping)]
     assert (folder.checkpoints / f"step-{stopped:08d}").is_dir(), "a last checkpoint"
     from mlpipes.tracking.runs import Tracker
 

@@ -60,7 +60,9 @@ class MortalShapes(ImageClassification):
         return super().learning_rate_factor(progress, hp)
 
 
-shapes = MortalShapes(Shapes(), SplitPlan(0.15, test_fraction=0.2), DigitsHyperparameters)
+# What has a default is said all the same: defaults have changed.
+SPLIT = SplitPlan(0.15, test_fraction=0.2, stratify_by="label", content=("image",))
+shapes = MortalShapes(Shapes(), SPLIT, DigitsHyperparameters)
 counts = TextRegression(
     Counts(),
     SplitPlan(0.15, test_fraction=0.2, content=("text",), stratify_by=None),
