@@ -25,6 +25,10 @@ class CorruptionError(UserError):
     """A stored file does not match its checksum, or a stored directory is incomplete."""
 
 
+class FormatError(UserError):
+    """A stored directory is as it was written, but in a format that this version of the program does not read."""
+
+
 class DiskFullError(UserError):
     """A disk stayed full for longer than the training could wait; what it had written before is kept."""
 

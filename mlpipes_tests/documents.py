@@ -22,6 +22,7 @@ HERE = {
     ".venv/bin/mlpipes backfill digits": "Fresh, nothing to do: w1-b128-e30-g0, w2-b128-e30-g0, w4-b128-e30-g0-c0.5",
     ".venv/bin/mlpipes scales": "w4-b128-e30-g0-c0.5",
     ".venv/bin/mlpipes status": "finished",
+    ".venv/bin/mlpipes store": "Dagster's history is about the same",
     ".venv/bin/mlpipes checkpoints digits w1-b128-e30-g0": "good",
     ".venv/bin/mlpipes report digits": "scaling report",
     ".venv/bin/mlpipes report digits --deadline 60": "best by validation within 60 s",

@@ -57,6 +57,19 @@ def fetch(dataset: Annotated[str, typer.Argument(help="cifar10")]) -> None:
     console.print(f"CIFAR-10 is in {fetch_cifar10()}", soft_wrap=True)
 
 
+@app.command()
+@friendly
+def store(
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="have Dagster's history go with this store from now on")
+    ] = False,
+) -> None:
+    """Say which store this is, and whether Dagster's history is about it."""
+    from mlpipes.orchestration.store_identity import store_of_this_dagster
+
+    console.print(store_of_this_dagster(adopting=adopt), soft_wrap=True)
+
+
 @ray_app.command("up")
 @friendly
 def ray_up() -> None:

@@ -90,7 +90,9 @@ def history(
     for evaluation in evaluations_of(default_store(), workload, key):
         meta, gates = evaluation.meta, summary(evaluation.verdict)
         table.add_row(
-            evaluation.when, meta["fingerprint"][:8], meta["weights"][:8], str(evaluation.estimate(metric)), gates
+            *(evaluation.when, meta["fingerprint"][:8], meta["weights"][:8]),
+            str(evaluation.estimate(metric)) if evaluation.has(metric) else "–",
+            gates,
         )
     if not table.row_count:
         raise ConfigError(f"{workload} {key} has not been evaluated yet; materialize {workload}/eval_report first")

@@ -165,7 +165,7 @@ def backfill(
     dagster = DagsterUi(ui)
     with console.status(f"Waiting for Dagster at {dagster.address} …"):
         dagster.wait_for(entry.name)
-    made, fresh = launch(dagster, entry, scales, smallest_first=smallest_first, again=again)
+    made, fresh = launch(dagster, entry, scales, default_store(), smallest_first=smallest_first, again=again)
     if fresh:
         console.print(f"Fresh, nothing to do: {', '.join(fresh)}")
     if made is None:

@@ -1,7 +1,7 @@
 """The in-memory data set that a source hands out, with its provenance and content digest."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +54,16 @@ class Source(Protocol):
     def load(self) -> Dataset:
         """Read everything. Raises DataError saying what is missing and how to get it."""
         ...
+
+
+def rows_digest(columns: Columns, content: Sequence[str]) -> str:
+    """SHA-256 (hex) over a split's content and labels, row by row: whether two models were judged on the same samples.
+
+    Row numbers, and what else a source or a preparation puts beside them, do not count. Raises KeyError for a column that
+    is not there.
+    """
+    named = {name: columns[name] for name in content} | {n: columns[n] for n in ("label",) if n in columns}
+    return digest_splits({"rows": named}, {})
 
 
 def digest_splits(splits: Mapping[str, Columns], facts: Mapping[str, Any]) -> str:

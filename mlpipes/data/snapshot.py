@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mlpipes.data.dataset import Columns, Dataset, digest_splits
+from mlpipes.data.dataset import Columns, Dataset, digest_splits, rows_digest
 from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.data.splits import SplitPlan, content_columns, content_hashes, split_dataset
-from mlpipes.errors import CorruptionError
+from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import (
     Published,
     digest_of,
@@ -34,6 +34,8 @@ from mlpipes.store.layout import Store
 
 KIND = "snapshot"
 VERSION = 2
+READABLE = frozenset({2, VERSION})
+"""Formats that can be opened: models that were trained on older ones are still served and compared with."""
 FILES = "files"
 
 
@@ -73,6 +75,19 @@ class Snapshot:
         """The folder of the files that belong to the data; it is there only if there are any."""
         return self.path / FILES
 
+    def rows(self, split: str) -> str:
+        """`rows_digest` of a split as the source gave it, before any preparation.
+
+        Older snapshots did not note it: theirs is taken from what they hold. Where that lacks the content, it is the
+        snapshot's own digest, which equals no other.
+        """
+        if (noted := self.meta.get("rows", {}).get(split)) is not None:
+            return noted
+        try:
+            return rows_digest(self.columns(split), self.meta["plan"]["content"])
+        except KeyError:
+            return self.digest
+
     def columns(self, split: str) -> dict[str, Any]:
         """The memory-mapped, read-only columns of a split."""
 
@@ -88,7 +103,7 @@ class Snapshot:
 def open_snapshot(path: Path) -> Snapshot:
     """Open a snapshot and verify every byte.
 
-    Raises FileNotFoundError, or CorruptionError naming the bad file and the way out.
+    Raises FileNotFoundError, FormatError, or CorruptionError naming the bad file and the way out.
     """
     try:
         return _opened(path)
@@ -100,7 +115,7 @@ def open_snapshot(path: Path) -> Snapshot:
 
 
 def _opened(path: Path) -> Snapshot:
-    snapshot = Snapshot(open_published(path, kind=KIND, versions=frozenset({VERSION})))
+    snapshot = Snapshot(open_published(path, kind=KIND, versions=READABLE))
     if snapshot.meta.get("digest") != path.name:
         raise CorruptionError(f"{path} holds {snapshot.meta.get('digest')}: it was renamed or copied wrongly")
     return snapshot
@@ -134,8 +149,12 @@ def make_snapshot(
     statistics: Mapping[str, Any],
     prepared: Prepared,
     duplicates: Mapping[str, Any],
+    rows: Mapping[str, str],
 ) -> Snapshot:
-    """Write the snapshot of columns that are already split, or open the equal one that is there."""
+    """Write the snapshot of columns that are already split, or open the equal one that is there.
+
+    `rows` is the `rows_digest` of each split before its preparation.
+    """
     splits = prepared.splits
     identity = {
         "format": VERSION,
@@ -168,6 +187,7 @@ def make_snapshot(
                 plan=plan.as_dict(),
                 preparation=dict(preparation),
                 duplicates=dict(duplicates),
+                rows=dict(rows),
                 source_digest=identity["source"],
             )
     return open_snapshot(target)
@@ -186,7 +206,7 @@ def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapsh
     warnings = []
     try:
         return _opened(store.snapshots / read_record(pointer)["digest"]), warnings
-    except FileNotFoundError:
+    except (FileNotFoundError, FormatError):
         pass
     except CorruptionError as error:
         evidence = set_aside(
@@ -200,9 +220,13 @@ def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapsh
             f"({source_digest[:12]} then, {dataset.digest()[:12]} now). Materialize `dataset` again."
         )
     splits, duplicates = split_dataset(dataset, workload.split)
+    content = content_columns(workload.split.content, splits["test"])
+    rows = {name: rows_digest(columns, content) for name, columns in splits.items()}
     with tempfile.TemporaryDirectory(prefix="mlpipes-prepare-") as scratch:
         prepared = workload.prepare(splits, dataset.facts, Path(scratch))
         statistics = workload.statistics(prepared.splits["train"])
-        snapshot = make_snapshot(store, dataset, workload.split, workload.preparation, statistics, prepared, duplicates)
+        snapshot = make_snapshot(
+            store, dataset, workload.split, workload.preparation, statistics, prepared, duplicates, rows
+        )
     write_record(pointer, {"digest": snapshot.digest})
     return snapshot, warnings

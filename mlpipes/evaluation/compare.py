@@ -62,7 +62,7 @@ def evaluation_named(store: Store, entries: Iterable[Entry], name: str) -> Evalu
 def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) -> ModelComparison:
     """Compare two evaluations; on the same test samples pairwise, otherwise from their intervals."""
     differences = _differing(_described(store, first), _described(store, second))
-    same = first.meta["snapshot"] == second.meta["snapshot"] and first.meta["split"] == second.meta["split"]
+    same = first.meta["split"] == second.meta["split"] and first.same_rows(second)
     metrics = {}
     for name in first.meta["estimates"]:
         if name in second.meta["estimates"]:
@@ -74,7 +74,7 @@ def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) ->
         metrics |= {"score per sample": (f"{first.scores().mean():.4f}", f"{second.scores().mean():.4f}", found)}
         notes.append(
             f"The score per sample (greater is better; for classes its mean is {metric}) is compared on the same "
-            f"{found.n:,} test samples of snapshot {first.meta['snapshot'][:12]}."
+            f"{found.n:,} test samples."
         )
     else:
         notes.append("The two were tested on different data, so their samples cannot be paired.")

@@ -57,24 +57,25 @@ def floor(current: Evaluation, metric: Metric, limits: Limits) -> Finding:
 
 
 def regression(current: Evaluation, before: Sequence[Evaluation], limits: Limits) -> Finding:
-    """Not worse than the last good evaluation of the partition, on the same samples."""
+    """Not worse than the last good evaluation of the partition on the same samples, of whatever snapshot."""
     good = [evaluation for evaluation in before if evaluation.is_good]
     if not good:
         return Finding(True, "the first one: there is no good evaluation to compare with")
-    if good[-1].meta["snapshot"] != current.meta["snapshot"]:
+    same = [evaluation for evaluation in good if evaluation.same_rows(current)]
+    if not same:
         return Finding(
             True,
-            f"not comparable with the last good one ({good[-1].when}): its data were snapshot "
+            f"not comparable with the last good one ({good[-1].when}): that was on other test samples, of snapshot "
             f"{good[-1].meta['snapshot'][:12]}",
         )
-    return _compared(current, good[-1], f"the last good one ({good[-1].when})", limits)
+    return _compared(current, same[-1], f"the last good one ({same[-1].when})", limits)
 
 
 def drift(current: Evaluation, before: Sequence[Evaluation], metric: Metric, limits: Limits) -> Finding:
     """Not worse than the best of the last good ones: many small steps down that each pass are noticed here."""
-    good = [e for e in before if e.is_good and e.meta["snapshot"] == current.meta["snapshot"]][-REMEMBERED:]
+    good = [e for e in before if e.is_good and e.has(metric.name) and e.same_rows(current)][-REMEMBERED:]
     if not good:
-        return Finding(True, "there is no good evaluation on these data to compare with")
+        return Finding(True, "there is no good evaluation on these test samples to compare with")
     best = max(good, key=lambda evaluation: metric.score(evaluation.estimate(metric.name).value))
     return _compared(current, best, f"the best of the last {len(good)} good ones ({best.when})", limits)
 

@@ -2,14 +2,18 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlpipes.errors import ConfigError, CorruptionError
+from mlpipes.data.snapshot import KIND as SNAPSHOT
+from mlpipes.data.snapshot import Snapshot
+from mlpipes.errors import ConfigError, CorruptionError, FormatError
 from mlpipes.reporting.report import Estimate, Report
 from mlpipes.store.files import canonical_json, open_published, publishing, read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
@@ -25,7 +29,7 @@ class Evaluation:
 
     path: Path
     meta: Mapping[str, Any]
-    """`workload`, `scale`, `fingerprint`, `snapshot`, `weights`, `seed`, `split`, `time`, `night`, `estimates`, …"""
+    """`workload`, `scale`, `fingerprint`, `snapshot`, `rows`, `weights`, `seed`, `split`, `time`, `night`, `estimates`, …"""
 
     @property
     def name(self) -> str:
@@ -40,6 +44,22 @@ class Evaluation:
     def estimate(self, metric: str) -> Estimate:
         """A figure with its interval. Raises KeyError."""
         return Estimate(**self.meta["estimates"][metric])
+
+    def has(self, metric: str) -> bool:
+        """Whether it says a figure: an older one may be of when the workload had another metric."""
+        return metric in self.meta["estimates"]
+
+    def same_rows(self, other: "Evaluation", split: str | None = None) -> bool:
+        """Whether both models met the same samples in a split (default: the one that they were judged on).
+
+        Snapshots may differ all the same, in statistics, tokens or other splits.
+        """
+        name = split or str(self.meta["split"])
+        return self.meta["snapshot"] == other.meta["snapshot"] or self._rows(name) == other._rows(name)
+
+    def _rows(self, split: str) -> str:
+        noted = self.meta.get("rows", {}).get(split)
+        return noted or _rows_of(Store(self.path.parents[3]).snapshots / self.meta["snapshot"], split)
 
     def scores(self) -> np.ndarray:
         """How well the model did on each sample, float32 (N,), greater is better. Raises CorruptionError."""
@@ -67,6 +87,14 @@ class Evaluation:
     @property
     def _verdict_path(self) -> Path:
         return self.path.parent / f"{self.name}.verdict.json"
+
+
+@cache
+def _rows_of(snapshot: Path, split: str) -> str:
+    """The digest of a split's rows, for an evaluation that does not note it; the snapshot's own where that is gone."""
+    with suppress(FileNotFoundError, CorruptionError):
+        return Snapshot(open_published(snapshot, kind=SNAPSHOT, verify=False)).rows(split)
+    return snapshot.name
 
 
 def publish_evaluation(
@@ -107,7 +135,8 @@ def measured_on(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def history_points(history: Sequence[Evaluation], metric: str) -> list[tuple[str, Estimate, bool | None]]:
     """Evaluations as (when, figure, whether the gates let it pass) for a plot or a table."""
-    return [(e.when[:10], e.estimate(metric), (e.verdict or {"passed": None})["passed"]) for e in history]
+    known = [e for e in history if e.has(metric)]
+    return [(e.when[:10], e.estimate(metric), (e.verdict or {"passed": None})["passed"]) for e in known]
 
 
 def open_evaluation(store: Store, reference: Mapping[str, Any]) -> Evaluation:
@@ -128,7 +157,7 @@ def evaluations_of(store: Store, workload: str, scale: str) -> list[Evaluation]:
     for path in store.root.glob("trainings/*/evaluations/*/"):
         try:
             meta = open_published(path, kind=KIND, versions=frozenset({VERSION}), verify=False).meta
-        except (CorruptionError, FileNotFoundError):
+        except (CorruptionError, FormatError, FileNotFoundError):
             continue
         if (meta["workload"], meta["scale"]) == (workload, scale):
             found.append(Evaluation(path, meta))

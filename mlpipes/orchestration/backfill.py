@@ -9,12 +9,15 @@ from typing import Any
 import requests
 
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.resources import STORE
+from mlpipes.orchestration.store_identity import CHAIN
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.identity import identity_of, is_empty
+from mlpipes.store.layout import Store
 from mlpipes.workloads.catalog import Entry
 
 DEFAULT_UI = "http://127.0.0.1:3000"
-CHAIN = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion")
 PATIENCE_SECONDS = 600.0
 """How long a Dagster that does not answer is asked again: it may be restarted while a backfill runs."""
 
@@ -23,7 +26,8 @@ START_SECONDS = 30.0
 
 _ASSET = "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { id } } }"
 _FRESHNESS = """query($key: AssetKeyInput!, $scale: String!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
-  staleStatus(partition: $scale) } } }"""
+  staleStatus(partition: $scale) assetMaterializations(partitions: [$scale], limit: 1) {
+  metadataEntries { label ... on TextMetadataEntry { text } } } } } }"""
 _LAUNCH = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) { __typename
   ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } ... on UnauthorizedError { message } } }"""
 _STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { __typename ... on PartitionBackfill {
@@ -67,13 +71,34 @@ class DagsterUi:
 
         _patiently(look, seconds)
 
-    def is_fresh(self, workload: str, scale: str) -> bool:
-        """Whether every asset of a scale's chain is materialized and up to date."""
+    def is_fresh(self, workload: str, scale: str, store: Store) -> bool:
+        """Whether every asset of a scale's chain is up to date, by Dagster's word, and there, in the store.
+
+        Raises ConfigError if Dagster's materializations lie in a store that cannot be seen from here.
+        """
         for asset in CHAIN:
             node = self.ask(_FRESHNESS, key={"path": [workload, asset]}, scale=scale)["assetNodeOrError"]
             if node.get("staleStatus") != "FRESH":
                 return False
+            self._check_visible(f"{workload}/{asset} {scale}", node["assetMaterializations"], store)
+            if not _is_there(store, workload, asset, scale):
+                return False
         return True
+
+    def _check_visible(self, what: str, materializations: Sequence[Mapping[str, Any]], store: Store) -> None:
+        entries = [entry for event in materializations for entry in event["metadataEntries"]]
+        # Materializations of before stores had ids do not say where they lie.
+        written = next((entry["text"] for entry in entries if entry["label"] == STORE), None)
+        here = identity_of(store)
+        if not is_empty(store) if written is None else written == here:
+            return
+        found = "is empty" if is_empty(store) else "has no id" if here is None else f"is store {here}"
+        raise ConfigError(
+            f"Dagster at {self.address} says that {what} is materialized"
+            f"{'' if written is None else f', in store {written}'}, but {store.root} {found}. If the store lies elsewhere, "
+            "set MLPIPES_HOME to its home folder, or say this on a machine that sees it. If it is gone, `mlpipes store "
+            "--adopt` where Dagster runs, and `mlpipes backfill --again` makes everything again."
+        )
 
     def launch(self, workload: str, scales: Sequence[str], priority: int, title: str) -> str:
         """Launch a backfill of the chain for some scales; returns its id."""
@@ -87,6 +112,20 @@ class DagsterUi:
         if "backfillId" not in answer:
             raise ConfigError(f"Dagster did not launch the backfill: {answer.get('message', answer['__typename'])}")
         return answer["backfillId"]
+
+
+def _is_there(store: Store, workload: str, asset: str, scale: str) -> bool:
+    """Whether the store has an asset's reference, and the place that it points to."""
+    if (reference := store.read_reference(workload, asset, scale)) is None:
+        return False
+    if asset == "dataset":
+        return True
+    if asset == "snapshot":
+        return (store.snapshots / reference["digest"]).is_dir()
+    training = store.training(reference["fingerprint"])
+    if asset == "checkpoints":
+        return training.result.is_file()
+    return training.model.is_dir() if asset == "model" else training.evaluation(reference["evaluation"]).is_dir()
 
 
 def _patiently(call: Callable[[], Any], seconds: float) -> Any:
@@ -158,14 +197,22 @@ def work(scale: RayScaleConfig) -> float:
 
 
 def launch(
-    ui: DagsterUi, entry: Entry, scales: Sequence[RayScaleConfig], *, smallest_first: bool, again: bool
+    ui: DagsterUi,
+    entry: Entry,
+    scales: Sequence[RayScaleConfig],
+    store: Store,
+    *,
+    smallest_first: bool,
+    again: bool,
 ) -> tuple[Backfill | None, list[str]]:
     """Launch what is not fresh (or all, with `again`); returns it, and the keys of the scales that are fresh.
+
+    Raises ConfigError if Dagster's materializations lie in a store that cannot be seen from here.
 
     What is half done goes on: a training is found by its fingerprint. With `smallest_first` each scale is a backfill of
     its own, with a priority.
     """
-    fresh = [] if again else [scale.key for scale in scales if ui.is_fresh(entry.name, scale.key)]
+    fresh = [] if again else [scale.key for scale in scales if ui.is_fresh(entry.name, scale.key, store)]
     wanted = [scale for scale in scales if scale.key not in fresh]
     if not wanted:
         return None, fresh

@@ -73,7 +73,8 @@ def materialize_model(
         metadata={
             "card": dg.MetadataValue.md(card.read_text(encoding="utf-8")),
             "registered_model": f"models:/{name}/{version}",
-            f"validation_{metric}": trained.meta["metrics"][metric],
+            # Not there in a model of when the workload had another metric.
+            **{f"validation_{metric}": v for name, v in trained.meta["metrics"].items() if name == metric},
             "epoch": trained.meta["epoch"],
             "weights_digest": trained.meta["weights_digest"],
             "folder": dg.MetadataValue.path(str(folder.model)),
@@ -102,6 +103,7 @@ def materialize_evaluation(
         "seed": recipe.seed,
         "fingerprint": recipe.fingerprint,
         "snapshot": snapshot.digest,
+        "rows": {split: snapshot.rows(split) for split in ("validation", SPLIT)},
         "weights": trained.meta["weights_digest"],
         "split": SPLIT,
         "n": snapshot.counts[SPLIT],
@@ -135,9 +137,9 @@ def materialize_evaluation(
 def materialize_champion(
     entry: Entry, reference: dict[str, Any], store: StoreResource, mlflow: MlflowResource
 ) -> dg.MaterializeResult:
-    """Make the model champion if it passed the gates and is better by validation than the one that is."""
+    """Make the model champion if it passed the gates and is better than the one that is."""
+    from mlpipes.evaluation.promotion import Decision, decide
     from mlpipes.tracking.champion import Champions
-    from mlpipes.training.model import open_model
 
     evaluation = open_evaluation(store.store, reference)
     verdict = evaluation.verdict
@@ -145,37 +147,21 @@ def materialize_champion(
         failed = [f"{n}: {g['text']}" for n, g in (verdict or {"gates": {}})["gates"].items() if not g["passed"]]
         why = "; ".join(failed) or "they were not asked: execute the checks of `eval_report`"
         raise ConfigError(f"the gates did not let {reference['registered_model']} {reference['version']} pass: {why}")
-    champions, workload = Champions(mlflow.tracker(), reference["registered_model"]), entry.load()
-    current, metric = champions.current(), workload.metric.name
-
-    def rank(fingerprint: str) -> tuple[tuple[float, ...], float]:
-        metrics = open_model(store.store.training(fingerprint).model)["metrics"]
-        return workload.selection_key(metrics), metrics[metric]
-
-    mine, value = rank(reference["fingerprint"])
-    promoted = True
-    if current is None:
-        reason = f"the first to pass the gates; validation {metric} {value:.4f}"
-    elif current.version == reference["version"]:
-        promoted, reason = False, "it is champion already, and still passes the gates"
-    elif current.snapshot != evaluation.meta["snapshot"]:
-        reason = f"passed the gates on newer data; version {current.version} was trained on other data"
+    champions = Champions(mlflow.tracker(), reference["registered_model"])
+    current = champions.current()
+    if current is not None and current.version == reference["version"]:
+        decision = Decision(False, "it is champion already, and still passes the gates")
     else:
-        theirs, other = rank(current.fingerprint)
-        promoted = mine > theirs
-        comparison = (
-            f"validation {metric} {value:.4f} against {other:.4f} of version {current.version} ({current.scale})"
-        )
-        reason = comparison if promoted else f"{comparison}: not better, the champion stays"
-    if promoted:
-        champions.promote(reference["version"], reason)
+        decision = decide(store.store, entry.load(), evaluation, current)
+    if decision.promoted:
+        champions.promote(reference["version"], decision.reason)
     chosen = champions.current()
     assert chosen is not None  # noqa: S101 - promoted, or there before
     return dg.MaterializeResult(
         value={**reference, "champion": chosen.version},
         metadata={
-            "promoted": promoted,
-            "reason": reason,
+            "promoted": decision.promoted,
+            "reason": decision.reason,
             "champion": f"models:/{champions.name}@champion, version {chosen.version} ({chosen.scale})",
             "evaluation": evaluation.name,
         },

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.metadata import user_errors
+from mlpipes.orchestration.store_identity import check_store
+from mlpipes.store.identity import identify
 from mlpipes.store.layout import Store, default_store
 
 if TYPE_CHECKING:
@@ -15,15 +18,28 @@ if TYPE_CHECKING:
     from mlpipes.tracking.runs import Tracker
 
 
+STORE = "store"
+"""Metadata of a materialization: the id of the store that it lies in."""
+
+
 class StoreResource(dg.ConfigurableResource):
     """The folder of all results."""
 
     root: str | None = Field(default=None, description="default: `store` in the home folder ($MLPIPES_HOME)")
+    _unchecked: dg.DagsterInstance | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Note whose history the run is in; looked at on first use, where an error is a step's and not the run's."""
+        self._unchecked = context.instance
 
     @property
     def store(self) -> Store:
-        """The store itself."""
-        return Store(Path(self.root).absolute()) if self.root else default_store()
+        """The store itself. In a run, raises ConfigError if Dagster's history is about another one."""
+        store = Store(Path(self.root).absolute()) if self.root else default_store()
+        if self._unchecked is not None:
+            check_store(self._unchecked, store)
+            self._unchecked = None
+        return store
 
 
 class RayResource(dg.ConfigurableResource):
@@ -66,12 +82,16 @@ class ReferenceIOManager(dg.ConfigurableIOManager):
     def handle_output(self, context: dg.OutputContext, obj: dict[str, Any]) -> None:
         """Record what this partition of the asset now points to."""
         workload, asset = context.asset_key.path
-        self.store.store.write_reference(workload, asset, context.partition_key, obj)
+        with user_errors():
+            store = self.store.store
+        store.write_reference(workload, asset, context.partition_key, obj)
+        context.add_output_metadata({STORE: identify(store)})
 
     def load_input(self, context: dg.InputContext) -> dict[str, Any]:
         """What the upstream asset's partition points to."""
         workload, asset = context.asset_key.path
-        reference = self.store.store.read_reference(workload, asset, context.partition_key)
+        with user_errors():
+            reference = self.store.store.read_reference(workload, asset, context.partition_key)
         if reference is None:
             raise ConfigError(
                 f"{workload}/{asset} was never materialized for {context.partition_key}; materialize it first"

@@ -34,6 +34,10 @@ class Difference:
         p = "" if self.p_value is None else f", p={self.p_value:.3g}"
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}] (n={self.n:,}{p}; {self.method})"
 
+    def is_better(self, significance: float) -> bool:
+        """Whether the second model is better by more than chance explains."""
+        return self.value > 0 and self.p_value is not None and self.p_value < significance
+
     def is_worse(self, significance: float) -> bool:
         """Whether the second model is worse by more than chance explains."""
         return self.value < 0 and self.p_value is not None and self.p_value < significance

@@ -128,12 +128,17 @@ def make_report(
             not_run.append(scale)
             missing.append(f"{scale.key} ({_why_missing(store, entry, scale.key)})")
             continue
+        if why := _why_unreadable(store, reference, metric):
+            not_run.append(scale)
+            missing.append(f"{scale.key} ({why})")
+            continue
         result, recipe = _result(store, reference, metric)
         results.append(result)
         if reasons := _why_stale(store, entry, recipe, reference):
             stale.append(f"{scale.key} ({'; '.join(reasons)})")
     if not results:
-        raise ConfigError(f"no scale of {entry.name} has been evaluated; materialize eval_report of one first")
+        why = "; ".join(missing)
+        raise ConfigError(f"no scale of {entry.name} has been evaluated; materialize eval_report of one first. {why}")
     rows = scaling_rows(results, prices)
     return ScalingReport(
         str(metric),
@@ -144,6 +149,14 @@ def make_report(
         _nights(store, entry, metric.name),
         recommend(rows, deadline_seconds, budget)[1],
     )
+
+
+def _why_unreadable(store: Store, reference: dict[str, Any], metric: Metric) -> str | None:
+    """Why an evaluation cannot be in the report, where it is of a time when the workload had another metric."""
+    best = read_record(store.training(reference["fingerprint"]).result)["best"]["metrics"]
+    if metric.name in best and metric.name in reference["estimates"]:
+        return None
+    return f"trained before {metric.name} was its metric; materialize it again"
 
 
 def _result(store: Store, reference: dict[str, Any], metric: Metric) -> tuple[ScaleResult, Recipe]:
@@ -198,7 +211,7 @@ def _nights(store: Store, entry: Entry, metric: str) -> Table | None:
     cells: dict[str, dict[str, str]] = {}
     for scale in entry.scales:
         for evaluation in evaluations_of(store, entry.name, scale.key):
-            if (night := evaluation.meta["night"]) is None:
+            if (night := evaluation.meta["night"]) is None or not evaluation.has(metric):
                 continue
             text = f"{evaluation.estimate(metric).value:.4f} {summary(evaluation.verdict)}"
             cells.setdefault(night, {})[scale.key] = text

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlpipes.errors import CorruptionError
+from mlpipes.errors import CorruptionError, FormatError
 
 MANIFEST = "MANIFEST.json"
 _CHUNK = 1 << 20
@@ -164,7 +164,8 @@ def open_published(path: Path, *, kind: str, versions: frozenset[int] | None = N
     """Open a published directory and verify every byte of it.
 
     `verify=False` checks the manifest itself and the presence and size of each file, but not the files' checksums.
-    Raises FileNotFoundError if the directory is not there, and CorruptionError naming the first bad file otherwise.
+    Raises FileNotFoundError if the directory is not there, FormatError if its format is not among `versions` (what is only
+    older or newer is not corrupt, and never set aside), and CorruptionError naming the first bad file otherwise.
     """
     if not path.is_dir():
         raise FileNotFoundError(path)
@@ -179,7 +180,12 @@ def open_published(path: Path, *, kind: str, versions: frozenset[int] | None = N
     if published.kind != kind:
         raise CorruptionError(f"{path} holds a {published.kind!r}, expected a {kind!r}")
     if versions is not None and published.version not in versions:
-        raise CorruptionError(f"{path} has format version {published.version}; this program reads {sorted(versions)}")
+        readable = ", ".join(map(str, sorted(versions)))
+        raise FormatError(
+            f"{path} was written by another version of mlpipes: a {kind} of format {published.version}, and this version "
+            f"reads {readable}. It was left as it is. Use that version, or materialize the whole chain again, with "
+            "the config `fresh: true` for `checkpoints`."
+        )
     for name, entry in published.files.items():
         file = path / name
         if not file.is_file():

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlpipes.errors import CorruptionError
+from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import Published, open_published, publishing, set_aside
 from mlpipes.store.layout import Store
 from mlpipes.store.status import all_statuses
@@ -122,7 +122,7 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
     def load(self, step: int) -> Checkpoint:
-        """The verified checkpoint after a step. Raises FileNotFoundError or CorruptionError."""
+        """The verified checkpoint after a step. Raises FileNotFoundError, FormatError or CorruptionError."""
         checkpoint = Checkpoint(open_published(self.path(step), kind=KIND, versions=frozenset({VERSION})))
         try:
             progress = checkpoint.progress
@@ -136,7 +136,8 @@ class Checkpoints:
         """The latest usable checkpoint, or None if there never was one, and messages about unusable ones.
 
         A checkpoint is usable if it verifies and so does the best one that it refers to. Corrupt ones are set aside as
-        evidence. Raises CorruptionError if there are checkpoints and none is usable: starting over is the user's call.
+        evidence. Raises CorruptionError if there are checkpoints and none is usable, and FormatError if the latest is
+        another version's: starting over is the user's call.
         """
         messages = []
         steps = self.steps()
@@ -179,7 +180,7 @@ def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[st
             }
             try:
                 found = checkpoints.load(step)
-            except (CorruptionError, FileNotFoundError) as error:
+            except (CorruptionError, FormatError, FileNotFoundError) as error:
                 row["state"] = f"unusable: {error}"
             else:
                 best = found.progress.best

@@ -1,5 +1,6 @@
 """Gates: what they let pass, what they hold, what they remember; and evaluations in the store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from mlpipes.reporting.classification import wilson
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 from mlpipes.store.layout import Store
+from mlpipes_tests.conftest import tiny_dataset
+from mlpipes_tests.data.test_snapshot import make
 
 N = 400
 ACCURACY, ERROR = Metric("accuracy"), Metric("error", higher_is_better=False)
@@ -24,7 +27,14 @@ class Partition:
         self.store, self.count, self.metric = Store(root), 0, ACCURACY
 
     def evaluate(
-        self, right: int, *, snapshot: str = "s", shift: int = 0, ece: float = 0.02, baseline: float | None = 0.5
+        self,
+        right: int,
+        *,
+        snapshot: str = "s",
+        rows: str | None = None,
+        shift: int = 0,
+        ece: float = 0.02,
+        baseline: float | None = 0.5,
     ) -> Evaluation:
         """An evaluation in which `right` of N samples are right, beginning with number `shift`."""
         self.count += 1
@@ -32,10 +42,11 @@ class Partition:
         quantities = {"expected_calibration_error": ece} | ({} if baseline is None else {"baseline": baseline})
         report = Report({"accuracy": wilson(right, N), "error": wilson(N - right, N)}, quantities=quantities)
         meta = {
-            "workload": "w", "scale": "w1-b8-e1-g0", "seed": 0, "fingerprint": "f" * 64, "snapshot": snapshot * 64,
+            "workload": "w", "scale": "w1-b8-e1-g0", "seed": 0, "fingerprint": "f" * 64, "snapshot": snapshot,
             "weights": f"{self.count:064d}", "split": "test", "n": N, "data": "made up", "night": None,
             "dagster_run_id": f"{self.count:08d}",
         }  # fmt: skip
+        meta |= {} if rows is None else {"rows": {"test": rows}}
         return publish_evaluation(self.store.training("f" * 64), report, scores, "title", meta)
 
     def judge(self, current: Evaluation, **limits: float) -> dict[str, bool]:
@@ -119,6 +130,33 @@ def test_a_slow_decline_passes_each_night_and_is_noticed_as_drift(partition: Par
 def test_other_data_are_not_compared(partition: Partition) -> None:
     partition.judge(partition.evaluate(390))
     assert partition.judge(partition.evaluate(300, snapshot="t")) == ALL
+
+
+def test_a_new_snapshot_of_the_same_test_samples_is_compared(partition: Partition) -> None:
+    """Other statistics, tokens or training rows change the snapshot's digest, and hide no regression."""
+    partition.judge(partition.evaluate(390, snapshot="s", rows="r"))
+    worse = partition.evaluate(300, snapshot="t", rows="r")
+    assert partition.judge(worse) == ALL | {"regression": False, "drift": False}
+    assert partition.judge(partition.evaluate(300, snapshot="u", rows="q")) == ALL, "other samples, new data"
+
+
+def test_data_that_come_back_are_compared_with_what_was_good_on_them(partition: Partition) -> None:
+    partition.judge(partition.evaluate(390, snapshot="s", rows="r"))
+    partition.judge(partition.evaluate(300, snapshot="t", rows="q"))
+    assert not partition.judge(partition.evaluate(301, snapshot="s", rows="r"))["regression"]
+
+
+def test_an_evaluation_without_rows_takes_them_from_its_snapshot(tmp_path: Path) -> None:
+    """Evaluations of before they were noted; where the snapshot is gone too, only its digest is left to compare."""
+    partition, shapes = Partition(tmp_path), [tiny_dataset(), tiny_dataset()]
+    shapes[1] = replace(shapes[1], facts=dict(shapes[1].facts) | {"note": "another digest"})
+    snapshots = [make(partition.store.root, dataset) for dataset in shapes]
+    assert snapshots[0].digest != snapshots[1].digest
+    assert snapshots[0].rows("test") == snapshots[1].rows("test")
+    partition.judge(partition.evaluate(390, snapshot=snapshots[0].digest))
+    worse = partition.evaluate(300, snapshot=snapshots[1].digest, rows=snapshots[1].rows("test"))
+    assert not partition.judge(worse)["regression"]
+    assert partition.judge(partition.evaluate(300, snapshot="gone", rows=snapshots[1].rows("validation"))) == ALL
 
 
 def test_bad_calibration_warns_and_does_not_hold(partition: Partition) -> None:

@@ -1,13 +1,20 @@
-"""Waiting for a backfill: retries of crashed runs count, and what Dagster calls failed too soon is waited for."""
+"""Backfills: what is launched, and waiting for it, where retries count and what Dagster calls failed too soon does not."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration import backfill
-from mlpipes.orchestration.backfill import Backfill, DagsterUi
+from mlpipes.orchestration.backfill import Backfill, DagsterUi, launch
+from mlpipes.orchestration.resources import STORE
+from mlpipes.orchestration.store_identity import CHAIN
+from mlpipes.scales import scales_of
+from mlpipes.store.identity import identify, identity_of
+from mlpipes.store.layout import Store
+from mlpipes.workloads.catalog import Entry
 
 
 def run(status: str, retry: int = 0, **tags: str) -> dict[str, Any]:
@@ -91,3 +98,102 @@ def test_a_dagster_that_has_just_been_started_is_waited_for() -> None:
     with pytest.raises(ConfigError, match="no asset digits/dataset"):
         ui.wait_for("digits")
     assert len(answers) > 950
+
+
+SCALE = "w1-b1-e1-g0"
+ENTRY = Entry("w", "Made up", "nowhere:workload", scales_of([SCALE], "test"))
+
+
+class Freshness:
+    """A Dagster that holds every asset for fresh (but those named), materialized into the store with an id."""
+
+    def __init__(self, identity: str | None, *stale: str) -> None:
+        self.identity, self.stale, self.launched = identity, stale, list[Any]()
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        if "launchPartitionBackfill" in query:
+            self.launched += variables["params"]["partitionNames"]
+            return {"launchPartitionBackfill": {"backfillId": "b"}}
+        entries = [{"label": "digest"}] + ([{"label": STORE, "text": self.identity}] if self.identity else [])
+        status = "STALE" if variables["key"]["path"][1] in self.stale else "FRESH"
+        return {"assetNodeOrError": {"staleStatus": status, "assetMaterializations": [{"metadataEntries": entries}]}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store with all that the chain of a scale leaves behind."""
+    store = Store(tmp_path / "store")
+    identify(store)
+    training = store.training("f")
+    for folder in (store.snapshots / "d", training.model, training.evaluation("e")):
+        folder.mkdir(parents=True)
+    training.result.touch()
+    trained, evaluated = {"fingerprint": "f"}, {"fingerprint": "f", "evaluation": "e"}
+    references = {
+        "dataset": {"digest": "source"},
+        "snapshot": {"digest": "d"},
+        "checkpoints": trained,
+        "model": trained,
+    }
+    references |= {"eval_report": evaluated, "champion": evaluated}
+    for asset, reference in references.items():
+        store.write_reference("w", asset, SCALE, reference)
+    return store
+
+
+def launched(answers: Freshness, store: Store, *, again: bool = False) -> tuple[list[str], list[str]]:
+    """What was launched, and what was passed over as fresh."""
+    ui = DagsterUi("http://nowhere")
+    ui.ask = answers.ask  # type: ignore[method-assign]
+    _, fresh = launch(ui, ENTRY, ENTRY.scales, store, smallest_first=False, again=again)
+    return answers.launched, fresh
+
+
+@pytest.mark.parametrize(
+    "query", [name for name, value in vars(backfill).items() if str(value).startswith(("query", "mut"))]
+)
+def test_questions_are_ones_that_dagster_answers(query: str) -> None:
+    from dagster_graphql.schema import create_schema
+    from graphql import parse, validate
+
+    assert validate(create_schema().graphql_schema, parse(vars(backfill)[query])) == []
+
+
+def test_fresh_is_what_dagster_says_and_the_store_has(store: Store) -> None:
+    identity = identity_of(store)
+    assert launched(Freshness(identity), store) == ([], [SCALE])
+    assert launched(Freshness(identity, "model"), store) == ([SCALE], [])
+    assert launched(Freshness(identity), store, again=True) == ([SCALE], [])
+    assert launched(Freshness(None), store) == ([], [SCALE]), "materialized before stores had ids"
+
+
+@pytest.mark.parametrize("asset", CHAIN)
+def test_a_reference_that_is_gone_is_launched_again(store: Store, asset: str) -> None:
+    (store.root / "assets" / "w" / asset / f"{SCALE}.json").unlink()
+    assert launched(Freshness(identity_of(store)), store) == ([SCALE], [])
+
+
+@pytest.mark.parametrize(
+    "gone",
+    ["snapshots/d", "trainings/f", "trainings/f/result.json", "trainings/f/model", "trainings/f/evaluations/e"],
+)
+def test_what_a_reference_points_to_must_be_there(store: Store, gone: str) -> None:
+    (store.root / gone).rename(store.root / "elsewhere")
+    assert launched(Freshness(identity_of(store)), store) == ([SCALE], [])
+
+
+@pytest.mark.parametrize("identity", ["another", None])
+def test_a_store_that_cannot_be_seen_from_here_is_said_not_guessed(tmp_path: Path, identity: str | None) -> None:
+    here = Store(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"w/dataset w1-b1-e1-g0 is materialized.*nothing is empty.*MLPIPES_HOME"):
+        launched(Freshness(identity), here)
+    assert not here.root.exists(), "looking leaves nothing behind"
+    assert launched(Freshness(identity), here, again=True) == ([SCALE], [])
+
+
+def test_another_store_than_dagsters_is_named_with_it(store: Store) -> None:
+    with pytest.raises(ConfigError, match=f"in store another, but .* is store {identity_of(store)}"):
+        launched(Freshness("another"), store)
+    (store.root / "store.json").unlink()
+    with pytest.raises(ConfigError, match="has no id"):
+        launched(Freshness("another"), store)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlpipes.errors import CorruptionError
+from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import MANIFEST, open_published, publishing, read_record, set_aside, write_atomic, write_record
 
 
@@ -68,7 +68,7 @@ def test_wrong_kind_and_version_are_errors(tmp_path: Path) -> None:
     publish(tmp_path / "t")
     with pytest.raises(CorruptionError, match="holds a 'thing', expected a 'model'"):
         open_published(tmp_path / "t", kind="model")
-    with pytest.raises(CorruptionError, match=r"format version 1; this program reads \[2\]"):
+    with pytest.raises(FormatError, match=r"a thing of format 1, and this version reads 2"):
         open_published(tmp_path / "t", kind="thing", versions=frozenset({2}))
     with pytest.raises(FileNotFoundError):
         open_published(tmp_path / "none", kind="thing")

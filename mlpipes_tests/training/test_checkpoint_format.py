@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mlpipes.errors import CorruptionError
+from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import MANIFEST
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import weights_digest
@@ -56,7 +56,7 @@ def test_truncated_or_flipped_bytes_never_load_silently(written: Path, tmp_path:
     assert weights_digest(found.model_state()) == weights_digest(good.model_state())
 
 
-def test_a_checkpoint_of_another_version_is_set_aside_with_both_versions_named(
+def test_a_checkpoint_of_another_version_is_left_alone_with_both_versions_named(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlpipes.training.checkpoints as module
@@ -64,9 +64,9 @@ def test_a_checkpoint_of_another_version_is_set_aside_with_both_versions_named(
     folder = tmp_path / "other"
     shutil.copytree(written, folder)
     monkeypatch.setattr(module, "VERSION", 2)
-    with pytest.raises(CorruptionError, match=r"version 1; this program reads \[2\]"):
+    with pytest.raises(FormatError, match=r"a checkpoint of format 1, and this version reads 2.*fresh: true"):
         Checkpoints(folder).latest()
-    assert [path.name for path in folder.iterdir()] == [f"step-{STEP:08d}.corrupt-1"]
+    assert [path.name for path in folder.iterdir()] == [f"step-{STEP:08d}"], "it is not corrupt, and nobody starts over"
 
 
 def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best(tmp_path: Path) -> None:
