@@ -53,8 +53,8 @@ def reached_code(roots: Iterable[str], counts: Callable[[str], bool]) -> Reached
     for root in roots:
         if search.file(root) is None:
             raise ConfigError(f"there is no module {root!r}; is its name right, and its folder on Python's path?")
-    tops = {root.partition(".")[0] for root in roots}
-    own = {name for top in tops if _is_installed(search.file(top)) for name in _distributions(top)}
+    tops = {root.partition(".")[0] for root in roots if _is_installed(search.file(root))}
+    own = {name for top in tops for name in _distributions(top)}
     modules: dict[str, str] = {}
     libraries: dict[str, str] = {}
     waiting, seen = roots, set[str]()
@@ -70,8 +70,6 @@ def reached_code(roots: Iterable[str], counts: Callable[[str], bool]) -> Reached
             continue
         file = search.file(name)
         if file is None:
-            if top == name and search.spec(top) is None and counts(name):
-                libraries[name] = "not installed"  # as an optional library may be
             continue
         found = _distributions(top) if _is_installed(file) else {}
         if found and own.isdisjoint(found):

@@ -99,10 +99,10 @@ def test_another_code_prepares_again_and_equal_bytes_are_the_same_snapshot(tmp_p
 def test_snapshots_of_the_version_before_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, readable: bool
 ) -> None:
-    monkeypatch.setattr("mlpipes.data.snapshot.READABLE", frozenset({version}))
-    monkeypatch.setattr("mlpipes.data.snapshot.VERSION", version)
-    path = make(tmp_path).path
-    monkeypatch.undo()
+    with monkeypatch.context() as then:
+        then.setattr("mlpipes.data.snapshot.READABLE", frozenset({version}))
+        then.setattr("mlpipes.data.snapshot.VERSION", version)
+        path = make(tmp_path).path
     if readable:
         assert open_snapshot(path).counts["train"] == 84
     else:

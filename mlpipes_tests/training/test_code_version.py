@@ -46,6 +46,7 @@ OURS = {
         from mlpipes.workloads import networks
         from mlpipes.workloads.base import Workload
         from mlpipes.workloads.catalog import entry
+        from mlpipes.workloads.served_text_model import TextModel
         from outsider.fast import kernel
         from outsider.starred import *
 
@@ -288,6 +289,17 @@ def test_an_installed_package_counts_by_its_code_with_all_of_its_distribution(co
     assert len(set(versions)) == 4
     edit(site / "famous/layers.py", "return x", "return x + 0")
     assert version() == versions[-1]
+
+
+def test_an_installed_part_of_a_namespace_counts_by_its_code(code: Path) -> None:
+    site = code / "site-packages"
+    described = "Metadata-Version: 2.1\nName: acme-work\nVersion: 1.0\n"
+    write(site, {"acme/work.py": "work = 2\n", "acme_work-1.0.dist-info/METADATA": described})
+    write(site, {"acme_work-1.0.dist-info/RECORD": "acme/work.py,,\n"})
+    fresh()
+    before = code_version("acme.work:work")
+    edit(site / "acme/work.py", "2", "3")
+    assert code_version("acme.work:work") != before
 
 
 def test_the_release_of_torch_counts_and_that_of_a_library_without_numbers_does_not(code: Path) -> None:
