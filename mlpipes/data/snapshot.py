@@ -2,8 +2,9 @@
 
 A snapshot is a published directory `snapshots/<digest>` with one `.npy` file per split and column (two for a ragged one),
 and `files/` that belong to the data, such as a tokenizer. Its digest covers every column of every split, the files, the
-split plan and the preparation parameters, so scales that need the same data share the same bytes, and data that differ in
-anything can never be taken for each other.
+statistics, the split plan and the preparation parameters, so scales that need the same data share the same bytes, and data
+that differ in anything can never be taken for each other. A request (source, plan, preparation and its code) points to the
+digest that it led to, so that nothing is prepared twice; another request may lead to the same digest.
 """
 
 import shutil
@@ -33,7 +34,8 @@ from mlpipes.store.files import (
 from mlpipes.store.layout import Store
 
 KIND = "snapshot"
-VERSION = 2
+VERSION = 3
+"""Since 3 the digest covers the statistics; what is inside is as it was."""
 READABLE = frozenset({2, VERSION})
 """Formats that can be opened: models that were trained on older ones are still served and compared with."""
 FILES = "files"
@@ -162,6 +164,7 @@ def make_snapshot(
         "preparation": dict(preparation),
         "facts": dict(prepared.facts),
         "files": {name: sha256_file(path) for name, path in prepared.files.items()},
+        "statistics": dict(statistics),
         "source": dataset.digest(),
     }
     digest = digest_splits(splits, identity)
@@ -193,15 +196,23 @@ def make_snapshot(
     return open_snapshot(target)
 
 
-def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapshot, list[str]]:
+def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "") -> tuple[Snapshot, list[str]]:
     """The snapshot that a workload needs of a source with a given digest; built only if it is not there yet.
 
-    Also returns warnings: a snapshot found corrupt is set aside as evidence and built again. Raises DataError if the
-    source no longer has that digest.
+    `code` is the digest of the code that builds it (`preparation_version`); it may be empty where the store does not
+    outlive the code. Also returns warnings: a snapshot found corrupt is set aside as evidence and built again. Raises
+    DataError if the source no longer has that digest.
     """
     from mlpipes.errors import DataError
 
-    request = {"source": source_digest, "plan": workload.split.as_dict(), "preparation": workload.preparation}
+    preparation = workload.preparation  # once: it may digest files of some size
+    request = {
+        "format": VERSION,
+        "source": source_digest,
+        "plan": workload.split.as_dict(),
+        "preparation": preparation,
+        "code": code,
+    }
     pointer = store.snapshots / "requests" / f"{digest_of(request)}.json"
     warnings = []
     try:
@@ -225,8 +236,6 @@ def snapshot_of(store: Store, source_digest: str, workload: Any) -> tuple[Snapsh
     with tempfile.TemporaryDirectory(prefix="mlpipes-prepare-") as scratch:
         prepared = workload.prepare(splits, dataset.facts, Path(scratch))
         statistics = workload.statistics(prepared.splits["train"])
-        snapshot = make_snapshot(
-            store, dataset, workload.split, workload.preparation, statistics, prepared, duplicates, rows
-        )
+        snapshot = make_snapshot(store, dataset, workload.split, preparation, statistics, prepared, duplicates, rows)
     write_record(pointer, {"digest": snapshot.digest})
     return snapshot, warnings

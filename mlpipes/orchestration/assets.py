@@ -13,7 +13,7 @@ from mlpipes.orchestration.model import materialize_champion, materialize_evalua
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.orchestration.scaling_report import scaling_report_asset
 from mlpipes.orchestration.training import TrainingConfig, materialize_training
-from mlpipes.training.code_version import code_version
+from mlpipes.training.code_version import code_version, preparation_version
 from mlpipes.workloads.catalog import Entry
 
 OWNERS = ["team:ml-platform"]
@@ -31,7 +31,7 @@ def partitions_of(entry: Entry) -> dg.StaticPartitionsDefinition:
 
 def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec]:
     """The asset chain of one workload, its report over all scales, and its live view."""
-    partitions = partitions_of(entry)
+    partitions, preparing = partitions_of(entry), preparation_version(entry.implementation)
 
     def common(name: str, description: str, kinds: set[str]) -> dict[str, Any]:
         return {
@@ -47,7 +47,10 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     def upstream(name: str) -> dg.AssetIn:
         return dg.AssetIn(key=[entry.name, name])
 
-    @dg.asset(**common("dataset", f"{entry.summary}: the source, verified, with licence and fidelity.", {"python"}))
+    @dg.asset(
+        **common("dataset", f"{entry.summary}: the source, verified, with licence and fidelity.", {"python"}),
+        code_version=preparing,
+    )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         with user_errors():
             # A tag by hand, or a run from before the scale was dropped: what Dagster says of it later names no remedy.
@@ -72,6 +75,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
             {"numpy"},
         ),
         ins={"source": upstream("dataset")},
+        code_version=preparing,
     )
     def snapshot(
         context: dg.AssetExecutionContext, source: dict[str, Any], store: StoreResource
@@ -79,7 +83,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         from mlpipes.data.snapshot import snapshot_of
 
         with user_errors():
-            made, warnings = snapshot_of(store.store, source["digest"], entry.load())
+            made, warnings = snapshot_of(store.store, source["digest"], entry.load(), preparing)
         for warning in warnings:
             context.log.warning(warning)
         return dg.MaterializeResult(

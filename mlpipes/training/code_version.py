@@ -1,13 +1,10 @@
-"""The code version: a digest of the code that a training's numbers depend on, taken without importing it."""
+"""Code versions: digests of the code that a training's numbers, or a snapshot's bytes, depend on."""
 
-import ast
-import importlib.util
-from functools import cache
-from pathlib import Path
-
-from mlpipes.store.files import digest_of
+from mlpipes.training.reached_code import reached_code
 
 ENGINE_MODULES = (
+    "mlpipes.data.ragged",
+    "mlpipes.reporting.metric",  # which checkpoint is the best
     "mlpipes.training.determinism",
     "mlpipes.training.embedding",
     "mlpipes.training.prediction",
@@ -19,64 +16,41 @@ ENGINE_MODULES = (
     "mlpipes.workloads.tensors",
 )
 """Engine code that numbers depend on. The rest (checkpoints, messages, tracking) may change without retraining."""
+PREPARING_MODULES = ("mlpipes.data.dataset", "mlpipes.data.ragged", "mlpipes.data.snapshot", "mlpipes.data.splits")
+"""What makes a snapshot of any workload's data."""
+_PACKAGES = frozenset({"mlpipes", "mlpipes.data", "mlpipes.reporting", "mlpipes.training", "mlpipes.workloads"})
+_NOT_RUN = frozenset({"mlpipes.workloads.catalog", "mlpipes.workloads.served_text_model"})
+"""The catalog lists, the served model answers: neither trains."""
+_NO_NUMBERS = frozenset({"dagster", "matplotlib", "mlflow", "pydantic", "ray", "rich", "tqdm", "typer"})
+"""Libraries that workloads import and whose release changes neither data nor weights."""
 
 
-@cache
 def code_version(implementation: str) -> str:
     """Digest (16 hex digits) of the code that training `module:attribute` runs, without importing any of it.
 
-    Covers the workload's module, the modules of its own package that it imports, and the engine's numeric modules.
-    Comments, docstrings and formatting do not count, so tidying up never makes a finished model stale.
+    Covers the workload's module and what it imports: the user's own modules and those of `mlpipes.workloads` by their
+    code, libraries by their version; and the engine's numeric modules. torch's version is one of them: another release
+    gives other bits, and equal fingerprints stand for equal bits. What reads and prepares data does not count, for the
+    snapshot's digest speaks for it; nor do reports. Comments, docstrings and formatting do not count, so tidying up never
+    makes a finished model stale.
+
+    Raises ConfigError if there is no such module, or a file is no Python.
     """
-    module = implementation.partition(":")[0]
-    package = module.rpartition(".")[0]
-    modules = _reachable(module, package) | set(ENGINE_MODULES)
-    return digest_of({name: _normalised(name) for name in sorted(modules)})[:16]
+    return _version(implementation, ENGINE_MODULES, "mlpipes.workloads.")
 
 
-def _source(module: str) -> Path | None:
-    """A module's file. Only its top-level package is looked up: asking for more would import what lies above it."""
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    for location in (spec.submodule_search_locations if spec else None) or []:
-        path = Path(location, *rest)
-        if (file := path.with_suffix(".py")).is_file() or (file := path / "__init__.py").is_file():
-            return file
-    return Path(spec.origin) if spec and spec.origin and not rest else None
+def preparation_version(implementation: str) -> str:
+    """Digest (16 hex digits) of the code that makes the snapshot of `module:attribute`: source, split, preparation.
+
+    As `code_version`, with `mlpipes.data` in the engine's place. Bytes that come out equal make the same snapshot again.
+    """
+    return _version(implementation, PREPARING_MODULES, "mlpipes.workloads.", "mlpipes.data.")
 
 
-def _reachable(module: str, package: str) -> set[str]:
-    found: set[str] = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        path = _source(name)
-        if name in found or path is None:
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            else:
-                continue
-            waiting += [n for n in names if package and n.startswith(package + ".")]
-    return found
+def _version(implementation: str, engine: tuple[str, ...], *followed: str) -> str:
+    def counts(name: str) -> bool:
+        if name.partition(".")[0] != "mlpipes":
+            return name not in _NO_NUMBERS
+        return name in engine or name in _PACKAGES or (name.startswith(followed) and name not in _NOT_RUN)
 
-
-def _normalised(module: str) -> str:
-    path = _source(module)
-    if path is None:
-        return ""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            del body[0]  # a docstring; that the tree may now be no valid program does not matter to its dump
-    return ast.dump(tree)
+    return reached_code([implementation.partition(":")[0], *engine], counts).digest[:16]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,10 +15,12 @@ from mlpipes.store.files import sha256_file
 
 ENCODER, TOKENIZER = "encoder", "tokenizer"
 """Folders among a snapshot's files: `config.json` (and `model.safetensors`), and the tokenizer's files."""
-_KEPT = (
-    *("config.json", "model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"),
+_NEVER_READ = (
+    *(".*", "*.md", "LICENSE*", "*.py"),  # no code that comes with a model is run
+    *("pytorch_model*.bin", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "*.tflite"),  # weights in other formats
+    *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"),
 )
+"""Files in a model's folder that neither its encoder nor any tokenizer is made from."""
 
 
 class Encoder(Protocol):
@@ -42,8 +45,15 @@ class Pretrained:
     name: str
 
     def describe(self) -> dict[str, Any]:
-        """Name, and the digests of configuration, tokenizer and weights."""
-        files = [path for path in sorted(self._folder().iterdir()) if path.name in _KEPT]
+        """Name, and the digests of configuration, tokenizer and weights: of every file that is not known to be none.
+
+        Tokenizers have files of many names, and read them from the folder itself, never from folders in it.
+        """
+        files = [
+            path
+            for path in sorted(self._folder().iterdir())
+            if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _NEVER_READ)
+        ]
         return {"encoder": self.name, "files": {path.name: sha256_file(path) for path in files}}
 
     def prepare(self, train_texts: Iterable[str], scratch: Path) -> Any:

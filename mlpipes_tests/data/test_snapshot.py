@@ -59,6 +59,57 @@ def test_equal_requests_share_bytes_and_different_ones_do_not(tmp_path: Path) ->
     assert len(digests) == 5
 
 
+class Counted(TinyWorkload):
+    """Knows how often it was prepared, and may give other statistics, or say that it prepares otherwise."""
+
+    def __init__(self, **statistics: float) -> None:
+        super().__init__(tiny_dataset())
+        self.given, self.prepared = statistics, 0
+
+    def prepare(self, splits: Any, facts: Any, scratch: Path) -> Prepared:
+        self.prepared += 1
+        return super().prepare(splits, facts, scratch)
+
+    def statistics(self, train: Any) -> dict[str, Any]:
+        return super().statistics(train) | self.given
+
+
+def test_statistics_count_in_the_digest(tmp_path: Path) -> None:
+    digest = tiny_dataset().digest()
+    found = [snapshot_of(Store(tmp_path / str(n)), digest, Counted(std=n))[0] for n in (1.0, 2.0)]
+    assert found[0].digest != found[1].digest
+    assert [snapshot.meta["statistics"]["std"] for snapshot in found] == [1.0, 2.0]
+
+
+def test_another_code_prepares_again_and_equal_bytes_are_the_same_snapshot(tmp_path: Path) -> None:
+    store, workload = Store(tmp_path), Counted()
+
+    def made(code: str, given: Counted = workload) -> str:
+        return snapshot_of(store, workload.load().digest(), given, code)[0].digest
+
+    first = made("a")
+    assert (made("a"), workload.prepared) == (first, 1), "the same request is answered without preparing"
+    assert (made("b"), workload.prepared) == (first, 2)
+    assert (made("a"), made("b"), workload.prepared) == (first, first, 2)
+    assert made("c", Counted(std=1.0)) != first, "code that gives other statistics gives another snapshot"
+    assert len([path for path in store.snapshots.iterdir() if path.name != "requests"]) == 2
+
+
+@pytest.mark.parametrize(("version", "readable"), [(1, False), (2, True), (3, True), (4, False)])
+def test_snapshots_of_the_version_before_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, readable: bool
+) -> None:
+    with monkeypatch.context() as then:
+        then.setattr("mlpipes.data.snapshot.READABLE", frozenset({version}))
+        then.setattr("mlpipes.data.snapshot.VERSION", version)
+        path = make(tmp_path).path
+    if readable:
+        assert open_snapshot(path).counts["train"] == 84
+    else:
+        with pytest.raises(CorruptionError, match=rf"format version {version}; this program reads \[2, 3\]"):
+            open_snapshot(path)
+
+
 def test_every_column_counts_in_a_data_sets_digest() -> None:
     dataset = tiny_dataset()
     for column in ("image", "label"):
