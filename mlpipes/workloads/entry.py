@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError if a workload cannot be called so."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is no name for a workload, for it names assets, jobs and folders: write letters from A to Z, digits "
+            "and underscores, a letter first"
+        )
+
+
 @dataclass(frozen=True)
 class Entry:
     """One workload as the asset layer sees it."""
@@ -29,11 +38,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         """Raises ConfigError if the name is none for Dagster, or the implementation is not written `module:attribute`."""
-        if not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"{self.name!r} is no name for a workload, for it names assets, jobs and folders: write letters from "
-                "A to Z, digits and underscores, a letter first"
-            )
+        check_name(self.name)
         if not all(self.implementation.partition(":")):
             raise ConfigError(
                 f"workload {self.name}: {self.implementation!r} is no implementation; write 'package.module:instance'"
