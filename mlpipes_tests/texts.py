@@ -14,8 +14,8 @@ from mlpipes.workloads.encoders import Tiny
 from mlpipes.workloads.text_classification import TextClassification, TextRegression
 
 TINY = Tiny(vocabulary=300, hidden=16, layers=1, heads=2, intermediate=32, positions=64)
-PLAN = SplitPlan(0.2, test_fraction=0.2, content=("text",))
-PAIR_PLAN = SplitPlan(0.2, test_fraction=0.2, content=("text", "text_pair"))
+PLAN = SplitPlan(0.2, test_fraction=0.2, stratify_by="label", content=("text",))
+PAIR_PLAN = SplitPlan(0.2, test_fraction=0.2, stratify_by="label", content=("text", "text_pair"))
 FOLDER = "TABLES_OF_TESTS"
 """Names the folder with the tables of the workloads below; worker processes find it in their environment."""
 
@@ -33,9 +33,7 @@ class Late:
 HYPER = TextClassification(Late("x.csv"), PLAN, TINY).hyperparameters
 words = TextClassification(Late("words.jsonl"), PLAN, TINY, max_length=32)
 pairs = TextClassification(Late("pairs.tsv"), PAIR_PLAN, TINY, max_length=48)
-numbers = TextRegression(
-    Late("numbers.csv"), SplitPlan(0.2, test_fraction=0.2, content=("text",), stratify_by=None), TINY, max_length=32
-)
+numbers = TextRegression(Late("numbers.csv"), SplitPlan(0.2, test_fraction=0.2, content=("text",)), TINY, max_length=32)
 deep = TextClassification(Late("words.jsonl"), PLAN, replace(TINY, layers=2), max_length=32)
 WORDS, PAIRS, NUMBERS, DEEP = (f"{__name__}:{name}" for name in ("words", "pairs", "numbers", "deep"))
 

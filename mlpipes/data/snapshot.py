@@ -18,7 +18,7 @@ import numpy as np
 
 from mlpipes.data.dataset import Columns, Dataset, digest_splits
 from mlpipes.data.ragged import Ragged, arrays_of
-from mlpipes.data.splits import SOURCE_INDEX, SplitPlan, content_hashes, split_dataset
+from mlpipes.data.splits import SplitPlan, content_columns, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError
 from mlpipes.store.files import (
     Published,
@@ -109,8 +109,8 @@ def _opened(path: Path) -> Snapshot:
 def shared_between_splits(snapshot: Snapshot) -> dict[tuple[str, str], int]:
     """How many different samples are in both of each two splits, by the content that tells samples apart."""
     columns = snapshot.meta["columns"]
-    names = tuple(name for name in snapshot.meta["plan"]["content"] if name in columns)
-    names = names or tuple(name for name in columns if name not in ("label", SOURCE_INDEX))
+    # Those of the plan as far as the preparation has left them there.
+    names = content_columns(tuple(name for name in snapshot.meta["plan"]["content"] if name in columns), columns)
     contents = {split: set(content_hashes(snapshot.columns(split), names)) for split in snapshot.counts}
     return {(a, b): len(contents[a] & contents[b]) for a, b in combinations(contents, 2)}
 

@@ -1,7 +1,7 @@
 """Splitting: disjoint by content, stratified or by groups, seeded; what was dropped, and why, is reported."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,9 +24,10 @@ class SplitPlan:
     test_fraction: float | None = None
     """Share of the whole for a test split where the source brings none; must be None where it does."""
     seed: int = 0
-    stratify_by: str | None = "label"
-    content: tuple[str, ...] = ("image",)
-    """The columns whose bytes make two samples the same sample."""
+    stratify_by: str | None = None
+    """A column of which each split gets the same share of every value, such as the label of classes."""
+    content: tuple[str, ...] = ()
+    """The columns whose bytes make two samples the same sample; none named: all but `label`."""
     group_by: str | None = None
     """A column of integers; samples that share its value go to the same split. Takes the place of stratification."""
     train_cap: int | None = None
@@ -35,6 +36,11 @@ class SplitPlan:
     def as_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self) | {"content": list(self.content)}
+
+
+def content_columns(named: tuple[str, ...], columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns that tell samples apart: those that a plan names, else all but the label and what was added here."""
+    return named or tuple(sorted(name for name in columns if name not in ("label", SOURCE_INDEX)))
 
 
 def content_hashes(columns: Columns, names: tuple[str, ...]) -> list[bytes]:
@@ -57,6 +63,11 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
     does not fit the data.
     """
     train = dict(dataset.splits["train"])
+    content = content_columns(plan.content, train)
+    if absent := [n for n in (*content, plan.stratify_by, plan.group_by) if n is not None and n not in train]:
+        raise DataError(
+            f"{dataset.provenance.name}: the split plan names {', '.join(absent)}, but the columns are {', '.join(train)}"
+        )
     train[SOURCE_INDEX] = np.arange(len(next(iter(train.values()))), dtype=np.int64)
     test = dict(dataset.splits["test"]) if "test" in dataset.splits else None
     if (test is None) == (plan.test_fraction is None):
@@ -64,12 +75,12 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
             f"{dataset.provenance.name}: the source brings {'no' if test is None else 'a'} test split, "
             f"but the split plan's test_fraction is {plan.test_fraction}"
         )
-    train_hashes = content_hashes(train, plan.content)
+    train_hashes = content_hashes(train, content)
     test_hashes: list[bytes] = []
     if test is not None:
         test[SOURCE_INDEX] = np.arange(len(next(iter(test.values()))), dtype=np.int64)
-        test_hashes = content_hashes(test, plan.content)
-    keep, report = _without_duplicates(train_hashes, test_hashes, train.get(plan.stratify_by or ""))
+        test_hashes = content_hashes(test, content)
+    keep, report = _without_duplicates(train_hashes, test_hashes, train.get("label"))
     train = _rows(train, keep)
 
     splits: dict[str, dict[str, Any]] = {}
@@ -84,7 +95,7 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
     rows = len(splits["train"][SOURCE_INDEX])
     if plan.train_cap is not None and plan.train_cap < rows:
         _, splits["train"] = _divided(splits["train"], plan.train_cap / rows, replace(plan, group_by=None), "training")
-    _assert_disjoint(splits, plan.content)
+    _assert_disjoint(splits, content)
     return splits, report
 
 
@@ -99,7 +110,7 @@ def _without_duplicates(
             leaked.append(row)
         elif content in first:
             repeated.append(row)
-            if labels is not None and labels[row] != labels[first[content]]:
+            if labels is not None and not np.array_equal(labels[row], labels[first[content]]):
                 conflicts.append([first[content], row])
         else:
             first[content] = row

@@ -7,7 +7,7 @@ containers only) and, in its manifest, the progress. Random numbers and learning
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlpipes.errors import CorruptionError
 from mlpipes.store.files import Published, open_published, publishing, set_aside
@@ -94,12 +94,14 @@ class Checkpoints:
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
-    def save(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], progress: Progress) -> Path:
-        """Publish a checkpoint and prune: the last `keep_last` and the best stay. Returns its folder."""
+    def save(
+        self, state: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], progress: Progress
+    ) -> Path:
+        """Publish a checkpoint of a model's state and prune: the last `keep_last` and the best stay. Returns its folder."""
         target = self.path(progress.step)
         with publishing(target, kind=KIND, version=VERSION) as draft:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(state, draft.path / "model.safetensors")
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            save_file(weights, draft.path / "model.safetensors")
             torch.save([optimizer.state_dict() for optimizer in optimizers], draft.path / "optimizers.pt")
             draft.meta["progress"] = asdict(progress)
         self.prune(progress)

@@ -72,8 +72,9 @@ class Trainer:
         torch.manual_seed(mixed_seed(seed, "model"))
         self.model: nn.Module = workload.build_model(hp, info)
         workload.initialize(self.model, hp, train)
-        self.model.to(device).to(memory_format=torch.channels_last)
-        keep_embedding_gradients(self.model)
+        self.model.to(device)
+        if workload.sparse_embedding_gradients:
+            keep_embedding_gradients(self.model)
         self.optimizers: Sequence[torch.optim.Optimizer] = workload.optimizers(self.model, hp)
         for group in self._groups():
             group["peak_lr"] = group["lr"]
@@ -102,7 +103,7 @@ class Trainer:
             return
         checkpoint = found or self.checkpoints.load(step)
         self.progress = checkpoint.progress
-        self.model.load_state_dict(checkpoint.model_state())
+        self.workload.load_state(self.model, checkpoint.model_state())
         for optimizer, state in zip(self.optimizers, checkpoint.optimizer_states(), strict=True):
             optimizer.load_state_dict(state)
         self._tell("resumed", step=self.progress.step, total_steps=self.total_steps)
@@ -136,7 +137,7 @@ class Trainer:
                 if step not in self.checkpoints.steps():
                     self._save()
                 self._tell("stopping", step=step)
-        digest = weights_digest(self.model.state_dict())
+        digest = weights_digest(self.workload.state(self.model))
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
         samples = self.total_steps * self.scale.batch_size
@@ -276,11 +277,11 @@ class Trainer:
 
     def _publish(self) -> Path:
         with self.may_write():
-            return self.checkpoints.save(self.model, self.optimizers, self.progress)
+            return self.checkpoints.save(self.workload.state(self.model), self.optimizers, self.progress)
 
     def _checkpoint_bytes(self) -> int:
         """About what a checkpoint takes: the weights and everything that the optimizers keep."""
-        kept = [*self.model.state_dict().values()]
+        kept = [*self.workload.state(self.model).values()]
         for optimizer in self.optimizers:
             kept += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(tensor.nbytes for tensor in kept)

@@ -1,6 +1,6 @@
 """The model: the best checkpoint by validation as a verified file, and its evaluation on a split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from mlpipes.store.files import open_published, publishing
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.recipe import Recipe
 from mlpipes.training.checkpoints import Checkpoints
-from mlpipes.training.determinism import weights_digest
+from mlpipes.training.determinism import mixed_seed, weights_digest
 from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.prediction import predictions_of
+from mlpipes.training.prediction import outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Deployable, Workload
 from mlpipes.workloads.catalog import load_workload
 from mlpipes.workloads.tensors import on_device
@@ -75,34 +75,33 @@ def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
     recipe = Recipe.model_validate(published.meta["recipe"])
     workload = load_workload(recipe.implementation)
     hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
-    network = workload.build_model(hp, _info(snapshot))
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.random.fork_rng():
+        # As when training began: a workload may keep only what training changes.
+        torch.manual_seed(mixed_seed(recipe.seed, "model"))
+        network = workload.build_model(hp, _info(snapshot))
+    workload.load_state(network, load_file(folder / "model.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device).to(memory_format=torch.channels_last).eval()
+    network.to(device).eval()
     return TrainedModel(recipe, workload, hp, network, published.meta)
 
 
 def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Report, np.ndarray]:
     """The report of a model on a split of a snapshot, and the score of each sample (N,)."""
+    workload, network, hp, precision = model.workload, model.network, model.hp, model.meta["precision"]
     columns = snapshot.columns(split)
-    device = next(model.network.parameters()).device
-    predictions = predictions_of(
-        model.workload,
-        model.network,
-        on_device(columns, device),
-        model.hp,
-        SingleWorker(),
-        model.meta["precision"],
-    )
-    return model.workload.report(predictions, columns, _info(snapshot)), model.workload.scores(predictions, columns)
+    moved = on_device(columns, next(network.parameters()).device)
+    predictions = predictions_of(workload, network, moved, hp, SingleWorker(), precision)
+
+    def look(rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        return outputs_of(workload, network, moved, torch.from_numpy(rows), hp, precision)
+
+    report = workload.report(predictions, columns, _info(snapshot), look)
+    return report, workload.scores(predictions, columns)
 
 
 def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:
     """What to deploy of a model, on the CPU, with examples from the training split."""
-    found = model.workload.deployable(model.network, model.hp, _info(snapshot), snapshot.columns("train"))
-    # Contiguous weights: exported programs carry memory layouts, and servers send plain arrays.
-    found.module.cpu().eval().to(memory_format=torch.contiguous_format)
-    return found
+    return model.workload.deployable(model.network.cpu(), model.hp, _info(snapshot), snapshot.columns("train"))
 
 
 def predict_texts(

@@ -42,9 +42,10 @@ def predictions_of(
     outputs: list[dict[str, Tensor]] = []
     # A worker without a batch of its own still needs the outputs' shapes to take part in the exchange.
     for number in mine or range(1):
-        batch = workload.batch(columns, batches[number], hp, augment=False)
-        with autocast(device, precision):
-            outputs.append({name: value.float() for name, value in workload.predict(model, batch, hp).items()})
+        for part in workload.micro_batches(columns, batches[number], hp):
+            batch = workload.batch(columns, part, hp, augment=False)
+            with autocast(device, precision):
+                outputs.append({name: value.float() for name, value in workload.predict(model, batch, hp).items()})
     model.train(was_training)
     bounds = [
         len(torch.cat([batches[n] for n in share])) if share else 0 for share in shares(len(batches), workers.size)
@@ -59,6 +60,22 @@ def predictions_of(
         result[name] = np.empty_like(found)
         result[name][torch.cat(batches).numpy()] = found
     return result
+
+
+@torch.no_grad()
+def outputs_of(
+    workload: Workload, model: nn.Module, columns: TensorColumns, rows: Tensor, hp: Any, precision: str
+) -> dict[str, np.ndarray]:
+    """The model's `outputs` for a few rows (B,) of `columns`, in their order."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    found: list[dict[str, Tensor]] = []
+    for part in workload.micro_batches(columns, rows, hp):
+        batch = workload.batch(columns, part, hp, augment=False)
+        with autocast(device, precision):
+            found.append({name: value.float().cpu() for name, value in workload.outputs(model, batch, hp).items()})
+    model.train(was_training)
+    return {name: torch.cat([each[name] for each in found]).numpy() for name in found[0]}
 
 
 def _batches(rows: int, lengths: np.ndarray | None) -> list[Tensor]:

@@ -1,10 +1,10 @@
 """The workload contract: all that the engine needs to know to train, select, evaluate and export a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 
 Batch = dict[str, Tensor]
+Look = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""Runs the model on some rows (B,) of a split and returns its `outputs`, in the order of the rows."""
 
 
 class Hyperparameters(BaseModel):
@@ -43,6 +45,12 @@ class Hyperparameters(BaseModel):
         description="only kernels that give the same bits every time; false: faster ones on a GPU, and an interrupted "
         "training may end in other bits",
     )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples that go through the model at once where memory is short, in training (the rest of a shard "
+        "accumulates) and in evaluation; null: a whole shard, and 500 in evaluation",
+    )
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,15 @@ class DataInfo:
     """The folder of the snapshot's files, such as a tokenizer and pretrained weights."""
 
 
-@dataclass(frozen=True)
-class Deployable:
-    """What to deploy of a trained model, and samples to document it with."""
+class Deployable(Protocol):
+    """What is deployed of a trained model. `deployables` has two: a torch program, and Python code with files."""
 
-    module: nn.Module
-    example: Any
-    """A small batch of raw samples: an array for a torch program, columns of texts by name for a text model."""
-    tokenizer: Path | None = None
-    """The folder of the tokenizer of a text model; None for a torch program."""
-    outputs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Of a text model: what it should answer to the example, by column."""
+    def log(self, extra_files: Sequence[Path]) -> Any:
+        """Log it with signature and example to the MLflow run that is active; returns MLflow's `ModelInfo`.
+
+        Loads what it stored, and raises ValueError if that answers otherwise than the trained model.
+        """
+        ...
 
 
 class Workload(ABC):
@@ -76,6 +82,8 @@ class Workload(ABC):
 
     hyperparameters: type[Any] = Hyperparameters
     """The schema of what can be set, a subclass of `Hyperparameters`."""
+    sparse_embedding_gradients: ClassVar[bool] = False
+    """Whether a step's gradient of a large embedding holds only the rows that were read: the same bits, faster on a CPU."""
     source: Source
     split: SplitPlan
 
@@ -104,6 +112,18 @@ class Workload(ABC):
     def initialize(self, model: nn.Module, hp: Any, train: Columns) -> None:  # noqa: B027 - optional by design
         """Data-dependent initialization from the training split, in place."""
 
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """What is kept of a model in checkpoints and in the export; all of it by default.
+
+        Fewer tensors, such as adapters only, where `build_model` makes the rest again from the seed and the snapshot's
+        files, and no step changes it.
+        """
+        return model.state_dict()
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Put what `state` has returned into a model of `build_model`."""
+        model.load_state_dict(state)
+
     @abstractmethod
     def optimizers(self, model: nn.Module, hp: Any) -> Sequence[torch.optim.Optimizer]:
         """The optimizers; the learning rate set here is the peak that `learning_rate_factor` scales."""
@@ -123,7 +143,7 @@ class Workload(ABC):
     # -- one batch ----------------------------------------------------------------------------------------------------
     def micro_batches(self, columns: Mapping[str, Any], rows: Tensor, hp: Any) -> Sequence[Tensor]:
         """Rows that go through the model together, in order: all at once, or in parts where memory asks for it."""
-        return [rows]
+        return [rows] if hp.micro_batch is None or len(rows) == 0 else rows.split(hp.micro_batch)
 
     @abstractmethod
     def batch(self, columns: Mapping[str, Any], rows: Tensor, hp: Any, *, augment: bool) -> Batch:
@@ -142,9 +162,13 @@ class Workload(ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, hp: Any) -> dict[str, Tensor]:
-        """Outputs to judge, one row a sample, float32."""
+        """What evaluation needs of every sample, float32 (B, …); workers exchange it, so figures rather than pictures."""
 
-    # -- judgement ----------------------------------------------------------------------------------------------------
+    def outputs(self, model: nn.Module, batch: Batch, hp: Any) -> dict[str, Tensor]:
+        """What a report may look at of a few samples, such as pictures that the model made; float32 (B, …)."""
+        return self.predict(model, batch, hp)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Validation metrics; must hold `loss` and `metric`."""
@@ -157,8 +181,8 @@ class Workload(ABC):
         return self.metric.score(metrics[self.metric.name]), -metrics["loss"]
 
     @abstractmethod
-    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
-        """The judgement of the final model on the test split: estimates, tables, figures."""
+    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo, look: Look) -> Report:
+        """The evaluation of the final model on the test split: estimates, tables, figures."""
 
     @abstractmethod
     def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:

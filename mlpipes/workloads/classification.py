@@ -1,14 +1,16 @@
 """Classification: what its task families share, whatever they classify."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from mlpipes.data.dataset import Columns
+from mlpipes.reporting.classification import classification_report
 from mlpipes.reporting.metric import Metric
-from mlpipes.workloads.base import Workload
+from mlpipes.reporting.report import Report, Table
+from mlpipes.workloads.base import DataInfo, Look, Workload
 
 
 class Classification(Workload):
@@ -23,6 +25,20 @@ class Classification(Workload):
             "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
             "loss": float(F.cross_entropy(logits.double(), labels)),
         }
+
+    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo, look: Look) -> Report:
+        """The report of a classifier, with its most confident mistakes as `shown`."""
+        return classification_report(
+            predictions["logits"],
+            np.asarray(columns["label"]),
+            info.facts["class_names"],
+            lambda rows, captions: self.shown(columns, rows, captions, info),
+        )
+
+    def shown(self, columns: Columns, rows: np.ndarray, captions: Sequence[str], info: DataInfo) -> bytes | Table:
+        """Mistakes for people: a PNG or a table of the given rows (B,); captions say label, prediction and confidence."""
+        cells = [[int(row), caption] for row, caption in zip(rows, captions, strict=True)]
+        return Table("Most confident mistakes", ["row of the split", "label → prediction"], cells)
 
     def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
         """1 where the label is right, 0 where it is not."""

@@ -1,6 +1,7 @@
 """Text: classification and regression of texts or pairs with an encoder of BERT's kind; `docstrings` and `sst2`."""
 
 import os
+import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,12 +22,11 @@ from mlpipes.data.snapshot import Prepared
 from mlpipes.data.splits import SplitPlan
 from mlpipes.data.tables import sst2_source
 from mlpipes.errors import ConfigError, DataError
-from mlpipes.reporting.classification import classification_report, probabilities_of
-from mlpipes.reporting.metric import Metric
-from mlpipes.reporting.regression import regression_report
-from mlpipes.reporting.report import Report, Table
-from mlpipes.workloads.base import Batch, DataInfo, Deployable, Hyperparameters, Workload
+from mlpipes.reporting.classification import probabilities_of
+from mlpipes.reporting.report import Table
+from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
+from mlpipes.workloads.deployables import PythonCode
 from mlpipes.workloads.encoders import (
     TOKENIZER,
     Encoder,
@@ -41,11 +41,13 @@ from mlpipes.workloads.encoders import (
     tokenizer_of,
 )
 from mlpipes.workloads.optimization import adamw, trapezoid
+from mlpipes.workloads.regression import Regression
 from mlpipes.workloads.tensors import RaggedTensor, on_device
 
 SST2_VARIABLE = "MLPIPES_SST2"
 SST2_MODEL_VARIABLE = "MLPIPES_SST2_MODEL"
 SHORT_TOKENS = 128
+SERVED_CODE = Path(__file__).with_name("served_text_model.py")
 _SHOWN_CHARACTERS = 300
 
 
@@ -77,6 +79,8 @@ class TextHyperparameters(Hyperparameters):
 
 class TextWorkload(Workload):
     """What classification and regression share: columns `text`, `text_pair` (UTF-8) become `tokens`, `types` (ragged)."""
+
+    sparse_embedding_gradients = True
 
     def __init__(
         self,
@@ -166,16 +170,17 @@ class TextWorkload(Workload):
 
     # -- one batch ----------------------------------------------------------------------------------------------------
     def micro_batches(self, columns: Mapping[str, Any], rows: Tensor, hp: TextHyperparameters) -> Sequence[Tensor]:
-        """Consecutive rows, as many as the token budget lets through at once."""
+        """Consecutive rows, as many as `micro_batch` and the token budget let through at once."""
         if hp.max_tokens is None or len(rows) == 0:
-            return [rows]
+            return super().micro_batches(columns, rows, hp)
         offsets = columns["tokens"].offsets
         picked = rows.to(offsets.device)
         lengths = (offsets[picked + 1] - offsets[picked]).tolist()
         parts, start, longest = [], 0, 0
         for end, length in enumerate(lengths):
             longest = max(longest, length)
-            if end > start and longest * (end + 1 - start) > hp.max_tokens:
+            count = end + 1 - start
+            if end > start and (longest * count > hp.max_tokens or count > (hp.micro_batch or count)):
                 parts.append(rows[start:end])
                 start, longest = end, length
         return [*parts, rows[start:]]
@@ -204,15 +209,22 @@ class TextWorkload(Workload):
             return logits_of(model, hp.pooling, mask, input_ids=ids, **inputs)
 
     # -- serving ------------------------------------------------------------------------------------------------------
-    def deployable(self, model: Any, hp: TextHyperparameters, info: DataInfo, columns: Columns) -> Deployable:
+    def deployable(self, model: Any, hp: TextHyperparameters, info: DataInfo, columns: Columns) -> PythonCode:
         """Texts (or pairs) in; labels and probabilities, or values, out. The tokenizer goes with it."""
-        assert info.files is not None  # noqa: S101 - `prepare` has put the tokenizer there
         rows = np.arange(min(4, len(columns["text"])))
         example = {name: list(columns[name][rows].texts()) for name in _names(columns)}
         model.config.mlpipes = {"max_length": self.max_length, "pooling": hp.pooling} | {
             name: info.statistics[name] for name in ("label_mean", "label_std") if name in info.statistics
         }
-        return Deployable(model, example, info.files / TOKENIZER, self._answers(model, hp, info, example))
+
+        def write(folder: Path) -> None:
+            assert info.files is not None  # noqa: S101 - `prepare` has put the tokenizer there
+            model.save_pretrained(folder)
+            shutil.copytree(info.files / TOKENIZER, folder, dirs_exist_ok=True)
+
+        answers = self._answers(model, hp, info, example)
+        requirements = ("torch", "transformers", "pandas", "mlflow")
+        return PythonCode(SERVED_CODE, write, example, answers, requirements)
 
     def _answers(
         self, model: Any, hp: TextHyperparameters, info: DataInfo, texts: Mapping[str, Sequence[str]]
@@ -262,24 +274,13 @@ class TextClassification(Classification, TextWorkload):
         found: dict[str, Sequence[Any]] = {"label": [names[number] for number in probabilities.argmax(axis=1)]}
         return found | {f"p({name})": probabilities[:, i].tolist() for i, name in enumerate(names)}
 
-    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
-        """The report of a classifier with its most confident mistakes as a table of texts."""
-
-        def mistakes(rows: np.ndarray, captions: Sequence[str]) -> Table:
-            texts = _shown(columns, rows)
-            cells = [[caption, *text] for caption, text in zip(captions, texts, strict=True)]
-            return Table("Most confident mistakes", ["label → prediction", *_names(columns)], cells)
-
-        return classification_report(
-            predictions["logits"], np.asarray(columns["label"]), info.facts["class_names"], mistakes
-        )
+    def shown(self, columns: Columns, rows: np.ndarray, captions: Sequence[str], info: DataInfo) -> Table:
+        """The texts as a table."""
+        return _texts_table("Most confident mistakes", columns, rows, captions)
 
 
-class TextRegression(TextWorkload):
+class TextRegression(Regression, TextWorkload):
     """A number for each text or pair: `label` float64."""
-
-    # Not a correlation, which sees neither size nor place: best of all may be what is always near the mean.
-    metric = Metric("root_mean_squared_error", higher_is_better=False)
 
     def _check(self, facts: Mapping[str, Any]) -> None:
         if "class_names" in facts:
@@ -289,9 +290,8 @@ class TextRegression(TextWorkload):
         return 1, None
 
     def statistics(self, train: Columns) -> dict[str, Any]:
-        """Lengths, and mean and standard deviation of the labels, in which the model thinks."""
-        labels = np.asarray(train["label"], dtype=np.float64)
-        return super().statistics(train) | {"label_mean": float(labels.mean()), "label_std": float(labels.std()) or 1.0}
+        """Lengths, and mean and standard deviation of the labels."""
+        return super().statistics(train) | TextWorkload.statistics(self, train)
 
     def build_model(self, hp: TextHyperparameters, info: DataInfo) -> nn.Module:
         """The encoder with a head that knows the labels' scale."""
@@ -315,39 +315,18 @@ class TextRegression(TextWorkload):
         """`value`."""
         return {"value": np.asarray(outputs["value"], dtype=np.float64).tolist()}
 
-    def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
-        """Root mean squared error, Pearson's correlation, and the mean squared error as the loss."""
-        values, labels = predictions["value"].astype(np.float64), np.asarray(columns["label"])
-        constant, loss = values.std() == 0 or labels.std() == 0, float(((values - labels) ** 2).mean())
-        return {
-            "root_mean_squared_error": loss**0.5,
-            "pearson": 0.0 if constant else float(np.corrcoef(values, labels)[0, 1]),
-            "loss": loss,
-        }
-
-    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo) -> Report:
-        """Correlations and errors with the worst misses as a table of texts."""
-
-        def misses(rows: np.ndarray, captions: Sequence[str]) -> Table:
-            cells = [[caption, *text] for caption, text in zip(captions, _shown(columns, rows), strict=True)]
-            return Table("Widest misses", ["label → prediction", *_names(columns)], cells)
-
-        return regression_report(
-            predictions["value"], np.asarray(columns["label"]), info.statistics["label_mean"], misses
-        )
-
-    def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
-        """The squared error, negative."""
-        return -((predictions["value"].astype(np.float64) - np.asarray(columns["label"])) ** 2)
+    def shown(self, columns: Columns, rows: np.ndarray, captions: Sequence[str]) -> Table:
+        """The texts as a table."""
+        return _texts_table("Widest misses", columns, rows, captions)
 
 
 def _names(columns: Columns) -> list[str]:
     return [name for name in ("text", "text_pair") if name in columns]
 
 
-def _shown(columns: Columns, rows: np.ndarray) -> list[list[str]]:
-    picked = [[text[:_SHOWN_CHARACTERS] for text in columns[name][rows].texts()] for name in _names(columns)]
-    return [list(parts) for parts in zip(*picked, strict=True)]
+def _texts_table(title: str, columns: Columns, rows: np.ndarray, captions: Sequence[str]) -> Table:
+    texts = [[text[:_SHOWN_CHARACTERS] for text in columns[name][rows].texts()] for name in _names(columns)]
+    return Table(title, ["label → prediction", *_names(columns)], list(zip(captions, *texts, strict=True)))
 
 
 class DocstringHyperparameters(TextHyperparameters):
@@ -359,7 +338,7 @@ class DocstringHyperparameters(TextHyperparameters):
 
 docstrings = TextClassification(
     DocstringSource(),
-    SplitPlan(0.1, test_fraction=0.15, content=("text",), group_by="file"),
+    SplitPlan(0.1, test_fraction=0.15, stratify_by="label", content=("text",), group_by="file"),
     Tiny(layers=1),
     DocstringHyperparameters,
     max_length=64,
@@ -383,7 +362,7 @@ class Sst2Hyperparameters(TextHyperparameters):
 
 sst2 = TextClassification(
     _Sst2(),
-    SplitPlan(0.02, content=("text",), train_cap=20_000),
+    SplitPlan(0.02, stratify_by="label", content=("text",), train_cap=20_000),
     Pretrained(os.environ.get(SST2_MODEL_VARIABLE, "bert-base-uncased")),
     Sst2Hyperparameters,
 )

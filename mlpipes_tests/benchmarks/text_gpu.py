@@ -91,7 +91,7 @@ def main(check: bool) -> int:
     encoder, batches, steps = (Tiny(vocabulary=2000), [16], 2) if check else (BASE, [32, 128, 512], 20)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((value for name, value in PEAKS.items() if name in device), None)
-    plan = SplitPlan(0.1, test_fraction=0.15, content=("text",), group_by="file")
+    plan = SplitPlan(0.1, test_fraction=0.15, stratify_by="label", content=("text",), group_by="file")
     source = DocstringSource()
     workload = TextClassification(source, plan, encoder, max_length=MAX_LENGTH)
     print(f"{device}, {encoder}, {ROUNDS} alternating rounds of {steps} steps, compilation excluded")

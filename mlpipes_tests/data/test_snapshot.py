@@ -17,7 +17,7 @@ from mlpipes.errors import CorruptionError, DataError
 from mlpipes.store.layout import Store
 from mlpipes_tests.conftest import tiny_dataset
 
-PLAN = SplitPlan(0.1, test_fraction=0.2)
+PLAN = SplitPlan(0.1, test_fraction=0.2, stratify_by="label")
 
 
 class TinyWorkload:
@@ -96,7 +96,7 @@ def test_planted_duplicates_are_dropped_and_reported(sources: list[int], leaks: 
     for row in range(leaks):  # the same picture in train and test
         test["image"][row] = train["image"][row]
     dataset = replace(tiny_dataset(), splits={"train": train, "test": test})
-    splits, report = split_dataset(dataset, SplitPlan(0.1))
+    splits, report = split_dataset(dataset, SplitPlan(0.1, stratify_by="label", content=("image",)))
     leaked = set(range(leaks))
     assert report["train_rows_dropped_because_also_in_test"] == leaks + sum(s in leaked for s in sources)
     assert report["train_rows_dropped_because_repeated"] == sum(s not in leaked for s in sources)

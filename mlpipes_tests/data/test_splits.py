@@ -25,7 +25,9 @@ def test_rare_classes_and_groups_are_split_as_they_should() -> None:
     assert not files[0] & files[2]
     assert not files[1] & files[2]
     assert abs(len(splits["test"]["label"]) - 200) <= 7
-    splits, _ = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text",), train_cap=100))
+    splits, _ = split_dataset(
+        dataset, SplitPlan(0.1, test_fraction=0.2, stratify_by="label", content=("text",), train_cap=100)
+    )
     assert np.bincount(splits["train"]["label"], minlength=3).tolist() == [90, 9, 1]
 
 

@@ -24,7 +24,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model(torch.randn(4, 5)).sum().backward()
     optimizer.step()
     checkpoints = Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-    checkpoints.save(model, [optimizer], Progress(step=STEP, history=[["train/loss", 0.5, 7, 1]]))
+    checkpoints.save(model.state_dict(), [optimizer], Progress(step=STEP, history=[["train/loss", 0.5, 7, 1]]))
     return checkpoints.folder
 
 
@@ -74,7 +74,7 @@ def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best
     optimizer = torch.optim.SGD(model.parameters())
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
-        checkpoints.save(model, [optimizer], Progress(step=step, best={"step": best, "metrics": {}}))
+        checkpoints.save(model.state_dict(), [optimizer], Progress(step=step, best={"step": best, "metrics": {}}))
     assert checkpoints.steps() == [1, 3, 4]
     (checkpoints.path(4) / "optimizers.pt").write_bytes(b"x")
     found, messages = checkpoints.latest()

@@ -1,0 +1,103 @@
+"""What is deployed of trained models: a torch program, or Python code with its files; each logs itself to MLflow."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+TOLERANCE = 1e-3
+"""How far, absolutely and relatively, a stored model's outputs may lie from the trained one's: kernels differ."""
+
+
+@dataclass(frozen=True)
+class TorchProgram:
+    """A module in torch's export format (pt2): raw samples (an array) in, outputs (an array) out."""
+
+    module: nn.Module
+    example: np.ndarray
+    """A small batch of raw samples; the stored program takes any number of them."""
+
+    def log(self, extra_files: Sequence[Path]) -> Any:
+        """See `Deployable.log`."""
+        import mlflow
+        from mlflow.models import infer_signature
+
+        # Contiguous weights: exported programs carry memory layouts, and servers send plain arrays.
+        module = self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(self.example)).float().numpy()
+        logged = mlflow.pytorch.log_model(
+            module,
+            name="model",
+            input_example=self.example,
+            signature=infer_signature(self.example, outputs),
+            serialization_format="pt2",
+            pip_requirements=_requirements("torch", "numpy", "mlflow"),
+            extra_files=[str(path) for path in extra_files],
+        )
+        again = np.asarray(mlflow.pyfunc.load_model(logged.model_uri).predict(self.example))
+        _compare("its output", again, outputs)
+        return logged
+
+
+@dataclass(frozen=True)
+class PythonCode:
+    """A file of code that MLflow runs where the model is served, with a folder that it reads: a table in, a table out.
+
+    MLflow copies the file beside the folder, so it must import nothing that is not in `requirements`.
+    """
+
+    code: Path
+    """Ends with `mlflow.models.set_model(…)`; finds the folder as the artifact `model`."""
+    write: Callable[[Path], None]
+    """Fills the folder, which is there and empty."""
+    example: Mapping[str, Sequence[Any]]
+    """A few raw samples, by column."""
+    answers: Mapping[str, Sequence[Any]]
+    """What the trained model says of them, by column."""
+    requirements: Sequence[str] = ("torch", "pandas", "mlflow")
+    """Packages that it needs, pinned to the versions here."""
+
+    def log(self, extra_files: Sequence[Path]) -> Any:
+        """See `Deployable.log`."""
+        import mlflow
+        import pandas as pd
+        from mlflow.models import infer_signature
+
+        example = pd.DataFrame(self.example)
+        with tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch:
+            folder = Path(scratch) / "model"
+            folder.mkdir()
+            self.write(folder)
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(self.code),
+                artifacts={"model": str(folder)} | {path.stem: str(path) for path in extra_files},
+                input_example=example,
+                signature=infer_signature(example, pd.DataFrame(self.answers)),
+                pip_requirements=_requirements(*self.requirements),
+            )
+        again: Any = mlflow.pyfunc.load_model(logged.model_uri).predict(example)
+        for name, column in self.answers.items():
+            _compare(f"column {name!r}", again[name].to_numpy(), np.asarray(column))
+        return logged
+
+
+def _requirements(*names: str) -> list[str]:
+    # Given rather than inferred: inference imports the model in a new process and may ask the network.
+    return [f"{name}=={version(name)}" for name in names]
+
+
+def _compare(what: str, stored: np.ndarray, trained: np.ndarray) -> None:
+    if not np.issubdtype(trained.dtype, np.number):
+        if list(stored) != list(trained):
+            raise ValueError(f"the stored model says {list(stored)} in {what}, the trained one {list(trained)}")
+    elif not np.allclose(stored, trained, rtol=TOLERANCE, atol=TOLERANCE):
+        gap = float(np.abs(stored - trained).max())
+        raise ValueError(f"the stored model differs from the trained one by up to {gap} in {what}")

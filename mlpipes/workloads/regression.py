@@ -1,0 +1,52 @@
+"""Regression: what its task families share, whatever they predict numbers for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlpipes.data.dataset import Columns
+from mlpipes.reporting.metric import Metric
+from mlpipes.reporting.regression import regression_report
+from mlpipes.reporting.report import Report, Table
+from mlpipes.workloads.base import DataInfo, Look, Workload
+
+
+class Regression(Workload):
+    """A number for each sample: column `label` float64 (N,), predictions `value` (N,) in the labels' unit."""
+
+    # Not a correlation, which sees neither size nor place: best of all may be what is always near the mean.
+    metric = Metric("root_mean_squared_error", higher_is_better=False)
+
+    def statistics(self, train: Columns) -> dict[str, Any]:
+        """Mean and standard deviation of the labels, in which a model had better think."""
+        labels = np.asarray(train["label"], dtype=np.float64)
+        return {"label_mean": float(labels.mean()), "label_std": float(labels.std()) or 1.0}
+
+    def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
+        """Root mean squared error, Pearson's correlation, and the mean squared error as the loss."""
+        values, labels = predictions["value"].astype(np.float64), np.asarray(columns["label"])
+        constant, loss = values.std() == 0 or labels.std() == 0, float(((values - labels) ** 2).mean())
+        return {
+            "root_mean_squared_error": loss**0.5,
+            "pearson": 0.0 if constant else float(np.corrcoef(values, labels)[0, 1]),
+            "loss": loss,
+        }
+
+    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo, look: Look) -> Report:
+        """Correlations and errors against the baseline of the training mean, with the widest misses as `shown`."""
+        return regression_report(
+            predictions["value"],
+            np.asarray(columns["label"]),
+            info.statistics["label_mean"],
+            lambda rows, captions: self.shown(columns, rows, captions),
+        )
+
+    def shown(self, columns: Columns, rows: np.ndarray, captions: Sequence[str]) -> Table:
+        """The widest misses for people: a table of the given rows (B,); captions say label and prediction."""
+        cells = [[int(row), caption] for row, caption in zip(rows, captions, strict=True)]
+        return Table("Widest misses", ["row of the split", "label → prediction"], cells)
+
+    def scores(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> np.ndarray:
+        """The squared error, negative."""
+        return -((predictions["value"].astype(np.float64) - np.asarray(columns["label"])) ** 2)
