@@ -32,6 +32,7 @@ HERE = {
     ".venv/bin/mlpipes compare digits/w1-b128-e30-g0 digits/w2-b128-e30-g0": "the same model, bit for bit",
     ".venv/bin/mlpipes replay digits w1-b128-e30-g0": "equal, bit for bit",
     ".venv/bin/mlpipes fetch cifar10": "CIFAR-10 is in",
+    ".venv/bin/mlpipes new diabetes": "diabetes is written",
     ".venv/bin/mlpipes ray down": "Ray ended.",
 }
 ELSEWHERE = {
@@ -138,3 +139,7 @@ def words_of(command: str) -> list[str]:
     while words and re.match(r"[A-Z][A-Z0-9_]*=", words[0]):
         words.pop(0)
     return [words[0].removeprefix(".venv/bin/"), *words[1:]] if words else []
+
+
+OUTSIDE = dict(zip(("diabetes", "flowers"), page("docs/own-data-and-workloads.md").blocks("python")[1:3], strict=True))
+"""The workloads of packages of one's own, by name; workloads/test_outside_packages.py trains them."""
