@@ -118,14 +118,15 @@ def doctor_workloads() -> None:
             except Exception as error:  # whatever the package's code raises
                 problem = problem or f"workload {offer.name!r} of {offer.packages}: {type(error).__name__}: {error}"
         good &= not problem
-        _finding(not problem, offer.name, problem or f"{offer.entry and offer.entry.summary} ({offer.packages})")
+        detail = problem or f"{offer.entry and offer.entry.summary} ({offer.packages})"
+        _finding(not problem, offer.name, detail, bad="wrong  ")
     if not offered():
         console.print("No package adds a workload. `mlpipes new` writes one to start from.")
     if not good:
         raise typer.Exit(1)
 
 
-def _finding(good: bool, what: str, detail: str) -> None:
-    mark = "[green]good[/]   " if good else "[bold red]missing[/]"
+def _finding(good: bool, what: str, detail: str, bad: str = "missing") -> None:
+    mark = "[green]good[/]   " if good else f"[bold red]{bad}[/]"
     console.print(f"{mark} {escape(what)}: ", end="")
     console.print(detail, soft_wrap=True, markup=False, highlight=False)

@@ -1,6 +1,7 @@
 """Workloads of other packages, found by their entry points; what is wrong with one of them keeps none of the others away."""
 
 import importlib.metadata
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -87,7 +88,11 @@ def _loaded(points: list[EntryPoint], taken: frozenset[str]) -> Entry:
 def _cause(error: BaseException) -> str:
     """An error in one line, with the place in the package that led to it, where there is one."""
     # Not this module's own frames, those of the import system, or those of mlpipes, which checks what a package says.
-    ours = (str(Path(__file__).parents[1]), "<frozen importlib", str(Path(importlib.metadata.__file__).parents[1]))
+    ours = (
+        f"{Path(__file__).parents[1]}{os.sep}",
+        "<frozen importlib",
+        str(Path(importlib.metadata.__file__).parents[1]),
+    )
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -211,7 +211,7 @@ def test_who_asks_for_a_broken_one_hears_why_it_is_not_there(site: Path) -> None
     assert why in run("report", "worse"), "who asks by another name may mean it"
     assert run("scales").startswith("0: ")
     assert run("scales").endswith(f"{why}\n")
-    assert run("doctor", "workloads") == f"1: missing bad: {why}\n"
+    assert run("doctor", "workloads") == f"1: wrong   bad: {why}\n"
 
 
 def test_scales_of_a_broken_one_are_no_error_of_the_scale_file(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_the_doctor_loads_the_workload_itself(site: Path, workload: str, said: s
     good(site)
     (site / "good_package" / "workload.py").write_text(workload)
     if said:
-        assert run("doctor", "workloads").startswith("1: missing good: workload 'good' of good-workload 0: ")
+        assert run("doctor", "workloads").startswith("1: wrong   good: workload 'good' of good-workload 0: ")
         assert said in run("doctor", "workloads")
     else:
         assert run("doctor", "workloads") == "0: good    good: A test (good-workload 0)\n"
