@@ -141,5 +141,7 @@ def words_of(command: str) -> list[str]:
     return [words[0].removeprefix(".venv/bin/"), *words[1:]] if words else []
 
 
-OUTSIDE = dict(zip(("diabetes", "flowers"), page("docs/own-data-and-workloads.md").blocks("python")[1:3], strict=True))
+OUTSIDE: dict[str, str] = dict(
+    zip(("diabetes", "flowers"), page("docs/own-data-and-workloads.md").blocks("python")[1:3], strict=True)
+)
 """The workloads of packages of one's own, by name; workloads/test_outside_packages.py trains them."""

@@ -31,11 +31,11 @@ class Kind(StrEnum):
 _MORE = {
     Kind.TABULAR: "",
     Kind.IMAGE_FOLDER: """
-It trains on the folder that the environment variable `$variable` names, with one folder of pictures a class. Set it wherever
+It trains on the folder that the environment variable `$variable` names, with one folder of images a class. Set it wherever
 mlpipes runs:
 
 ```console
-$$ export $variable=/path/to/pictures
+$$ export $variable=/path/to/images
 ```
 """,
 }
@@ -46,7 +46,7 @@ $$ export $variable=/path/to/pictures
 def new(
     name: Annotated[str, typer.Argument(help="of workload and package, e.g. churn; becomes a folder here")],
     kind: Annotated[
-        Kind, typer.Option(help="tabular: numbers from rows of numbers; image-folder: classes of pictures")
+        Kind, typer.Option(help="tabular: numbers from rows of numbers; image-folder: classes of images")
     ] = Kind.TABULAR,
 ) -> None:
     """Write an installable package with a small workload that works, to start from."""
@@ -82,8 +82,7 @@ def write_package(target: Path, name: str, kind: Kind) -> None:
     words = {
         "name": name,
         "kind": kind.value,
-        "title": "".join(part[:1].upper() + part[1:] for part in name.split("_")),
-        "variable": f"{name.upper()}_PICTURES",
+        "variable": name.upper(),
     }
     words["more"] = Template(_MORE[kind]).substitute(words)
     try:

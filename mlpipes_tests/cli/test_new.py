@@ -52,8 +52,8 @@ def test_a_package_is_written(folder: Path, kind: str, more: list[str]) -> None:
 def test_a_name_of_several_words_is_one_name(folder: Path) -> None:
     assert run("who_leaves", "--kind", "image-folder").startswith("0: ")
     text = (folder / "who_leaves" / "src" / "who_leaves" / "workload.py").read_text()
-    assert "class WhoLeavesHyperparameters(" in text
-    assert 'ImageFolder("$WHO_LEAVES_PICTURES"' in text
+    assert "\nwho_leaves = ImageClassification(" in text
+    assert 'ImageFolder("$WHO_LEAVES"' in text
 
 
 @pytest.mark.parametrize(

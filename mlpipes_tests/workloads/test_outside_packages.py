@@ -309,15 +309,15 @@ def test_a_folder_of_pictures_trains_in_thirty_lines(
     monkeypatch.chdir(tmp_path)
     workload = install(site, "flowers", "--kind", "image-folder")
     entry = entry_named("flowers")
-    with pytest.raises(DataError, match="FLOWERS_PICTURES"):  # which is not set
+    with pytest.raises(DataError, match="FLOWERS"):  # which is not set
         entry.load().source.load()
     check(site, "flowers", workload, lines=30)
     generator = np.random.default_rng(0)
     for brightness, name in ((80, "dark"), (120, "grey"), (160, "bright")):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(40):
             pixels = generator.integers(brightness - 60, brightness + 60, (45, 60, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.jpg")
-    monkeypatch.setenv("FLOWERS_PICTURES", str(tmp_path / "pictures"))
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.jpg")
+    monkeypatch.setenv("FLOWERS", str(tmp_path / "images"))
     outcome = run_here(make_job(tmp_path / "store", "w1-b32-e10-g0", entry.implementation))
     assert outcome["best"]["metrics"]["accuracy"] >= 0.9
