@@ -17,6 +17,7 @@ REAL_DATA = "MLPIPES_REAL_DATA"
 NO_SKIPS = "MLPIPES_NO_SKIPS"
 _LONG = ("chaos", "integration", "ui")
 _SWITCHES = (REAL_DATA, NO_SKIPS, HASTE)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
 
 
@@ -33,7 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ]:
         del os.environ[name]
     leftovers.watch(config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also SIGINT: in a background job of a shell it is ignored, and would be in all that the tests start.
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,7 +64,11 @@ def missing(what: str) -> None:
 
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has a home folder of its own, and no setting that the one before has left (as MLflow does)."""
+    """Every test has a home folder of its own, and nothing that the one before has left: MLflow sets variables, and programs
+    that a test calls in this process set how signals are dealt with.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     for name in _settings("MLPIPES_", "MLFLOW_", "DAGSTER_"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "home"))

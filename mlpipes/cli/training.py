@@ -1,9 +1,8 @@
 """The part of the command line about training runs: scales, status, checkpoints, replay, report, backfill."""
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Group
@@ -12,7 +11,9 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from mlpipes.cli.common import console, fitting, friendly, scale_named, tell_problems
+from mlpipes.compute.jobs import Event
 from mlpipes.store.layout import default_store
+from mlpipes.store.messages import Progressed
 from mlpipes.workloads.catalog import configured, entry_named
 
 app = typer.Typer()
@@ -111,9 +112,9 @@ def replay(
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
 
-        def show(message: Mapping[str, Any]) -> None:
-            if message["kind"] == "progress":
-                bar.update(task, completed=message["step"], total=message["total_steps"])
+        def show(event: Event) -> None:
+            if isinstance(event, Progressed):
+                bar.update(task, completed=event.step, total=event.total_steps)
 
         try:
             found = replay_training(default_store(), folder, jobs_for, show)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
 from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip
-from mlpipes.store.messages import MessageWriter
+from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Warned
 from mlpipes.store.training_job import TrainingJob
 
 PYTHON_VARIABLE = "MLPIPES_SLURM_PYTHON"
@@ -48,21 +48,22 @@ def main(path: Path) -> int:
 
     signal.signal(signal.SIGUSR1, note)  # ahead of the time limit, or of preemption where the site sends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the job is being ended: tear down
-    notify("allocated", slurm_job=os.environ["SLURM_JOB_ID"], nodes=os.environ["SLURM_JOB_NODELIST"], restarts=restarts)
+    slurm_job, nodes = os.environ["SLURM_JOB_ID"], os.environ["SLURM_JOB_NODELIST"]
+    notify(Allocated(slurm_job=slurm_job, nodes=nodes, restarts=restarts))
     with ray_cluster() as cluster:
-        notify("cluster", address=cluster.address)
+        notify(ClusterUp(address=cluster.address))
         driver = subprocess.Popen(
             [sys.executable, "-m", "mlpipes.training.driver", str(path)], env=os.environ | cluster.environment
         )
         try:
             while driver.poll() is None and not time_is_up:
                 if lost := cluster.lost():
-                    notify("warning", text=f"Ray ended on {lost}; the job ends, and goes on elsewhere")
+                    notify(Warned(text=f"Ray ended on {lost}; the job ends, and goes on elsewhere"))
                     return 1
                 time.sleep(0.2)
             if driver.poll() is not None:
                 return driver.returncode
-            notify("warning", text="the job's time is nearly up: a last checkpoint, then it is requeued")
+            notify(Warned(text="the job's time is nearly up: a last checkpoint, then it is requeued"))
             ask_for_last_checkpoint(job.folder, job.attempt, FAREWELL_SECONDS)
         finally:
             _end(driver)
@@ -72,7 +73,7 @@ def main(path: Path) -> int:
     done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
     if done.returncode == 0:
         time.sleep(60)
-    notify("warning", text=f"Slurm did not requeue the job: {done.stderr.strip()}")
+    notify(Warned(text=f"Slurm did not requeue the job: {done.stderr.strip()}"))
     return GO_ON
 
 

@@ -10,24 +10,40 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from filelock import FileLock
 
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import TrainingFolder
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
 from mlpipes.store.training_job import TrainingJob
 
-ALIVE = ("PENDING", "RUNNING")
-LOST = "LOST"
-"""State of a job that nobody knows of: the head was replaced, or it ended long ago."""
-REQUEUED = "REQUEUED"
-"""State of a job that was put back into its queue: `attempt` is the one that it waits for or runs now."""
-REFUSED = "REFUSED"
-"""State of a job that waits and can never start."""
+
+class JobState(StrEnum):
+    """How a job stands, or how whoever follows it found that it has ended."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+    LOST = "LOST"
+    """Nobody knows of it: the head was replaced, or it ended long ago."""
+    REQUEUED = "REQUEUED"
+    """It was put back into its queue: `attempt` is the one that it waits for or runs now."""
+    REFUSED = "REFUSED"
+    """It waits and can never start."""
+    DEAD = "DEAD"
+    """Its driver gives no sign of life, whatever the place says of it."""
+    STALLED = "STALLED"
+    """Its driver lives, and the training reports nothing."""
+
+
+ALIVE = (JobState.PENDING, JobState.RUNNING)
 
 
 @dataclass(frozen=True)
@@ -45,12 +61,36 @@ class JobHandle:
 class JobStatus:
     """How a job stands."""
 
-    state: str
-    """PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED, LOST, REQUEUED or REFUSED."""
+    state: JobState
     reason: str = ""
     """Why it is so, in the cluster's words."""
     attempt: int = 0
     """Of a job that was put back into its queue, the attempt that it waits for or runs now."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing more was said so far, and the job is alive."""
+
+    status: JobStatus
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """The job was put back into its queue, for another attempt."""
+
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The job has ended."""
+
+    status: JobStatus
+
+
+Event = Message | Waiting | Requeued | Ended
 
 
 def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float) -> None:
@@ -59,11 +99,11 @@ def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float
     Returns at once where there is nothing to save yet, because the workers have not started to train.
     """
     folder.stop_request(attempt).touch()
-    deadline, offset, kinds = time.monotonic() + seconds, 0, set[str]()
+    deadline, offset, started = time.monotonic() + seconds, 0, False
     while time.monotonic() < deadline:
         found, offset = read_messages(folder.messages(attempt), offset)
-        kinds |= {message.get("kind", "") for message in found}
-        if "started" not in kinds or kinds & {"stopping", "finished"}:
+        started |= any(isinstance(message, Started) for message in found)
+        if not started or any(isinstance(message, Stopping | Finished) for message in found):
             return
         time.sleep(0.1)
 
@@ -160,25 +200,25 @@ class Jobs(ABC):
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         """What the job of a training printed; for people."""
 
-    def follow(self, handle: JobHandle, folder: TrainingFolder, poll_seconds: float = 0.3) -> Iterator[dict[str, Any]]:
-        """All messages of an attempt from its first, until the job has ended; the last item has kind `ended`.
+    def follow(self, handle: JobHandle, folder: TrainingFolder, poll_seconds: float = 0.3) -> Iterator[Event]:
+        """All messages of an attempt from its first, until the job has `Ended`.
 
-        Between them come items of kind `waiting`, once a poll, so that the caller can look at other signs of life. A job
-        that is put back into its queue is followed into its next attempt, which an item of kind `requeued` names.
+        Between them comes `Waiting`, once a poll, so that the caller can look at other signs of life. A job that is put
+        back into its queue is followed into its next attempt, which `Requeued` names.
         """
-        offset, status, asked = 0, JobStatus("PENDING"), float("-inf")
+        offset, status, asked = 0, JobStatus(JobState.PENDING), float("-inf")
         while True:
             if time.monotonic() - asked >= self.poll_seconds:
                 # Asked before reading, so that nothing is missed that was written before the job ended.
                 status, asked = self.status(handle), time.monotonic()
             found, offset = read_messages(folder.messages(handle.attempt), offset)
             yield from found
-            if status.state == REQUEUED:
+            if status.state == JobState.REQUEUED:
                 handle, offset, asked = replace(handle, attempt=status.attempt), 0, float("-inf")
-                yield {"kind": "requeued", "attempt": status.attempt, "reason": status.reason}
+                yield Requeued(status.attempt, status.reason)
                 continue
             if status.state not in ALIVE:
-                yield {"kind": "ended", "status": status.state, "reason": status.reason}
+                yield Ended(status)
                 return
-            yield {"kind": "waiting", "status": status.state, "reason": status.reason}
+            yield Waiting(status)
             time.sleep(poll_seconds)

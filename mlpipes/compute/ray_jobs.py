@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from mlpipes.compute.address import RayAddress
-from mlpipes.compute.jobs import LOST, JobHandle, Jobs, JobStatus
+from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import TrainingFolder
@@ -72,10 +72,10 @@ class RayJobs(Jobs):
     def status(self, handle: JobHandle) -> JobStatus:
         """How a job stands; LOST if the head does not know it."""
         try:
-            return JobStatus(str(self._patiently(lambda client: client.get_job_status(handle.id)).value))
+            return JobStatus(JobState(self._patiently(lambda client: client.get_job_status(handle.id)).value))
         except RuntimeError as error:
             if "does not exist" in str(error):
-                return JobStatus(LOST)
+                return JobStatus(JobState.LOST)
             raise
 
     def ask_to_stop(self, handle: JobHandle) -> None:
@@ -86,11 +86,11 @@ class RayJobs(Jobs):
         """What the driver printed; for people."""
         return self._patiently(lambda client: client.get_job_logs(handle.id))
 
-    def _attempts(self, name: str) -> dict[int, str]:
+    def _attempts(self, name: str) -> dict[int, JobState]:
         prefix = f"{name}-a"
         jobs = self._patiently(lambda client: client.list_jobs())
         return {
-            int(job.submission_id.removeprefix(prefix)): str(job.status.value)
+            int(job.submission_id.removeprefix(prefix)): JobState(job.status.value)
             for job in jobs
             if job.submission_id and job.submission_id.startswith(prefix)
         }

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from mlpipes.compute.allocation import PYTHON_VARIABLE
-from mlpipes.compute.jobs import LOST, REFUSED, REQUEUED, JobHandle, Jobs, JobStatus
+from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.errors import ConfigError, PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.settings import load_mapping, problems
@@ -129,9 +129,9 @@ class SlurmJobs(Jobs):
         """How the job stands; REQUEUED if it has begun, or waits to begin, another attempt than the handle's."""
         found = [job for job in self._jobs() if job.id == handle.id]
         if not found:
-            return JobStatus(LOST)
+            return JobStatus(JobState.LOST)
         if found[0].attempt != handle.attempt:
-            return JobStatus(REQUEUED, found[0].status.reason, found[0].attempt)
+            return JobStatus(JobState.REQUEUED, found[0].status.reason, found[0].attempt)
         if found[0].status.reason == "BeginTime" and found[0].restarts and handle not in self._hurried:
             # Slurm keeps a requeued job waiting for two minutes, lest a broken node takes it again; ours ended in order.
             # Not at once: within the same second, the node believes that it is still to kill the job of that number.
@@ -200,13 +200,17 @@ class _Listed:
         number = name.rpartition("-a")[2]
         self.attempt = (int(number) if number.isdigit() else 0) + restarts
         if state in _WAITS:
-            self.status = JobStatus(REFUSED if any(word in reason for word in _NEVER) else "PENDING", reason)
+            self.status = JobStatus(
+                JobState.REFUSED if any(word in reason for word in _NEVER) else JobState.PENDING, reason
+            )
         elif state in _RUNS:
-            self.status = JobStatus("RUNNING", reason)
+            self.status = JobStatus(JobState.RUNNING, reason)
         elif state == "CANCELLED" and not settings.resubmit_cancelled:
-            self.status = JobStatus("STOPPED", "cancelled in Slurm")
+            self.status = JobStatus(JobState.STOPPED, "cancelled in Slurm")
         else:
-            self.status = JobStatus("SUCCEEDED" if state == "COMPLETED" else "FAILED", f"{state} {reason}")
+            self.status = JobStatus(
+                JobState.SUCCEEDED if state == "COMPLETED" else JobState.FAILED, f"{state} {reason}"
+            )
 
     @classmethod
     def parse(cls, line: str, settings: SlurmSettings) -> "_Listed":

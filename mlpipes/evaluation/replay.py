@@ -17,7 +17,7 @@ from mlpipes.store.training_job import Checkpointing, TrainingJob
 from mlpipes.training.code_version import code_version
 
 if TYPE_CHECKING:
-    from mlpipes.compute.jobs import Jobs
+    from mlpipes.compute.jobs import Event, Jobs
 
 DIGESTS = ("order_digest", "loss_digest", "weights_digest")
 
@@ -69,7 +69,7 @@ def replay(
     store: Store,
     folder: TrainingFolder,
     connect: Callable[[RayScaleConfig], "Jobs"],
-    progress: Callable[[Mapping[str, Any]], None] = lambda message: None,
+    progress: Callable[["Event"], None] = lambda _: None,
 ) -> Comparison:
     """Build the snapshot and train again, in a folder of its own that is removed afterwards, and compare everything.
 
@@ -103,8 +103,8 @@ def replay(
             jobs = connect(recipe.scale)
             handle = jobs.attach_or_submit(job, f"replay-{folder.fingerprint[:16]}-{secrets.token_hex(4)}")
             try:
-                for message in jobs.follow(handle, job.folder):
-                    progress(message)
+                for event in jobs.follow(handle, job.folder):
+                    progress(event)
             except BaseException:
                 jobs.stop(handle)
                 raise

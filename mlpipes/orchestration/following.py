@@ -8,13 +8,21 @@ from typing import Any
 
 import dagster as dg
 
-from mlpipes.compute.jobs import JobHandle, Jobs, ask_for_last_checkpoint
+from mlpipes.compute.jobs import (
+    Ended,
+    JobHandle,
+    Jobs,
+    JobState,
+    Requeued,
+    Waiting,
+    ask_for_last_checkpoint,
+)
 from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration.live import LiveView
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import Allocated, EpochEnded, Failed, Finished, Started, Warned
 from mlpipes.store.training_job import TrainingJob
 
-DEAD, STALLED = "DEAD", "STALLED"
 DEAD_SECONDS = 30.0
 """A driver whose heartbeat stood still for so long is dead, whatever the Jobs API says (it may say RUNNING for long)."""
 FAREWELL_SECONDS = 20.0
@@ -39,7 +47,7 @@ def follow_training(
     """
     folder, restarts, view = job.folder, _Restarts(job.folder), LiveView(context, job, links)
     while True:
-        jobs, log, cause, status = connect(), "", "", "LOST"
+        jobs, log, cause, status = connect(), "", "", JobState.LOST
         try:
             handle = jobs.attach_or_submit(job)
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} {jobs.name} {handle.id}")
@@ -64,10 +72,10 @@ def follow_training(
 def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle) -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
     deadline = time.monotonic() + DEAD_SECONDS
-    while (status := jobs.status(handle)).state in ("PENDING", "RUNNING", "REQUEUED"):
-        if status.state == "REQUEUED":
+    while (status := jobs.status(handle)).state in (JobState.PENDING, JobState.RUNNING, JobState.REQUEUED):
+        if status.state == JobState.REQUEUED:
             handle = replace(handle, attempt=status.attempt)
-        elif status.state == "PENDING" or time.monotonic() > deadline:
+        elif status.state == JobState.PENDING or time.monotonic() > deadline:
             context.log.warning(f"{jobs.name} {handle.id} is {status.state} although its training is done; ending it")
             jobs.stop(handle)
             return
@@ -79,18 +87,18 @@ def _settle(context: dg.AssetExecutionContext, jobs: Jobs, folder: TrainingFolde
     from mlpipes.compute.stacks import keep_stacks
 
     handle = end.handle
-    if end.status == STALLED:
+    if end.status == JobState.STALLED:
         stacks = keep_stacks(folder.fingerprint, folder.path / "jobs" / f"a{handle.attempt}.stacks.txt")
         context.log.warning(f"Stacks of the stalled processes on this machine: {stacks}")
-    if end.status == "REFUSED":
+    if end.status == JobState.REFUSED:
         end.error, end.fatal = f"it waits and can never start, because of {end.error}; see `mlpipes doctor slurm`", True
-    if end.fatal or end.status in (DEAD, STALLED):
+    if end.fatal or end.status in (JobState.DEAD, JobState.STALLED):
         jobs.stop(handle)
     if end.fatal:
         raise TrainingFailedError(f"{end.error} ({jobs.name} {handle.id})")
-    if end.status == "STOPPED":
+    if end.status == JobState.STOPPED:
         raise TrainingFailedError(f"{jobs.name} {handle.id} was stopped; materialize again to go on from there")
-    return "" if end.status == "LOST" else jobs.logs(handle, folder)[-3000:]
+    return "" if end.status == JobState.LOST else jobs.logs(handle, folder)[-3000:]
 
 
 @dataclass
@@ -99,7 +107,7 @@ class _End:
 
     handle: JobHandle
     """The attempt that it had come to; a job that is put back into its queue begins another."""
-    status: str = "RUNNING"
+    status: JobState = JobState.RUNNING
     error: str | None = None
     fatal: bool = False
 
@@ -117,50 +125,53 @@ def _watch(
     # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
     beat, beat_seen, heard, why = None, time.monotonic(), time.monotonic(), ""
     try:
-        for message in jobs.follow(handle, folder):
-            kind, now = message["kind"], time.monotonic()
-            if kind == "waiting":
-                if message["status"] == "PENDING":
-                    beat_seen = heard = now
-                    if message["reason"] not in (why, "None"):
-                        why = message["reason"]
-                        context.log.info(f"{jobs.name} {handle.id} waits: {why}")
-                    if folder.result.is_file():  # by an earlier attempt, on a node that was given up too soon
+        for event in jobs.follow(handle, folder):
+            now = time.monotonic()
+            if not isinstance(event, Requeued | Ended):
+                view.show(event)
+            if not isinstance(event, Waiting):
+                heard = now
+            match event:
+                case Waiting(status):
+                    if status.state == JobState.PENDING:
+                        beat_seen = heard = now
+                        if status.reason not in (why, "None"):
+                            why = status.reason
+                            context.log.info(f"{jobs.name} {handle.id} waits: {why}")
+                        if folder.result.is_file():  # by an earlier attempt, on a node that was given up too soon
+                            break
+                    if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
+                        beat, beat_seen = current, now
+                    if beat is not None and now - beat_seen > DEAD_SECONDS:
+                        return _End(handle, JobState.DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
+                    if now - heard > stall_seconds:
+                        return _End(handle, JobState.STALLED, f"it reported nothing for {stall_seconds:.0f} s")
+                case EpochEnded():
+                    figures = ", ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+                    context.log.info(f"epoch {event.epoch}/{event.epochs}: validation {figures}")
+                case Started():
+                    where = f"step {event.step} of {event.total_steps}"
+                    context.log.info(f"trains from {where} with {event.workers} workers in {event.precision}")
+                case Warned():
+                    context.log.warning(event.text)
+                case Allocated():
+                    context.log.info(f"{jobs.name} {handle.id} has its allocation: {event.nodes}")
+                case Requeued():
+                    handle, beat = replace(handle, attempt=event.attempt), None
+                    end = _End(handle)
+                    if restarts.are_in_vain():
+                        return _End(handle, error=f"{restarts}; is the time limit of a job too short?", fatal=True)
+                    context.log.info(f"{jobs.name} {handle.id} is back in its queue, for attempt {handle.attempt}")
+                case Failed():
+                    end.error, end.fatal = event.error, event.fatal
+                    if end.fatal:
                         break
-                if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
-                    beat, beat_seen = current, now
-                if beat is not None and now - beat_seen > DEAD_SECONDS:
-                    return _End(handle, DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
-                if now - heard > stall_seconds:
-                    return _End(handle, STALLED, f"it reported nothing for {stall_seconds:.0f} s")
-                view.show(message)
-                continue
-            heard = now
-            view.show(message)
-            if kind == "epoch":
-                figures = ", ".join(f"{name} {value:.4f}" for name, value in message["metrics"].items())
-                context.log.info(f"epoch {message['epoch']}/{message['epochs']}: validation {figures}")
-            elif kind == "started":
-                where = f"step {message['step']} of {message['total_steps']}"
-                context.log.info(f"trains from {where} with {message['workers']} workers in {message['precision']}")
-            elif kind == "warning":
-                context.log.warning(message["text"])
-            elif kind == "allocated":
-                context.log.info(f"{jobs.name} {handle.id} has its allocation: {message['nodes']}")
-            elif kind == "requeued":
-                handle, beat = replace(handle, attempt=message["attempt"]), None
-                end = _End(handle)
-                if restarts.are_in_vain():
-                    return _End(handle, error=f"{restarts}; is the time limit of a job too short?", fatal=True)
-                context.log.info(f"{jobs.name} {handle.id} is back in its queue, for attempt {handle.attempt}")
-            elif kind == "failed":
-                end.error, end.fatal = message["error"], message["fatal"]
-                if end.fatal:
+                case Finished() if folder.result.is_file():
                     break
-            elif kind == "finished" and folder.result.is_file():
-                break
-            elif kind == "ended":
-                end.status, end.error = message["status"], end.error or message["reason"]
+                case Ended(status):
+                    end.status, end.error = status.state, end.error or status.reason
+                case _:
+                    pass
     except BaseException:
         # A cancelled run ends its training. Any other interruption (the code server goes away, say) leaves it running:
         # the next attempt attaches to it.

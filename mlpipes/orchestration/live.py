@@ -7,9 +7,11 @@ from typing import Any
 
 import dagster as dg
 
+from mlpipes.compute.jobs import Waiting
 from mlpipes.orchestration.metadata import table
 from mlpipes.reporting.report import Table
 from mlpipes.store.layout import Store
+from mlpipes.store.messages import CheckpointSaved, EpochEnded, Finished, Message, Progressed
 from mlpipes.store.status import all_statuses, progress_text
 from mlpipes.store.training_job import TrainingJob
 
@@ -34,19 +36,21 @@ class LiveView:
         self._figures: dict[str, float] = {}
         self._where, self._is_news = "", False
 
-    def show(self, message: Mapping[str, Any]) -> None:
-        """Take note of a message (`waiting` is one too: that there is none), and show what is new if it is time to."""
-        kind = message["kind"]
-        self._is_news |= kind in ("progress", "epoch", "checkpoint")
-        if kind == "checkpoint":
-            self._figures["latest_checkpoint"] = message["step"]
-        elif kind == "progress":
-            self._figures |= {name: message[name] for name in ("epoch", "loss", "samples_per_second", "eta_seconds")}
-            self._where = f"step {message['step']} of {message['total_steps']}"
-        elif kind == "epoch":
-            self._figures |= {f"validation_{name}": value for name, value in message["metrics"].items()}
+    def show(self, event: Message | Waiting) -> None:
+        """Take note of a message, or that there is none, and show what is new if it is time to."""
+        self._is_news |= isinstance(event, Progressed | EpochEnded | CheckpointSaved)
+        match event:
+            case CheckpointSaved():
+                self._figures["latest_checkpoint"] = event.step
+            case Progressed():
+                self._figures |= event.model_dump(include={"epoch", "loss", "samples_per_second", "eta_seconds"})
+                self._where = f"step {event.step} of {event.total_steps}"
+            case EpochEnded():
+                self._figures |= {f"validation_{name}": value for name, value in event.metrics.items()}
+            case _:
+                pass
         due = time.monotonic() - self._shown >= OBSERVATION_SECONDS
-        if self._figures and self._is_news and (kind == "finished" or due):
+        if self._figures and self._is_news and (isinstance(event, Finished) or due):
             self._shown, self._is_news = time.monotonic(), False
             self._observe()
 

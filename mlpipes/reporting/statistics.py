@@ -9,7 +9,7 @@ from mlpipes.reporting.report import Estimate
 
 
 def mean_of(figures: np.ndarray) -> Estimate:
-    """The mean of a figure that each sample has, float (N,), with its 95 % interval by Student's t; one sample has no width."""
+    """The mean of a figure of each sample, float (N,), with its 95 % interval by Student's t; one sample has no width."""
     from scipy import stats
 
     values = figures.astype(np.float64)

@@ -1,10 +1,152 @@
 """Messages: lines of JSON that a training appends to a file for whoever watches; for display, never the truth."""
 
-import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+
+class _Message(BaseModel):
+    # What another version of mlpipes says besides is passed over; a loss may be NaN.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+    time: float = Field(default_factory=time.time)
+    """Unix time."""
+
+
+class Allocated(_Message):
+    """A batch system has given the job its nodes."""
+
+    kind: Literal["allocated"] = "allocated"
+    slurm_job: str
+    nodes: str
+    restarts: int
+
+
+class ClusterUp(_Message):
+    """The Ray of an allocation answers."""
+
+    kind: Literal["cluster"] = "cluster"
+    address: str
+
+
+class DriverStarted(_Message):
+    """The attempt's driver runs, and will start workers."""
+
+    kind: Literal["driver"] = "driver"
+    attempt: int
+    workload: str
+    scale: str
+
+
+class Resumed(_Message):
+    """The state of a checkpoint was restored."""
+
+    kind: Literal["resumed"] = "resumed"
+    step: int
+    total_steps: int
+
+
+class Started(_Message):
+    """The workers train, from this step on."""
+
+    kind: Literal["started"] = "started"
+    step: int
+    total_steps: int
+    precision: str
+    workers: int
+
+
+class Progressed(_Message):
+    """Some steps further."""
+
+    kind: Literal["progress"] = "progress"
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    samples_per_second: float
+    eta_seconds: float
+
+
+class EpochEnded(_Message):
+    """An epoch is over, and validated."""
+
+    kind: Literal["epoch"] = "epoch"
+    epoch: int
+    epochs: int
+    step: int
+    metrics: dict[str, float]
+
+
+class CheckpointSaved(_Message):
+    """A checkpoint is published."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+
+
+class MetricsLogged(_Message):
+    """Rows of the curve (key, value, step, Unix time in ms) that a checkpoint carries now."""
+
+    kind: Literal["metrics"] = "metrics"
+    rows: list[tuple[str, float, int, int]]
+
+
+class Warned(_Message):
+    """Something that a person should know."""
+
+    kind: Literal["warning"] = "warning"
+    text: str
+
+
+class Stopping(_Message):
+    """The last checkpoint that was asked for is there."""
+
+    kind: Literal["stopping"] = "stopping"
+    step: int
+
+
+class Failed(_Message):
+    """The attempt ends by an error; a fatal one is not worth another attempt."""
+
+    kind: Literal["failed"] = "failed"
+    error: str
+    fatal: bool
+    rank: int | None = None
+
+
+class Finished(_Message):
+    """The result is in the store."""
+
+    kind: Literal["finished"] = "finished"
+    step: int
+    total_steps: int
+    best: dict[str, Any]
+
+
+Message = Annotated[
+    Allocated
+    | ClusterUp
+    | DriverStarted
+    | Resumed
+    | Started
+    | Progressed
+    | EpochEnded
+    | CheckpointSaved
+    | MetricsLogged
+    | Warned
+    | Stopping
+    | Failed
+    | Finished,
+    Field(discriminator="kind"),
+]
+Notify = Callable[[Message], None]
+_MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 
 
 class MessageWriter:
@@ -14,9 +156,9 @@ class MessageWriter:
         self.path, self._torn = path, False
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, kind: str, **fields: Any) -> None:
-        """Append one message with the current Unix time; an unwritable disk is not the training's problem."""
-        line = json.dumps({"kind": kind, "time": time.time(), **fields}) + "\n"
+    def __call__(self, message: Message) -> None:
+        """Append one message; an unwritable disk is not the training's problem."""
+        line = message.model_dump_json() + "\n"
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError:
@@ -32,10 +174,11 @@ class MessageWriter:
             os.close(descriptor)
 
 
-def read_messages(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Whole messages of a progress file from a byte offset on, and the offset behind them.
+def read_messages(path: Path, offset: int = 0) -> tuple[list[Message], int]:
+    """Whole messages of a file from a byte offset on, and the offset behind them.
 
-    A torn last line is left for the next call; a line that is not JSON is passed over, for messages are display only.
+    A torn last line is left for the next call; a line that is no message, or one of a kind that this version does not know,
+    is passed over, for messages are display only.
     """
     try:
         with path.open("rb") as stream:
@@ -47,9 +190,7 @@ def read_messages(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], in
     messages = []
     for line in data[:end].splitlines():
         try:
-            message = json.loads(line)
-        except ValueError:
+            messages.append(_MESSAGE.validate_json(line))
+        except ValidationError:
             continue
-        if isinstance(message, dict):
-            messages.append(message)
     return messages, offset + end

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,34 @@ from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store, TrainingFolder
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import (
+    CheckpointSaved,
+    EpochEnded,
+    Failed,
+    Finished,
+    Progressed,
+    Resumed,
+    Started,
+    Stopping,
+    read_messages,
+)
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import TrainingJob
 
 _SILENT_SECONDS = 60
+
+
+class TrainingState(StrEnum):
+    """How a training stands."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    """By request, with a last checkpoint."""
+    SILENT = "silent"
+    """Nothing was heard for a minute."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +49,7 @@ class TrainingStatus:
     workload: str
     scale: str
     seed: int
-    state: str
-    """finished, failed, starting, running, stopped (by request), or silent (nothing was heard for a minute)."""
+    state: TrainingState
     step: int
     total_steps: int | None
     metrics: dict[str, float]
@@ -50,27 +73,25 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     except (FileNotFoundError, CorruptionError):
         return None
     messages, _ = read_messages(folder.messages(latest_attempt(folder)))
-    state, step, total, metrics, error, last, checkpoint = "starting", 0, None, {}, None, 0.0, None
-    stopped = any(message.get("kind") == "stopping" for message in messages)
+    state, step, total, metrics, error, checkpoint = TrainingState.STARTING, 0, None, {}, None, None
     for message in messages:
-        last = max(last, message.get("time", 0.0))
-        kind = message.get("kind")
-        if kind in ("started", "resumed", "progress", "finished"):
-            state, step, total = "running", message["step"], message["total_steps"]
-        if kind in ("checkpoint", "resumed"):
-            checkpoint = message["step"]
-        if kind == "progress":
-            metrics |= {key: message[key] for key in ("loss", "samples_per_second", "eta_seconds", "epoch")}
-        elif kind == "epoch":
-            metrics |= {f"validation_{key}": value for key, value in message["metrics"].items()}
-        elif kind == "failed":
-            state, error = "failed", message["error"]
+        if isinstance(message, Started | Resumed | Progressed | Finished):
+            state, step, total = TrainingState.RUNNING, message.step, message.total_steps
+        if isinstance(message, CheckpointSaved | Resumed):
+            checkpoint = message.step
+        if isinstance(message, Progressed):
+            metrics |= message.model_dump(include={"loss", "samples_per_second", "eta_seconds", "epoch"})
+        elif isinstance(message, EpochEnded):
+            metrics |= {f"validation_{name}": value for name, value in message.metrics.items()}
+        elif isinstance(message, Failed):
+            state, error = TrainingState.FAILED, message.error
+    last = max((message.time for message in messages), default=0.0)
     if folder.result.is_file():
-        state = "finished"
-    elif state == "running" and stopped:
-        state = "stopped"
-    elif state in ("running", "starting") and time.time() - last > _SILENT_SECONDS:
-        state = "silent"
+        state = TrainingState.FINISHED
+    elif state == TrainingState.RUNNING and any(isinstance(message, Stopping) for message in messages):
+        state = TrainingState.STOPPED
+    elif state in (TrainingState.RUNNING, TrainingState.STARTING) and time.time() - last > _SILENT_SECONDS:
+        state = TrainingState.SILENT
     scale = RayScaleConfig.model_validate(recipe["scale"]).key
     return TrainingStatus(
         folder, recipe["workload"], scale, recipe["seed"], state, step, total, metrics, last, checkpoint, error
@@ -110,7 +131,9 @@ def progress_text(status: TrainingStatus) -> dict[str, Any]:
         "epoch": f"{metrics['epoch']:.1f}" if "epoch" in metrics else "–",
         "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "–",
         "samples/s": f"{metrics['samples_per_second']:,.0f}" if "samples_per_second" in metrics else "–",
-        "ETA s": f"{metrics['eta_seconds']:.0f}" if status.state == "running" and "eta_seconds" in metrics else "–",
+        "ETA s": f"{metrics['eta_seconds']:.0f}"
+        if status.state == TrainingState.RUNNING and "eta_seconds" in metrics
+        else "–",
         "checkpoint": str(status.checkpoint) if status.checkpoint else "–",
         "fingerprint": status.folder.fingerprint[:12],
     }

@@ -7,7 +7,7 @@ while a server was away is sent later; a row sent twice is identical, and the SQ
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from tenacity import retry, stop_after_attempt, wait_random_exponential
 
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import home
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import MetricsLogged, Notify, Warned, read_messages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -156,7 +156,7 @@ class Tracker:
 class MetricFollower:
     """Sends a training's metrics from its message file to MLflow, in a thread of the driver."""
 
-    def __init__(self, uri: str, run_id: str, messages: Path, notify: Callable[..., None]) -> None:
+    def __init__(self, uri: str, run_id: str, messages: Path, notify: Notify) -> None:
         self.uri, self.run_id, self.messages, self.notify = uri, run_id, messages, notify
         self._thread: threading.Thread | None = None
 
@@ -175,7 +175,7 @@ class MetricFollower:
         while True:
             last = stop.is_set()
             messages, offset = read_messages(self.messages, offset)
-            pending += [row for message in messages if message.get("kind") == "metrics" for row in message["rows"]]
+            pending += [row for message in messages if isinstance(message, MetricsLogged) for row in message.rows]
             try:
                 if tracker is None:
                     tracker = Tracker(self.uri)
@@ -187,7 +187,7 @@ class MetricFollower:
                 warned = False
             except Exception as error:
                 if not warned:
-                    self.notify("warning", text=f"MLflow does not take metrics ({type(error).__name__}); trying again")
+                    self.notify(Warned(text=f"MLflow does not take metrics ({type(error).__name__}); trying again"))
                 warned = True
             if last:
                 if monitor is not None:

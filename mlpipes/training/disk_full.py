@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from mlpipes.errors import DiskFullError
+from mlpipes.store.messages import Notify, Warned
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ def write_with_patience(
     write: Callable[[], T],
     folder: Path,
     needed_bytes: int,
-    notify: Callable[..., None],
+    notify: Notify,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> T:
     """Call `write` until it does not fail for want of room; returns what it returns.
@@ -33,7 +34,8 @@ def write_with_patience(
 
     def warn(state: RetryCallState) -> None:
         if state.attempt_number == 1:
-            notify("warning", text=f"the disk of {folder} is full; training waits for room ({needed_bytes:,} bytes)")
+            text = f"the disk of {folder} is full; training waits for room ({needed_bytes:,} bytes)"
+            notify(Warned(text=text))
 
     def attempt() -> T:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpipes.store.lease import Lease
-from mlpipes.store.messages import MessageWriter, read_messages
+from mlpipes.store.messages import DriverStarted, Failed, MessageWriter, Notify, Warned, read_messages
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.tracking.runs import MetricFollower
 
@@ -22,7 +22,7 @@ def main(path: Path) -> int:
     """Drive one attempt to its end; returns the exit code."""
     job = TrainingJob.read(path)
     notify = MessageWriter(job.folder.messages(job.attempt))
-    notify("driver", attempt=job.attempt, workload=job.recipe.workload, scale=job.recipe.scale.key)
+    notify(DriverStarted(attempt=job.attempt, workload=job.recipe.workload, scale=job.recipe.scale.key))
     lease = Lease.take(job.folder.path, f"job a{job.attempt}")
     stop = threading.Event()
     threading.Thread(target=_watch_over, args=(job, lease, notify, stop), daemon=True, name="watch").start()
@@ -34,7 +34,7 @@ def main(path: Path) -> int:
         _fit(job, path, lease)
     except Exception as error:
         # Not fatal: the workers report what is; this is what is left, such as too many lost workers or a lost head.
-        notify("failed", error=f"{type(error).__name__}: {error}", fatal=False)
+        notify(Failed(error=f"{type(error).__name__}: {error}", fatal=False))
         raise
     finally:
         stop.set()
@@ -49,7 +49,7 @@ def _worker(config: dict[str, Any]) -> None:
     train_on_ray(config)
 
 
-def _watch_over(job: TrainingJob, lease: Lease, notify: MessageWriter, stop: threading.Event) -> None:
+def _watch_over(job: TrainingJob, lease: Lease, notify: Notify, stop: threading.Event) -> None:
     """Show that this driver lives, and end it where to go on is in vain; Ray ends its workers with it.
 
     That is when another job has taken over the training, or when a worker has reported an error that a restart would not
@@ -59,10 +59,10 @@ def _watch_over(job: TrainingJob, lease: Lease, notify: MessageWriter, stop: thr
     while not stop.wait(HEARTBEAT_SECONDS):
         heartbeat.touch()
         if lease.is_lost():
-            notify("warning", text="another job has taken over this training; this one ends")
+            notify(Warned(text="another job has taken over this training; this one ends"))
             os._exit(1)
         found, offset = read_messages(messages, offset)
-        if any(message.get("kind") == "failed" and message.get("fatal") for message in found) and not stop.wait(5):
+        if any(isinstance(message, Failed) and message.fatal for message in found) and not stop.wait(5):
             os._exit(1)
 
 

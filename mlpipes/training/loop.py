@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.messages import (
+    CheckpointSaved,
+    EpochEnded,
+    Message,
+    MetricsLogged,
+    Notify,
+    Progressed,
+    Resumed,
+    Started,
+    Stopping,
+    Warned,
+)
 from mlpipes.store.training_job import Checkpointing
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
@@ -49,7 +61,7 @@ class Trainer:
         device: torch.device,
         checkpoints: Checkpoints,
         policy: Checkpointing,
-        notify: Callable[..., None],
+        notify: Notify,
         may_write: Callable[[], AbstractContextManager[None]] = nullcontext,
         stop_is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -96,7 +108,7 @@ class Trainer:
         if self.workers.rank == 0:
             found, messages = self.checkpoints.latest()
             for message in messages:
-                self._tell("warning", text=message)
+                self._tell(Warned(text=message))
         chosen = torch.tensor(found.step if found else -1, device=next(self.model.parameters()).device)
         step = int(self.workers.gather(chosen)[0])
         if step < 0:
@@ -106,8 +118,8 @@ class Trainer:
         self.workload.load_state(self.model, checkpoint.model_state())
         for optimizer, state in zip(self.optimizers, checkpoint.optimizer_states(), strict=True):
             optimizer.load_state_dict(state)
-        self._tell("resumed", step=self.progress.step, total_steps=self.total_steps)
-        self._tell("metrics", rows=self.progress.history)
+        self._tell(Resumed(step=self.progress.step, total_steps=self.total_steps))
+        self._tell_metrics(self.progress.history)
         self._told = len(self.progress.history)
 
     def run(self) -> dict[str, Any]:
@@ -116,11 +128,12 @@ class Trainer:
         self._last_save = time.perf_counter()
         self.stopwatch.begin()
         self._tell(
-            "started",
-            step=first_step,
-            total_steps=self.total_steps,
-            precision=self.progress.precision,
-            workers=self.workers.size,
+            Started(
+                step=first_step,
+                total_steps=self.total_steps,
+                precision=self.progress.precision,
+                workers=self.workers.size,
+            )
         )
         while self.progress.step < self.total_steps:
             self._step()
@@ -136,7 +149,7 @@ class Trainer:
                 self._stopping = True
                 if step not in self.checkpoints.steps():
                     self._save()
-                self._tell("stopping", step=step)
+                self._tell(Stopping(step=step))
         digest = weights_digest(self.workload.state(self.model))
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
@@ -228,13 +241,14 @@ class Trainer:
             self._last_message = now
             speed = progress.step * self.scale.batch_size / max(progress.train_seconds, 1e-9)
             self._tell(
-                "progress",
-                step=progress.step,
-                total_steps=self.total_steps,
-                epoch=progress.step / self.order.steps_per_epoch,
-                loss=loss,
-                samples_per_second=speed,
-                eta_seconds=(self.total_steps - progress.step) * self.scale.batch_size / speed,
+                Progressed(
+                    step=progress.step,
+                    total_steps=self.total_steps,
+                    epoch=progress.step / self.order.steps_per_epoch,
+                    loss=loss,
+                    samples_per_second=speed,
+                    eta_seconds=(self.total_steps - progress.step) * self.scale.batch_size / speed,
+                )
             )
 
     def _finish_epoch(self) -> None:
@@ -254,7 +268,7 @@ class Trainer:
             progress.best["metrics"]
         ):
             progress.best = {"step": progress.step, "epoch": epoch, "metrics": metrics}
-        self._tell("epoch", epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics)
+        self._tell(EpochEnded(epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics))
         self._save()
 
     def _checkpoint_is_due(self) -> bool:
@@ -268,9 +282,9 @@ class Trainer:
         if self.workers.rank == 0:
             self._drain()
             path = write_with_patience(self._publish, self.checkpoints.folder, self._checkpoint_bytes(), self._tell)
-            self._tell("checkpoint", step=self.progress.step, path=str(path))
+            self._tell(CheckpointSaved(step=self.progress.step, path=str(path)))
             # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
-            self._tell("metrics", rows=self.progress.history[self._told :])
+            self._tell_metrics(self.progress.history[self._told :])
             self._told = len(self.progress.history)
         self._last_save = time.perf_counter()
         self.stopwatch.begin()
@@ -290,9 +304,12 @@ class Trainer:
         now = int(time.time() * 1000)
         self.progress.history += [[name, value, self.progress.step, now] for name, value in metrics.items()]
 
-    def _tell(self, kind: str, **fields: Any) -> None:
+    def _tell(self, message: Message) -> None:
         if self.workers.rank == 0:
-            self.notify(kind, **fields)
+            self.notify(message)
+
+    def _tell_metrics(self, rows: Sequence[Any]) -> None:
+        self._tell(MetricsLogged(rows=[tuple(row) for row in rows]))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]

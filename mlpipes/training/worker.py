@@ -13,7 +13,7 @@ from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
 from mlpipes.store.files import write_record
 from mlpipes.store.lease import Lease
-from mlpipes.store.messages import MessageWriter
+from mlpipes.store.messages import Failed, Finished, MessageWriter
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
@@ -49,7 +49,8 @@ def train_on_ray(config: dict[str, Any]) -> None:
         if _another_worker_is_gone(error):
             raise  # Ray Train starts the workers again, and they go on from the last checkpoint
         # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
-        MessageWriter(job.folder.messages(job.attempt))("failed", error=explained(error), fatal=True, rank=workers.rank)
+        notify = MessageWriter(job.folder.messages(job.attempt))
+        notify(Failed(error=explained(error), fatal=True, rank=workers.rank))
     finally:
         over.set()
 
@@ -133,4 +134,4 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
                 write_record(job.folder.result, outcome)
 
         write_with_patience(publish, job.folder.path, RESULT_BYTES, notify)
-        notify("finished", step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"])
+        notify(Finished(step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"]))

@@ -17,6 +17,7 @@ from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_node import end_marked, free_port, own_ip, start_command, start_environment
 from mlpipes.errors import PreflightError
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import Started
 from mlpipes_tests.chaos.session import Session
 from mlpipes_tests.sandbox import CHECKOUT
 
@@ -67,7 +68,7 @@ class TwoNodes:
 
 def workers_over_time(session: Session, folder: TrainingFolder) -> list[int]:
     """How many workers trained, each time that training started or went on."""
-    return [message["workers"] for message in session.messages(folder) if message["kind"] == "started"]
+    return [message.workers for message in session.messages(folder) if isinstance(message, Started)]
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import psutil
 
 from mlpipes.compute.stacks import processes_of
 from mlpipes.store.layout import Store, TrainingFolder
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import Message, read_messages
 from mlpipes_tests.chaos.processes import command_of, environment_of
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
@@ -250,13 +250,13 @@ class Session:
         return [p for p in psutil.process_iter() if environment_of(p).get("MLPIPES_HOME") == home]
 
     # -- the training -------------------------------------------------------------------------------------------------
-    def messages(self, folder: TrainingFolder) -> list[dict[str, Any]]:
+    def messages(self, folder: TrainingFolder) -> list[Message]:
         """All messages of a training, attempt by attempt."""
         return [m for path in sorted(folder.messages(0).parent.glob("a*.jsonl")) for m in read_messages(path)[0]]
 
     def last_step(self, folder: TrainingFolder) -> int:
         """The latest step that the training reported."""
-        return max((m.get("step", 0) for m in self.messages(folder)), default=0)
+        return max((getattr(m, "step", 0) for m in self.messages(folder)), default=0)
 
     def until(self, condition: Any, what: str) -> None:
         """Wait until a condition holds. Raises AssertionError saying what did not."""

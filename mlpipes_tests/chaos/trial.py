@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import EpochEnded, Progressed, Resumed, Started
 from mlpipes_tests.chaos.faults import AWAY_SECONDS, DISK, HUNG, KILLED, SNAPSHOT_BYTE, mend, processes, strike
 from mlpipes_tests.chaos.session import Session
 from mlpipes_tests.waiting import LIMIT_SECONDS
@@ -117,12 +118,12 @@ def _recover(session: Session, run_id: str, victim: str, struck_at: float) -> No
 
 def _measure(session: Session, trial: Trial, run_id: str, folder: TrainingFolder, struck_at: float, step: int) -> None:
     trial.attempts = len(list(folder.messages(0).parent.glob("a*.jsonl")))
-    later = [m for m in session.messages(folder) if m["time"] > struck_at]
-    begun = [m for m in later if m["kind"] in ("resumed", "started")]
-    progress = [m["time"] for m in later if m["kind"] in ("progress", "epoch") and m["time"] > struck_at + 0.5]
+    later = [m for m in session.messages(folder) if m.time > struck_at]
+    begun = [m for m in later if isinstance(m, Resumed | Started)]
+    progress = [m.time for m in later if isinstance(m, Progressed | EpochEnded) and m.time > struck_at + 0.5]
     if begun:
-        progress = [at for at in progress if at > begun[-1]["time"]]
-        trial.steps_repeated = max(0, step - begun[-1]["step"])
+        progress = [at for at in progress if at > begun[-1].time]
+        trial.steps_repeated = max(0, step - begun[-1].step)
     if progress:
         trial.training_seconds = min(progress) - struck_at
     attached = session._attached(run_id, struck_at)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from mlpipes.compute import jobs
-from mlpipes.compute.jobs import REQUEUED, JobHandle, Jobs, JobStatus, ask_for_last_checkpoint
+from mlpipes.compute.jobs import Ended, JobHandle, Jobs, JobState, JobStatus, Requeued, ask_for_last_checkpoint
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import TrainingFolder
-from mlpipes.store.messages import MessageWriter
+from mlpipes.store.messages import CheckpointSaved, DriverStarted, Finished, MessageWriter, Started, Stopping
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import TrainingJob
 from mlpipes_tests.sandbox import CHECKOUT
+
+STARTED = Started(step=0, total_steps=9, precision="fp32", workers=1)
 
 
 class Notebook(Jobs):
@@ -25,7 +27,7 @@ class Notebook(Jobs):
     def __init__(self) -> None:
         self.entries: list[tuple[str, JobHandle]] = []
         self.environment: Mapping[str, str] = {}
-        self.state = "RUNNING"
+        self.state = JobState.RUNNING
 
     def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
         mine = [handle for known, handle in self.entries if known == name]
@@ -43,7 +45,7 @@ class Notebook(Jobs):
         return JobStatus(self.state)
 
     def ask_to_stop(self, handle: JobHandle) -> None:
-        self.state = "CANCELLED"
+        self.state = JobState.STOPPED
 
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         return ""
@@ -107,7 +109,7 @@ def test_a_job_that_lives_is_attached_to_and_one_that_ended_is_followed_by_the_n
     first = place.attach_or_submit(job)
     assert place.attach_or_submit(job).id == first.id
     assert len(place.entries) == 1
-    place.state = "FAILED"
+    place.state = JobState.FAILED
     assert [place.attach_or_submit(job).attempt for _ in range(2)] == [2, 3]
 
 
@@ -115,7 +117,7 @@ def test_attempts_count_on_where_the_place_has_forgotten_them(job: TrainingJob) 
     place = Notebook()
     place.attach_or_submit(job)
     assert Notebook().attach_or_submit(job).attempt == 2, "the first left its specification"
-    MessageWriter(job.folder.messages(4))("started")
+    MessageWriter(job.folder.messages(4))(STARTED)
     assert Notebook().attach_or_submit(job).attempt == 5
 
 
@@ -124,16 +126,19 @@ def test_a_requeued_job_is_followed_into_its_next_attempt_from_its_first_message
         poll_seconds = 0.0
 
         def status(self, handle: JobHandle) -> JobStatus:
-            return JobStatus(REQUEUED, "PREEMPTED", 2) if handle.attempt == 1 else JobStatus("SUCCEEDED")
+            return (
+                JobStatus(JobState.REQUEUED, "PREEMPTED", 2) if handle.attempt == 1 else JobStatus(JobState.SUCCEEDED)
+            )
 
     place = Queue()
     handle = place.attach_or_submit(job)
     for attempt, steps in ((1, 9), (2, 2)):  # the second has written less than the first
         for step in range(steps):
-            MessageWriter(job.folder.messages(attempt))("progress", attempt=attempt, step=step)
+            MessageWriter(job.folder.messages(attempt))(CheckpointSaved(step=step, path=f"of a{attempt}"))
     seen = list(place.follow(handle, job.folder))
-    assert [m["attempt"] for m in seen if m["kind"] == "progress"] == [1] * 9 + [2] * 2
-    assert [m["kind"] for m in seen if m["kind"] != "progress"] == ["requeued", "ended"]
+    assert [event.path for event in seen if isinstance(event, CheckpointSaved)] == ["of a1"] * 9 + ["of a2"] * 2
+    assert seen[9] == Requeued(2, "PREEMPTED")
+    assert seen[12:] == [Ended(JobStatus(JobState.SUCCEEDED))]
 
 
 def test_two_callers_at_once_submit_one_job(job: TrainingJob) -> None:
@@ -155,7 +160,7 @@ def test_stopping_waits_until_the_job_has_ended(job: TrainingJob) -> None:
 
         def status(self, handle: JobHandle) -> JobStatus:
             self.asked += 1
-            return JobStatus("RUNNING" if self.asked < 3 else "STOPPED")
+            return JobStatus(JobState.RUNNING if self.asked < 3 else JobState.STOPPED)
 
     place = Slow()
     place.stop(place.attach_or_submit(job), timeout_seconds=300)
@@ -178,11 +183,13 @@ class Clock:
             self.then()
 
 
-@pytest.mark.parametrize("kind", ["stopping", "finished"])
-def test_a_last_checkpoint_is_waited_for(job: TrainingJob, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("last", [Stopping(step=1), Finished(step=1, total_steps=1, best={})])
+def test_a_last_checkpoint_is_waited_for(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch, last: Stopping | Finished
+) -> None:
     messages = MessageWriter(job.folder.messages(1))
-    messages("started", step=0)
-    clock = Clock(lambda: messages(kind, step=1))
+    messages(STARTED)
+    clock = Clock(lambda: messages(last))
     monkeypatch.setattr(jobs, "time", clock)
     ask_for_last_checkpoint(job.folder, 1, seconds=30)
     assert job.folder.stop_request(1).exists()
@@ -190,7 +197,7 @@ def test_a_last_checkpoint_is_waited_for(job: TrainingJob, monkeypatch: pytest.M
 
 
 def test_a_last_checkpoint_is_not_waited_for_for_ever(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    MessageWriter(job.folder.messages(1))("started", step=0)
+    MessageWriter(job.folder.messages(1))(STARTED)
     clock = Clock(lambda: None)
     monkeypatch.setattr(jobs, "time", clock)
     ask_for_last_checkpoint(job.folder, 1, seconds=30)
@@ -198,7 +205,7 @@ def test_a_last_checkpoint_is_not_waited_for_for_ever(job: TrainingJob, monkeypa
 
 
 def test_who_has_not_begun_to_train_has_nothing_to_save(job: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    MessageWriter(job.folder.messages(1))("driver", attempt=1)
+    MessageWriter(job.folder.messages(1))(DriverStarted(attempt=1, workload="digits", scale="w1-b1-e1-g0"))
     clock = Clock(lambda: None)
     monkeypatch.setattr(jobs, "time", clock)
     ask_for_last_checkpoint(job.folder, 1, seconds=30)

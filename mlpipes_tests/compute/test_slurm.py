@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlpipes.compute.jobs import LOST, REFUSED, REQUEUED, JobHandle
+from mlpipes.compute.jobs import JobHandle, JobState
 from mlpipes.compute.places import jobs_for
 from mlpipes.compute.slurm import SlurmJobs, SlurmSettings, run_slurm, shape
 from mlpipes.errors import ConfigError, ScaleError
@@ -96,11 +96,11 @@ def line(state: str, reason: str = "None", restarts: int = 0, name: str = "f-0-a
         (line("TIMEOUT", "TimeLimit"), "FAILED", 0),
         (line("NODE_FAIL", "NodeDown"), "FAILED", 0),
         (line("CANCELLED"), "STOPPED", 0),
-        (line("PENDING", "PartitionConfig"), REFUSED, 0),
-        (line("PENDING", "Job's account not known, so it can't use this partition (x)"), REFUSED, 0),
-        (line("PENDING", "BeginTime", restarts=1), REQUEUED, 3),
-        (line("RUNNING", restarts=2), REQUEUED, 4),
-        (line("RUNNING", number="8"), LOST, 0),
+        (line("PENDING", "PartitionConfig"), JobState.REFUSED, 0),
+        (line("PENDING", "Job's account not known, so it can't use this partition (x)"), JobState.REFUSED, 0),
+        (line("PENDING", "BeginTime", restarts=1), JobState.REQUEUED, 3),
+        (line("RUNNING", restarts=2), JobState.REQUEUED, 4),
+        (line("RUNNING", number="8"), JobState.LOST, 0),
     ],
 )
 def test_what_slurm_says_of_a_job(monkeypatch: pytest.MonkeyPatch, listed: str, state: str, attempt: int) -> None:

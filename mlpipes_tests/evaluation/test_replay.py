@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlpipes.compute.jobs import JobHandle
+from mlpipes.compute.jobs import Ended, JobHandle, JobState, JobStatus
 from mlpipes.errors import ConfigError
 from mlpipes.evaluation.replay import Comparison, replay
 from mlpipes.store.files import read_record, write_record
@@ -29,10 +29,10 @@ class JobsHere:
         self.job = job
         return JobHandle(name, 1, attached=False)
 
-    def follow(self, handle: JobHandle, folder: TrainingFolder) -> Iterator[dict[str, Any]]:
+    def follow(self, handle: JobHandle, folder: TrainingFolder) -> Iterator[Ended]:
         assert self.job is not None
         run_here(self.job)
-        yield {"kind": "ended", "status": "SUCCEEDED"}
+        yield Ended(JobStatus(JobState.SUCCEEDED))
 
 
 @pytest.fixture

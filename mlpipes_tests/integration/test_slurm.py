@@ -20,7 +20,7 @@ from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
 from mlpipes.scaling.report import make_report, prices_from_environment
 from mlpipes.store.layout import Store, TrainingFolder
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
 from mlpipes_tests.barriers import Barriers, epochs
@@ -244,8 +244,8 @@ def test_cancelled_by_an_administrator_and_out_of_time(
     folder = training.training_folder()
     assert folder is not None
     before, after = read_messages(folder.messages(2))[0], read_messages(folder.messages(3))[0]
-    (stopped,) = [message["step"] for message in before if message["kind"] == "stopping"]
-    (resumed,) = [message["step"] for message in after if message["kind"] == "resumed"]
+    (stopped,) = [message.step for message in before if isinstance(message, Stopping)]
+    (resumed,) = [message.step for message in after if isinstance(message, Resumed)]
     assert resumed >= stopped, "the last checkpoint was made on demand, so not a step was lost"
 
 
@@ -274,7 +274,7 @@ def test_a_node_that_dies_is_replaced(cluster: SlurmCluster, tmp_path: Path, exp
 
 def started(folder: TrainingFolder, attempt: int) -> bool:
     """Whether an attempt's workers have begun to train."""
-    return any(message["kind"] == "started" for message in read_messages(folder.messages(attempt))[0])
+    return any(isinstance(message, Started) for message in read_messages(folder.messages(attempt))[0])
 
 
 def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_cancelled_run_cancels_its_job(cluster: SlurmCluster, tmp_path: Path) 
     folder = training.training_folder()
     assert folder is not None
     messages = read_messages(folder.messages(1))[0]
-    (stopped,) = [message["step"] for message in messages if message["kind"] == "stopping"]
+    (stopped,) = [message.step for message in messages if isinstance(message, Stopping)]
     assert (folder.checkpoints / f"step-{stopped:08d}").is_dir(), "a last checkpoint"
     from mlpipes.tracking.runs import Tracker
 

@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 
 from mlpipes.compute import stacks
-from mlpipes.compute.jobs import LOST, REQUEUED, JobHandle, Jobs, JobStatus
+from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration import following
 from mlpipes.orchestration.following import MAX_JOBS, _Restarts, follow_training
@@ -19,7 +19,7 @@ from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.training_job import TrainingJob
 from mlpipes_tests.compute.test_jobs import job_in
 
-RUNNING, SUCCEEDED = JobStatus("RUNNING"), JobStatus("SUCCEEDED")
+RUNNING, SUCCEEDED = JobStatus(JobState.RUNNING), JobStatus(JobState.SUCCEEDED)
 Answers = Iterator[JobStatus]
 
 
@@ -49,7 +49,7 @@ class Place(Jobs):
 
     def ask_to_stop(self, handle: JobHandle) -> None:
         self.stopped.append(handle)
-        self.answers = iter([JobStatus("STOPPED")] * 9)
+        self.answers = iter([JobStatus(JobState.STOPPED)] * 9)
 
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         return "what it printed"
@@ -103,7 +103,7 @@ def requeued(job: TrainingJob) -> Callable[[], Answers]:
 
     def script() -> Answers:
         yield RUNNING
-        yield JobStatus(REQUEUED, "PREEMPTED", 2)
+        yield JobStatus(JobState.REQUEUED, "PREEMPTED", 2)
         yield from standing_still(job, 2)()
 
     return script
@@ -146,7 +146,7 @@ def test_a_job_that_says_nothing_is_stopped_and_its_stacks_are_kept(
 
 
 def test_a_job_that_nobody_knows_any_more_is_submitted_again(job: TrainingJob) -> None:
-    place = Place(lambda: iter([RUNNING, JobStatus(LOST)]), finishing(job))
+    place = Place(lambda: iter([RUNNING, JobStatus(JobState.LOST)]), finishing(job))
     follow(place, job)
     assert [handle.attempt for handle in place.submitted] == [1, 2]
     assert place.stopped == []
@@ -166,7 +166,7 @@ def test_after_a_requeue_it_is_the_new_attempt_that_is_stopped_and_whose_stacks_
 
 
 def test_who_gets_no_further_is_given_up_with_what_was_printed(job: TrainingJob) -> None:
-    place = Place(*[lambda: iter([RUNNING, JobStatus("FAILED", "crashed")])] * MAX_JOBS)
+    place = Place(*[lambda: iter([RUNNING, JobStatus(JobState.FAILED, "crashed")])] * MAX_JOBS)
     with pytest.raises(TrainingFailedError, match=r"5 jobs in a row .*\(crashed\):\nwhat it printed"):
         follow(place, job)
 

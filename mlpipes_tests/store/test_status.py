@@ -1,11 +1,12 @@
 import io
+from typing import Any
 
 import pytest
 
 from mlpipes.errors import CorruptionError
 from mlpipes.store.files import write_record
 from mlpipes.store.layout import Store
-from mlpipes.store.messages import MessageWriter
+from mlpipes.store.messages import CheckpointSaved, Failed, MessageWriter, Progressed, Stopping, read_messages
 from mlpipes.store.status import all_statuses, progress_text
 from mlpipes.training.checkpoints import checkpoint_rows, prune_checkpoints
 from mlpipes_tests.training.harness import make_job, run_here
@@ -29,15 +30,15 @@ def test_the_store_tells_the_state_of_a_training(trained) -> None:
     assert progress_text(status)["step"] == "36/36"
     assert (status.checkpoint, progress_text(status)["checkpoint"], status.error) == (36, "36", None)
     trained.folder.result.unlink()
-    MessageWriter(trained.folder.messages(2))("failed", error="on purpose", fatal=True)
+    MessageWriter(trained.folder.messages(2))(Failed(error="on purpose", fatal=True))
     (status,) = all_statuses(store)
     assert (status.state, status.error) == ("failed", "on purpose")
-    figures = {"loss": 1.0, "samples_per_second": 9.0, "eta_seconds": 3.0, "epoch": 0.5}
-    MessageWriter(trained.folder.messages(10))("progress", step=5, total_steps=36, **figures)
+    figures: dict[str, Any] = {"loss": 1.0, "samples_per_second": 9.0, "eta_seconds": 3.0, "epoch": 0.5}
+    MessageWriter(trained.folder.messages(10))(Progressed(step=5, total_steps=36, **figures))
     (status,) = all_statuses(store)
     assert (status.state, status.step, progress_text(status)["ETA s"]) == ("running", 5, "3")
-    MessageWriter(trained.folder.messages(10))("stopping", step=5)
-    MessageWriter(trained.folder.messages(10))("progress", step=6, total_steps=36, **figures)  # until it is ended
+    MessageWriter(trained.folder.messages(10))(Stopping(step=5))
+    MessageWriter(trained.folder.messages(10))(Progressed(step=6, total_steps=36, **figures))  # until it is ended
     (status,) = all_statuses(store)
     assert (status.state, progress_text(status)["ETA s"]) == ("stopped", "–")
 
@@ -63,7 +64,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_failures_say_why(trained, monk
         assert text in narrow, "whole"
     assert "fingerprint" not in narrow
     trained.folder.result.unlink()
-    MessageWriter(trained.folder.messages(2))("failed", error="on [purpose]\nand so on", fatal=True)
+    MessageWriter(trained.folder.messages(2))(Failed(error="on [purpose]\nand so on", fatal=True))
     assert f"digits {SCALE} seed 0: on [purpose]\n" in shown(80)
 
 
@@ -87,7 +88,7 @@ def test_a_last_checkpoint_is_written_when_asked_for(tmp_path) -> None:
     job.folder.stop_request(1).parent.mkdir(parents=True)
     job.folder.stop_request(1).touch()
     run_here(job)
-    messages = job.folder.messages(1).read_text()
-    assert '"kind": "stopping"' in messages
-    first = messages.index('"kind": "checkpoint"')
-    assert messages.index('"step": 1,', first) < messages.index('"kind": "stopping"')
+    messages, _ = read_messages(job.folder.messages(1))
+    saved = next(message for message in messages if isinstance(message, CheckpointSaved))
+    assert saved.step == 1
+    assert isinstance(messages[messages.index(saved) + 2], Stopping), "after its metrics"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlpipes.errors import DiskFullError
-from mlpipes.store.messages import read_messages
+from mlpipes.store.messages import Finished, read_messages
 from mlpipes.training import disk_full
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes_tests.conftest import missing
@@ -64,7 +64,7 @@ def test_a_training_waits_for_room_and_ends_in_the_same_model(
     assert curve(outcome) == curve(expected)
     assert not list(small_disk.rglob(".tmp*"))
     # The last message is whole, whatever became of those that were written while there was no room.
-    assert read_messages(job.folder.messages(1))[0][-1]["kind"] == "finished"
+    assert isinstance(read_messages(job.folder.messages(1))[0][-1], Finished)
 
 
 def test_without_room_a_training_fails_clearly_and_keeps_its_last_checkpoint(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlpipes.store.lease import Lease
-from mlpipes.store.messages import MessageWriter, read_messages
+from mlpipes.store.messages import MessageWriter, Warned, read_messages
 from mlpipes.training.driver import _watch_over
 from mlpipes_tests.compute.test_jobs import job_in
 
@@ -30,4 +30,5 @@ def test_a_driver_whose_training_was_taken_over_says_so_and_ends(
     with pytest.raises(_EndedError, match="1"):
         _watch_over(job, lost, MessageWriter(job.folder.messages(1)), threading.Event())
     (message,) = read_messages(job.folder.messages(1))[0]
-    assert "taken over" in message["text"]
+    assert isinstance(message, Warned)
+    assert "taken over" in message.text
