@@ -12,15 +12,15 @@ from pathlib import Path
 from mlpipes_tests.waiting import until
 
 HASTE = "MLPIPES_TEST_HASTE"
-"""Environment variable: how many times fewer epochs than usual the trainings that wait at barriers have, three at least."""
+"""Environment variable: how many times fewer steps than usual the trainings that wait at barriers have (`held.py`)."""
 _LOOK_SECONDS = 0.02
 _PAUSE_SECONDS = 0.6
 """A barrier holds a training at least so long: messages of progress are half a second apart, so the next step sends one."""
 
 
-def epochs(usual: int) -> int:
-    """How many epochs a training has that usually has so many; three at least, for barriers lie behind the first."""
-    return max(3, usual // int(os.environ.get(HASTE, "1")))
+def haste() -> int:
+    """How many times faster than usual trainings are to be that wait at barriers."""
+    return int(os.environ.get(HASTE, "1"))
 
 
 class Barriers:

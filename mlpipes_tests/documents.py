@@ -139,9 +139,3 @@ def words_of(command: str) -> list[str]:
     while words and re.match(r"[A-Z][A-Z0-9_]*=", words[0]):
         words.pop(0)
     return [words[0].removeprefix(".venv/bin/"), *words[1:]] if words else []
-
-
-OUTSIDE: dict[str, str] = dict(
-    zip(("diabetes", "flowers"), page("docs/own-data-and-workloads.md").blocks("python")[1:3], strict=True)
-)
-"""The workloads of packages of one's own, by name; workloads/test_outside_packages.py trains them."""

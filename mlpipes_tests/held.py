@@ -1,9 +1,11 @@
 """The workload `digits` behind barriers: the project's own in everything but that it waits where a test says so."""
 
+from dataclasses import replace
+
 from mlpipes.store.layout import home
 from mlpipes.workloads import image_classification
 from mlpipes.workloads.image_classification import ImageClassification, ImageHyperparameters
-from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.barriers import Barriers, haste
 
 
 class Held(ImageClassification):
@@ -16,4 +18,9 @@ class Held(ImageClassification):
 
 
 _original = image_classification.digits
-digits = Held(_original.source, _original.split, _original.hyperparameters)
+_FULL, _LEAST = 1258, 128
+"""Training samples of digits, and of a single batch."""
+_split = _original.split if haste() == 1 else replace(_original.split, train_cap=max(_LEAST, _FULL // haste()))
+digits = Held(_original.source, _split, _original.hyperparameters)
+REFERENCE = "mlpipes.workloads.image_classification:digits" if haste() == 1 else "mlpipes_tests.held:digits"
+"""What an uninterrupted training runs that a held one is compared with: the project's own, unless that is too slow."""

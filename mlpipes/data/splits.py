@@ -81,20 +81,20 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
         test[SOURCE_INDEX] = np.arange(len(next(iter(test.values()))), dtype=np.int64)
         test_hashes = content_hashes(test, content)
     keep, report = _without_duplicates(train_hashes, test_hashes, train.get("label"))
-    train = _rows(train, keep)
-
-    splits: dict[str, dict[str, Any]] = {}
+    # Rows are only numbers until all is decided, so that large columns are copied once.
+    keys = _rows({name: train[name] for name in (SOURCE_INDEX, plan.stratify_by, plan.group_by) if name in train}, keep)
+    parts: dict[str, dict[str, Any]] = {}
     if test is None:
         assert plan.test_fraction is not None  # noqa: S101 - narrowed above
-        train, splits["test"] = _divided(train, plan.test_fraction, plan, "test")
-    else:
-        splits["test"] = test
-    total = len(next(iter(train.values()))) + (len(splits["test"][SOURCE_INDEX]) if test is None else 0)
-    share = plan.validation_fraction * total / len(train[SOURCE_INDEX])
-    splits["train"], splits["validation"] = _divided(train, share, plan, "validation")
-    rows = len(splits["train"][SOURCE_INDEX])
+        keys, parts["test"] = _divided(keys, plan.test_fraction, plan, "test")
+    total = len(keep)
+    share = plan.validation_fraction * total / len(keys[SOURCE_INDEX])
+    parts["train"], parts["validation"] = _divided(keys, share, plan, "validation")
+    rows = len(parts["train"][SOURCE_INDEX])
     if plan.train_cap is not None and plan.train_cap < rows:
-        _, splits["train"] = _divided(splits["train"], plan.train_cap / rows, replace(plan, group_by=None), "training")
+        _, parts["train"] = _divided(parts["train"], plan.train_cap / rows, replace(plan, group_by=None), "training")
+    splits = {"test": test} if test is not None else {}
+    splits |= {name: _rows(train, part[SOURCE_INDEX]) for name, part in parts.items()}
     _assert_disjoint(splits, content)
     return splits, report
 

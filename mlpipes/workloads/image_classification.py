@@ -1,5 +1,6 @@
 """Image classification: the task family, and its workloads `digits` and `cifar10`."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import TorchProgram
 from mlpipes.workloads.optimization import adamw, muon, sgd, trapezoid
+
+_PIXELS_AT_ONCE = 1 << 22
+"""As int64, 32 MiB."""
 
 
 class ImageHyperparameters(Hyperparameters):
@@ -69,10 +73,22 @@ class ImageClassification(Classification):
         self.source, self.split, self.hyperparameters, self.network = source, split, hyperparameters, network
 
     def statistics(self, train: Columns) -> dict[str, Any]:
-        """Mean and standard deviation of each channel over the training split."""
-        pixels = np.asarray(train["image"], dtype=np.float64)
-        std = pixels.std(axis=(0, 2, 3))
-        return {"mean": pixels.mean(axis=(0, 2, 3)).tolist(), "std": np.where(std > 0, std, 1).tolist()}
+        """Mean and standard deviation of each channel over the training split, exact until they are rounded."""
+        images = train["image"]
+        rows = max(1, _PIXELS_AT_ONCE // images[0].size)
+        sums = squares = np.zeros(images.shape[1], dtype=np.int64)
+        for start in range(0, len(images), rows):
+            pixels = np.asarray(images[start : start + rows])
+            sums = sums + pixels.sum(axis=(0, 2, 3), dtype=np.int64)
+            squares = squares + np.square(pixels, dtype=np.int64).sum(axis=(0, 2, 3))
+        n = images.size // images.shape[1]
+        # Python's integers do not overflow, and their quotient is rounded once.
+        exact = list(zip(sums.tolist(), squares.tolist(), strict=True))
+        variances = [(n * square - total**2) / n**2 for total, square in exact]
+        return {
+            "mean": [total / n for total, _ in exact],
+            "std": [math.sqrt(variance) or 1.0 for variance in variances],
+        }
 
     def build_model(self, hp: ImageHyperparameters, info: DataInfo) -> nn.Module:
         """The network behind the normalization of the training split, in the memory order that convolutions like best."""

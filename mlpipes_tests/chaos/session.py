@@ -13,6 +13,7 @@ from mlpipes.compute.stacks import processes_of
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Message, read_messages
 from mlpipes_tests.chaos.processes import command_of, environment_of
+from mlpipes_tests.held import REFERENCE as IMPLEMENTATION
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
 from mlpipes_tests.waiting import until
@@ -49,7 +50,7 @@ class Session:
         self.sandbox.environment["MLPIPES_SCALES"] = str(path / "scales.yaml")
         self.mlflow_port = free_port()
         self.sandbox.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.mlflow_port}"
-        self.expected = run_here(make_job(path / "reference", reference))
+        self.expected = run_here(make_job(path / "reference", reference, IMPLEMENTATION))
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.dev = None

@@ -7,7 +7,6 @@ import pytest
 
 from mlpipes.store.messages import Resumed, Stopping, read_messages
 from mlpipes.training.checkpoints import Checkpoints
-from mlpipes_tests.barriers import epochs
 from mlpipes_tests.chaos.session import Session
 from mlpipes_tests.chaos.trial import run_trial
 from mlpipes_tests.conftest import missing
@@ -22,7 +21,7 @@ PLACE = 0.5
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     if not (CHECKOUT / ".venv" / ".installed").is_file() or shutil.which("bash") is None:
         missing("`make install` was not run in this checkout")
-    scales = (f"w{workers}-b128-e{epochs(12)}-g0" for workers in (2, 1))
+    scales = (f"w{workers}-b128-e12-g0" for workers in (2, 1))
     with Session(tmp_path_factory.mktemp("chaos"), scale=next(scales), reference=next(scales)) as made:
         yield made
 

@@ -23,14 +23,15 @@ from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
-from mlpipes_tests.barriers import Barriers, epochs
+from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.held import REFERENCE
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 from mlpipes_tests.training.harness import make_job, run_here
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 pytestmark = pytest.mark.slurm
-SCALE = f"w1-b128-e{epochs(12)}-g0"
+SCALE = "w1-b128-e12-g0"
 EARLY, LATE = 0.4, 0.7
 """Where the trainings wait."""
 
@@ -53,7 +54,7 @@ def idle(cluster: SlurmCluster) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The outcome of the same training, uninterrupted, in one process, without Ray and Slurm."""
-    return run_here(make_job(tmp_path_factory.mktemp("reference"), SCALE))
+    return run_here(make_job(tmp_path_factory.mktemp("reference"), SCALE, REFERENCE))
 
 
 class Training:
@@ -156,7 +157,7 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
     definitions = build_defs(catalog=[entry])
     checkpoints = definitions.resolve_assets_def(dg.AssetKey(["digits", "checkpoints"]))
     assert checkpoints.op.pool is None, "a job that waits in Slurm's queue holds no slot of Dagster"
-    local = run_here(make_job(tmp_path / "reference", scales[0]))
+    local = run_here(make_job(tmp_path / "reference", scales[0], REFERENCE))
     with dg.DagsterInstance.ephemeral() as instance:
         for scale, nodes in zip(scales, ("1", "2"), strict=True):
             chain = definitions.resolve_job_def("digits_chain")

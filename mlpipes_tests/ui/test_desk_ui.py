@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.barriers import epochs
 from mlpipes_tests.browser import OUTPUT, browser_page, picture
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.waiting import until
 
 pytestmark = pytest.mark.browser
-LONG, SHORT = f"w1-b64-e{epochs(12)}-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
+LONG, SHORT = "w1-b64-e12-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
 FIRST = SHORT[0]
 ALL = [*SHORT, LONG]  # the dialog shows four at most by name
 EARLY, LATE = 0.4, 0.8
