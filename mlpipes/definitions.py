@@ -1,5 +1,6 @@
 """The Dagster definitions: explicit lists composed, nothing else."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +12,19 @@ from mlpipes.orchestration.jobs import jobs_of
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow
-from mlpipes.workloads.catalog import Entry, configured
+from mlpipes.workloads.catalog import Entry, configured, problems
 
 
 def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
-    """All definitions of a catalog (default: the project's, with the scales of `$MLPIPES_SCALES`).
+    """All definitions of a catalog (default: as configured: the project's, what other packages add, the file of scales).
 
-    `resources` replaces resources by key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
+    What is wrong with another package is a warning in the log of the code location, once. `resources` replaces resources by
+    key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
     """
     entries = configured() if catalog is None else tuple(catalog)
+    if catalog is None:
+        for problem in problems().values():
+            logging.getLogger(__name__).warning(problem)
     store = StoreResource()
     return dg.Definitions(
         assets=[asset for entry in entries for asset in workload_assets(entry)],

@@ -33,6 +33,7 @@ HERE = {
     ".venv/bin/mlpipes compare digits/w1-b128-e30-g0 digits/w2-b128-e30-g0": "the same model, bit for bit",
     ".venv/bin/mlpipes replay digits w1-b128-e30-g0": "equal, bit for bit",
     ".venv/bin/mlpipes fetch cifar10": "CIFAR-10 is in",
+    ".venv/bin/mlpipes new diabetes": "diabetes is written",
     ".venv/bin/mlpipes ray down": "Ray ended.",
 }
 ELSEWHERE = {

@@ -1,8 +1,8 @@
-"""The command line: `mlpipes demo | dev | backfill | status | checkpoints | replay | report | …`; `--help` lists all."""
+"""The command line: `mlpipes demo | dev | new | backfill | status | replay | report | …`; `--help` lists all."""
 
 import typer
 
-from mlpipes.cli import machine, models, training
+from mlpipes.cli import machine, models, new, training
 
 app = typer.Typer(
     help="Durable ML training as Dagster assets.",
@@ -11,5 +11,5 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for part in (machine, training, models):
+for part in (machine, training, models, new):
     app.add_typer(part.app)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mlpipes.errors import UserError
 from mlpipes.store.layout import default_store
-from mlpipes.workloads.catalog import entry_named
+from mlpipes.workloads.catalog import entry_named, problems
 
 console = Console()
 _UNBOUNDED = 10_000
@@ -43,6 +43,12 @@ def scale_named(workload: str, scale: str) -> str:
     from mlpipes.store.status import trained_scales
 
     return entry_named(workload).scale(scale, trained_scales(default_store(), workload)).key
+
+
+def tell_problems() -> None:
+    """Say what is wrong with workloads of other packages, where something is; in commands that are about all workloads."""
+    for problem in problems().values():
+        console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def fitting(rows: Sequence[Mapping[str, str]], *expendable: str) -> Table:

@@ -3,16 +3,17 @@
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from mlpipes.cli.common import console, friendly
+from mlpipes.cli.common import console, friendly, tell_problems
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
-from mlpipes.workloads.catalog import configured, entry_named
+from mlpipes.workloads.catalog import configured, entry_named, offered
 
 app = typer.Typer()
 ray_app = typer.Typer(help="The private local Ray of this machine.", no_args_is_help=True)
 app.add_typer(ray_app, name="ray")
-doctor_app = typer.Typer(help="Say what a place to train needs and what is missing.", no_args_is_help=True)
+doctor_app = typer.Typer(help="Say what training needs and what is missing.", no_args_is_help=True)
 app.add_typer(doctor_app, name="doctor")
 
 
@@ -43,6 +44,7 @@ def dev(
     """Serve the Dagster UI (and, if asked for, the MLflow UI) on this machine."""
     from mlpipes.orchestration.dev_server import serve
 
+    tell_problems()
     serve(console, port, mlflow_port if mlflow else None, verbose=verbose)
 
 
@@ -111,8 +113,33 @@ def doctor_slurm(probe: Annotated[bool, typer.Option(help="also send a small job
     good = True
     for found in examine_slurm({entry.name: entry.scales for entry in configured()}, default_store(), probe=probe):
         good &= found.good
-        mark = "[green]good[/]   " if found.good else "[bold red]missing[/]"
-        console.print(f"{mark} {found.what}: ", end="")
-        console.print(found.detail, soft_wrap=True, markup=False, highlight=False)
+        _finding(found.good, found.what, found.detail)
     if not good:
         raise typer.Exit(1)
+
+
+@doctor_app.command("workloads")
+@friendly
+def doctor_workloads() -> None:
+    """Load every workload that another package adds, and say what is wrong with it."""
+    good = True
+    for offer in offered():
+        problem = offer.problem
+        if offer.entry:
+            try:
+                offer.entry.load()
+            except Exception as error:  # whatever the package's code raises
+                problem = problem or f"workload {offer.name!r} of {offer.packages}: {type(error).__name__}: {error}"
+        good &= not problem
+        detail = problem or f"{offer.entry and offer.entry.summary} ({offer.packages})"
+        _finding(not problem, offer.name, detail, bad="wrong  ")
+    if not offered():
+        console.print("No package adds a workload. `mlpipes new` writes one to start from.")
+    if not good:
+        raise typer.Exit(1)
+
+
+def _finding(good: bool, what: str, detail: str, bad: str = "missing") -> None:
+    mark = "[green]good[/]   " if good else f"[bold red]{bad}[/]"
+    console.print(f"{mark} {escape(what)}: ", end="")
+    console.print(detail, soft_wrap=True, markup=False, highlight=False)

@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.progress import Progress
 
-from mlpipes.cli.common import console, fitting, friendly, scale_named
+from mlpipes.cli.common import console, fitting, friendly, scale_named, tell_problems
 from mlpipes.compute.jobs import Event
 from mlpipes.store.layout import default_store
 from mlpipes.store.messages import Progressed
@@ -37,6 +37,7 @@ def scales() -> None:
         for s in entry.scales
     ]
     console.print(fitting(rows, "CPUs/worker", "GPUs/worker", "epochs", "global batch"))
+    tell_problems()
 
 
 @app.command()

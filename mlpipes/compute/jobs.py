@@ -5,6 +5,7 @@ submitted. What a job achieved is read from the store by the caller; this module
 """
 
 import hashlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,16 @@ def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float
         time.sleep(0.1)
 
 
+def python_path() -> str:
+    """`PYTHONPATH` for a job that shares this machine's files: this checkout, then what it is here.
+
+    A workload's package may be on nothing else; where a job begins is not here, so that relative folders are made absolute.
+    """
+    here = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    checkout = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(dict.fromkeys([checkout, *(str(Path(folder).absolute()) for folder in here)]))
+
+
 class Jobs(ABC):
     """A place where trainings run as jobs. All methods raise ConnectionError if it does not answer for long."""
 
@@ -165,7 +176,7 @@ class Jobs(ABC):
                 "PYTHONUNBUFFERED": "1",
             }
             if self.shares_machine:
-                environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+                environment["PYTHONPATH"] = python_path()
             specification = job.model_copy(update={"attempt": attempt}).write()
             about = f"{recipe.workload} {recipe.scale.key} Dagster run {job.requested_by}"
             return self.submit(name, specification, attempt, environment, about)

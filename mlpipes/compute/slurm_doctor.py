@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlpipes.compute.jobs import python_path
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmSettings, run_slurm, shape
 from mlpipes.errors import ConfigError, PreflightError, UserError
 from mlpipes.scales import RayScaleConfig
@@ -80,7 +81,7 @@ def _probe(settings: SlurmSettings, store: Store) -> str:
     )
     lines = list(settings.setup)
     if settings.python == sys.executable:  # as for a training
-        lines.append(f"export PYTHONPATH={shlex.quote(str(Path(__file__).resolve().parents[2]))}")
+        lines.append(f"export PYTHONPATH={shlex.quote(python_path())}")
     lines += [f"{settings.python} -c {shlex.quote(checks)} > {shlex.quote(str(witness))}"]
     options = shape(RayScaleConfig(workers=1, batch_size=1, epochs=1), settings)
     try:

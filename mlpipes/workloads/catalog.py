@@ -1,65 +1,20 @@
-"""The catalog: the explicit list of workloads and the scales each is offered at. Adding one is one entry here.
+"""The catalog: the explicit list of workloads and the scales each is offered at, and what other packages add to it.
 
-Nothing in here imports torch, so that the Dagster definitions load fast; `Entry.load` imports the implementation.
+Adding one here is one entry. Nothing in here imports torch, so that the Dagster definitions load fast; `Entry.load` imports
+the implementation.
 """
 
-import importlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from mlpipes.errors import ConfigError, ScaleError
-from mlpipes.scales import SCALES_VARIABLE, RayScaleConfig, load_scale_file, scales_of
+from mlpipes.errors import ConfigError
+from mlpipes.scales import SCALES_VARIABLE, load_scale_file
+from mlpipes.workloads.entry import Entry, entry, load_workload
+from mlpipes.workloads.packages import Offer, offers
 
-if TYPE_CHECKING:
-    from mlpipes.workloads.base import Workload
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One workload as the asset layer sees it."""
-
-    name: str
-    summary: str
-    implementation: str
-    """`module:attribute` of the workload instance."""
-    scales: tuple[RayScaleConfig, ...]
-    kind: str = "pytorch"
-
-    def load(self) -> "Workload":
-        """The workload itself; imports torch."""
-        return load_workload(self.implementation)
-
-    def scale(self, key: str, trained: Iterable[str] = ()) -> RayScaleConfig:
-        """One of its scales by partition key, or one of `trained`: keys that may have been in the catalog once.
-
-        Raises ScaleError, which says what there is and how to add one, for a key that is malformed or in neither.
-        `trained` is only read for a key that the catalog lacks.
-        """
-        declared = [scale.key for scale in self.scales]
-        if key in declared or key in (others := list(trained)):
-            return RayScaleConfig.from_key(key)
-        known = ", ".join(declared) + (f"; trained before: {', '.join(others)}" if others else "")
-        try:
-            wanted = RayScaleConfig.from_key(key).key
-        except ScaleError as error:
-            raise ScaleError(f"{error}\n{self.name} has {known}.") from error
-        if path := os.environ.get(SCALES_VARIABLE):
-            how = f"add it under `{self.name}:` in {path}, the file that {SCALES_VARIABLE} names."
-        else:
-            how = (
-                f"name a file with all scales that {self.name} is to have in {SCALES_VARIABLE}, for example\n"
-                f"{self.name}:\n  [{', '.join([*declared, wanted])}]"
-            )
-        raise ScaleError(f"{self.name} has no scale {key}; it has {known}.\nTo have it, {how}")
-
-
-def entry(name: str, summary: str, implementation: str, scales: Iterable[str]) -> Entry:
-    """A catalog entry with its scales given as keys."""
-    return Entry(name, summary, implementation, scales_of(scales, f"catalog, workload {name}"))
-
+__all__ = ["CATALOG", "Entry", "configured", "entry", "entry_named", "load_workload", "offered", "problems"]
 
 CATALOG = (
     entry(
@@ -89,30 +44,43 @@ CATALOG = (
 )
 
 
-def load_workload(implementation: str) -> "Workload":
-    """The workload instance at `module:attribute`. Raises ConfigError if there is none."""
-    module, _, attribute = implementation.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"workload {implementation!r} cannot be loaded: {error}") from error
-    return found
+def offered() -> tuple[Offer, ...]:
+    """What other packages offer, by the entry point group `mlpipes.workloads`."""
+    return offers(frozenset(entry.name for entry in CATALOG))
 
 
-def configured(entries: Iterable[Entry] = CATALOG) -> tuple[Entry, ...]:
-    """The catalog with the scales of the file that `$MLPIPES_SCALES` names, where it names one."""
-    entries = tuple(entries)
+def problems() -> dict[str, str]:
+    """What is wrong with the workloads of other packages, by workload; one with a problem may be there all the same."""
+    return {offer.name: offer.problem for offer in offered() if offer.problem}
+
+
+def configured() -> tuple[Entry, ...]:
+    """The catalog and what other packages add to it, with the scales of the file that `$MLPIPES_SCALES` names."""
+    entries = (*CATALOG, *(offer.entry for offer in offered() if offer.entry))
     if not (path := os.environ.get(SCALES_VARIABLE)):
         return entries
-    replaced = load_scale_file(Path(path), [e.name for e in entries])
+    # A workload that is left out for now has its scales left out as well, which is no error of the file.
+    replaced = load_scale_file(Path(path), [*(e.name for e in entries), *problems()])
     return tuple(replace(e, scales=replaced.get(e.name, e.scales)) for e in entries)
 
 
 def entry_named(name: str, entries: Iterable[Entry] | None = None) -> Entry:
-    """A workload of a catalog (default: as configured). Raises ConfigError listing those that it has."""
+    """A workload of a catalog (default: as configured).
+
+    Raises ConfigError listing those that it has, or saying why one of another package is left out.
+    """
     known = {entry.name: entry for entry in (configured() if entries is None else entries)}
-    if name not in known:
-        raise ConfigError(
-            f"unknown workload {name!r}; known are {', '.join(known)}. To add one, write an entry in {__name__}."
+    if name in known:
+        return known[name]
+    wrong = problems()
+    if name in wrong:
+        raise ConfigError(wrong[name])
+    raise ConfigError(
+        "\n".join(
+            [
+                f"unknown workload {name!r}; known are {', '.join(known)}. To add one, write a package (`mlpipes new`), or "
+                f"an entry in {__name__}.",
+                *wrong.values(),
+            ]
         )
-    return known[name]
+    )

@@ -1,5 +1,6 @@
 """The contract of places that run trainings: who is attached to, how attempts are counted, asking for a last checkpoint."""
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import CheckpointSaved, DriverStarted, Finished, MessageWriter, Started, Stopping
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import TrainingJob
+from mlpipes_tests.sandbox import CHECKOUT
 
 STARTED = Started(step=0, total_steps=9, precision="fp32", workers=1)
 
@@ -24,6 +26,7 @@ class Notebook(Jobs):
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, JobHandle]] = []
+        self.environment: Mapping[str, str] = {}
         self.state = JobState.RUNNING
 
     def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
@@ -34,6 +37,7 @@ class Notebook(Jobs):
         self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
     ) -> JobHandle:
         assert TrainingJob.read(specification).attempt == attempt
+        self.environment = environment
         self.entries.append((name, JobHandle(f"{name}-a{attempt}", attempt, attached=False)))
         return self.entries[-1][1]
 
@@ -73,6 +77,31 @@ def test_a_training_has_one_name_and_another_store_another(tmp_path: Path) -> No
     assert Jobs.name_of(here) == Jobs.name_of(job_in(tmp_path / "a"))
     assert Jobs.name_of(here) != Jobs.name_of(there)
     assert Jobs.name_of(here).startswith(here.recipe.fingerprint), "people find it by the fingerprint"
+
+
+@pytest.mark.parametrize(
+    ("set_here", "expected"),
+    [(None, []), ("", []), (f"/packages{os.pathsep}{os.pathsep}mine", ["/packages", "{}/mine"])],
+)
+def test_what_is_on_the_python_path_here_is_there_for_a_job_on_this_machine(
+    job: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_here: str | None, expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if set_here is not None:
+        monkeypatch.setenv("PYTHONPATH", set_here)
+    place = Notebook()
+    place.attach_or_submit(job)
+    checkout, *others = place.environment["PYTHONPATH"].split(os.pathsep)
+    assert checkout == str(CHECKOUT)
+    assert others == [folder.format(tmp_path) for folder in expected]
+
+
+def test_a_job_elsewhere_has_its_own_python_path(job: TrainingJob) -> None:
+    place = Notebook()
+    place.shares_machine = False
+    place.attach_or_submit(job)
+    assert "PYTHONPATH" not in place.environment
 
 
 def test_a_job_that_lives_is_attached_to_and_one_that_ended_is_followed_by_the_next_attempt(job: TrainingJob) -> None:

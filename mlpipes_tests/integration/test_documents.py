@@ -16,7 +16,8 @@ from mlpipes_tests.documents import HERE, page, pages
 from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, graphql, wait_for
 
 SCALES = ("w1-b128-e30-g0", "w2-b128-e30-g0", "w4-b128-e30-g0-c0.5")
-SHAPES, FLOWERS, ENTRY = page("docs/own-data-and-workloads.md").blocks("python")
+SHAPES, FLOWERS, DIABETES, ENTRY = page("docs/own-data-and-workloads.md").blocks("python")
+"""What `mlpipes new` writes of the second and the third is in workloads/test_outside_packages.py."""
 (REVIEWS,) = page("docs/text.md").blocks("python")
 (CHAMPION,) = page("docs/mlflow.md").blocks("python")
 YAML = [(document, block) for document in pages() for block in document.blocks("yaml")]
@@ -100,7 +101,7 @@ def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Sandbox) ->
 # -- examples ---------------------------------------------------------------------------------------------------------
 def test_every_example_is_tried_below() -> None:
     examples = [block for document in pages() for block in document.blocks("python")]
-    assert set(examples) == {SHAPES, FLOWERS, ENTRY, REVIEWS, CHAMPION}
+    assert set(examples) == {SHAPES, FLOWERS, DIABETES, ENTRY, REVIEWS, CHAMPION}
     assert {next(iter(yaml.safe_load(block))) for _, block in YAML} == {"ops", "digits", "run_launcher"}
 
 
