@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 def rows_digest(columns: Columns, content: Sequence[str]) -> str:
-    """SHA-256 (hex) over a split's content and labels, row by row: whether two models were judged on the same samples.
+    """SHA-256 (hex) over a split's content and labels, row by row: whether two models were evaluated on the same samples.
 
     Row numbers, and what else a source or a preparation puts beside them, do not count. Raises KeyError for a column that
     is not there.

@@ -26,8 +26,8 @@ from mlpipes.store.files import (
     digest_of,
     open_published,
     publishing,
+    quarantine,
     read_record,
-    set_aside,
     sha256_file,
     write_record,
 )
@@ -112,7 +112,7 @@ def open_snapshot(path: Path) -> Snapshot:
     except CorruptionError as error:
         raise CorruptionError(
             f"the snapshot is corrupt: {str(error).rstrip('.')}. Materialize `snapshot` and what follows it again: it is "
-            "built anew, what is corrupt is kept as evidence, and the training goes on from its last checkpoint."
+            "rebuilt, what is corrupt is kept as evidence, and the training resumes from its last checkpoint."
         ) from error
 
 
@@ -200,7 +200,7 @@ def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "")
     """The snapshot that a workload needs of a source with a given digest; built only if it is not there yet.
 
     `code` is the digest of the code that builds it (`preparation_version`); it may be empty where the store does not
-    outlive the code. Also returns warnings: a snapshot found corrupt is set aside as evidence and built again. Raises
+    outlive the code. Also returns warnings: a corrupt snapshot is quarantined as evidence and rebuilt. Raises
     DataError if the source no longer has that digest.
     """
     from mlpipes.errors import DataError
@@ -220,7 +220,7 @@ def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "")
     except (FileNotFoundError, FormatError):
         pass
     except CorruptionError as error:
-        evidence = set_aside(
+        evidence = quarantine(
             pointer if str(pointer) in str(error) else store.snapshots / read_record(pointer)["digest"]
         )
         warnings.append(f"{str(error).rstrip('.')}. Kept as {evidence.name}; the snapshot is built again.")

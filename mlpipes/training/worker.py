@@ -47,7 +47,7 @@ def train_on_ray(config: dict[str, Any]) -> None:
         train(job, workers, device, lease)
     except Exception as error:
         if _another_worker_is_gone(error):
-            raise  # Ray Train starts the workers again, and they go on from the last checkpoint
+            raise  # Ray Train starts the workers again, and they resume from the last checkpoint
         # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
         notify = MessageWriter(job.folder.messages(job.attempt))
         notify(Failed(error=explained(error), fatal=True, rank=workers.rank))

@@ -164,7 +164,7 @@ def test_equal_pictures_with_other_labels_are_reported() -> None:
 
 
 @pytest.mark.parametrize("victim", ["train.image.npy", "validation.label.npy", "MANIFEST.json"])
-def test_a_flipped_byte_is_found_and_named_then_set_aside(tmp_path: Path, victim: str) -> None:
+def test_a_flipped_byte_is_found_and_named_then_quarantine(tmp_path: Path, victim: str) -> None:
     snapshot = make(tmp_path)
     path = snapshot.path / victim
     content = bytearray(path.read_bytes())
