@@ -85,10 +85,11 @@ class Snapshot:
         """
         if (noted := self.meta.get("rows", {}).get(split)) is not None:
             return noted
-        try:
-            return rows_digest(self.columns(split), self.meta["plan"]["content"])
-        except KeyError:
+        # Only a plan that names its content tells it from what a preparation has added.
+        content = self.meta["plan"]["content"]
+        if not content or not set(content) <= set(self.meta["columns"]):
             return self.digest
+        return rows_digest(self.columns(split), content)
 
     def columns(self, split: str) -> dict[str, Any]:
         """The memory-mapped, read-only columns of a split."""
