@@ -69,7 +69,7 @@ def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: Trai
 
 
 def finished(folder: TrainingFolder) -> dict[str, Any] | None:
-    """The outcome of a training that has one; a corrupt record is quarantined, for it can be rebuilt from the checkpoints."""
+    """The outcome of a training that has one; a corrupt record is quarantined, and rebuilt from the checkpoints."""
     try:
         return read_record(folder.result)
     except FileNotFoundError:

@@ -158,8 +158,8 @@ class Checkpoints:
         # Also when an earlier attempt set them aside: a retry must not start over behind the user's back.
         if steps or (self.folder.is_dir() and any(".corrupt-" in path.name for path in self.folder.iterdir())):
             raise CorruptionError(
-                f"no checkpoint in {self.folder} is usable: {'; '.join(messages) or 'all are quarantined'}. They are kept as "
-                "evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
+                f"no checkpoint in {self.folder} is usable: {'; '.join(messages) or 'all are quarantined'}. They are kept "
+                "as evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
             )
         return None, messages
 

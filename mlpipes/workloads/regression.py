@@ -13,7 +13,10 @@ from mlpipes.workloads.base import DataInfo, Look, Workload
 
 
 class Regression(Workload):
-    """A number for each sample: column `label` float64 (N,), predictions `value` (N,) in the labels' unit."""
+    """A number for each sample: column `label` float64 (N,), predictions `value` (N,) in the labels' unit.
+
+    Under autocast a network may answer in bf16, which has three digits: `.float()` before its answer is put to that unit.
+    """
 
     # Not a correlation, which sees neither size nor place: best of all may be what is always near the mean.
     metric = Metric("root_mean_squared_error", higher_is_better=False)
