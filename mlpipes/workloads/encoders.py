@@ -1,16 +1,14 @@
 """Encoders of BERT's kind: a pretrained one by name or folder, or a tiny one with a tokenizer of its own."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from mlpipes.errors import ConfigError, DataError
+from mlpipes.errors import DataError
 from mlpipes.store.files import sha256_file
 
 ENCODER, TOKENIZER = "encoder", "tokenizer"
@@ -21,6 +19,8 @@ _NEVER_READ = (
     *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"),
 )
 """Files in a model's folder that neither its encoder nor any tokenizer is made from."""
+_SAID = 240
+"""Characters of another program's error in ours."""
 
 
 class Encoder(Protocol):
@@ -57,30 +57,125 @@ class Pretrained:
         return {"encoder": self.name, "files": {path.name: sha256_file(path) for path in files}}
 
     def prepare(self, train_texts: Iterable[str], scratch: Path) -> Any:
-        """Link the weights, save the tokenizer."""
-        from transformers import AutoTokenizer
+        """Link the weights, less a head that comes with them; save the tokenizer."""
+        from mlpipes.data.hub import WEIGHTS_INDEX, weight_files
 
-        folder = self._folder()
-        (scratch / ENCODER).mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (scratch / ENCODER / name).symlink_to(folder / name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+        folder, target = self._folder(), scratch / ENCODER
+        _check_config(folder)
+        tokenizer = _tokenizer(folder)
+        target.mkdir()
+        (target / "config.json").symlink_to(folder / "config.json")
+        names = weight_files(folder)
+        dropped = _own_head(folder, names)
+        for name in names:
+            _link(folder / name, target / name, dropped)
+        if len(names) > 1:
+            index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] = {key: name for key, name in index["weight_map"].items() if key not in dropped}
+            (target / WEIGHTS_INDEX).write_text(json.dumps(index), encoding="utf-8")
         tokenizer.save_pretrained(scratch / TOKENIZER)
         return tokenizer
 
     def _folder(self) -> Path:
-        from mlpipes.data.hub import model_folder
+        from mlpipes.data.hub import model_folder, weight_files
 
         folder = model_folder(self.name).resolve()
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise DataError(
-                    f"{folder} has no {name}; an encoder is a folder with config.json, model.safetensors, tokenizer"
-                )
+        if not (folder / "config.json").is_file():
+            raise DataError(
+                f"{folder} has no config.json; an encoder is a folder with config.json, model.safetensors, tokenizer"
+            )
+        weight_files(folder)
         return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers' warnings and progress bars off: that a head is new, or has another size, is what is meant."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def in_a_line(error: BaseException) -> str:
+    """What a library's error says, short enough for a message."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= _SAID else said[:_SAID] + '…'}"
+
+
+def _check_config(folder: Path) -> None:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING:
+            raise DataError(f"{folder} needs code that comes with it ({path.name}: auto_map), and no such code is run")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path} is no configuration that transformers can read: {in_a_line(error)}") from error
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise DataError(f"{path}: transformers has no classifier of texts for a {config.model_type!r}")
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(f"{folder} has no tokenizer that transformers can read: {in_a_line(error)}") from error
+    # Without its files, a tokenizer is made all the same, and takes every word for an unknown one.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(
+            f"{folder} has no tokenizer: it needs {' or '.join(type(tokenizer).vocab_files_names.values())}"
+        )
+    return tokenizer
+
+
+def _own_head(folder: Path, names: Sequence[str]) -> set[str]:
+    """The tensors of a head that was trained for something else: if its last layer is there, all outside of the encoder."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    keys: set[str] = set()
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                keys.update(file.keys())
+        except Exception as error:
+            raise DataError(f"{folder / name} cannot be read ({in_a_line(error)}); get it again") from error
+    outputs = 9973  # as many as no other layer has
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, num_labels=outputs, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    inner = f"{model.base_model_prefix}."
+    head = {name: p for name, p in model.named_parameters() if not name.startswith(inner)}
+    last = {name for name, p in head.items() if outputs in p.shape}
+    return keys & set(head) if keys & last else set()
+
+
+def _link(weights: Path, target: Path, dropped: set[str]) -> None:
+    """The same weights in another folder, less some tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(weights, "pt") as file:
+        names = set(file.keys())
+        if not names & dropped:
+            target.symlink_to(weights)
+        elif kept := names - dropped:
+            save_file({name: file.get_tensor(name) for name in sorted(kept)}, target, metadata={"format": "pt"})
 
 
 @dataclass(frozen=True)
@@ -138,86 +233,8 @@ def wordpiece_tokenizer(texts: Sequence[str], size: int) -> Any:
     return BertTokenizer(vocab=learner.get_vocab())
 
 
-def build(
-    files: Path, outputs: int, names: Mapping[int, str] | None, dropout: float | None, attention_dropout: float
-) -> Any:
-    """The encoder of a snapshot's files with a fresh head of so many outputs; pretrained weights where there are any."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    folder = files / ENCODER
-    labels = {"id2label": dict(names), "label2id": {name: number for number, name in names.items()}} if names else {}
-    config = AutoConfig.from_pretrained(folder, num_labels=outputs, trust_remote_code=False, **labels)
-    # Encoders of BERT's kind use the first names, DistilBERT the second.
-    wanted = dict.fromkeys(("attention_probs_dropout_prob", "attention_dropout"), attention_dropout)
-    if dropout is not None:
-        wanted |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), dropout)
-    for field, value in wanted.items():
-        if hasattr(config, field):
-            setattr(config, field, value)
-    options = {"attn_implementation": "sdpa", "trust_remote_code": False}
-    if not (folder / "model.safetensors").is_file():
-        return AutoModelForSequenceClassification.from_config(config, **options)
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # that the head is new is no news
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, **options
-        ).float()
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
-
-
-Pooling = Literal["own", "mean"]
-"""What of an encoder's output its head sees: what its kind has by default (the first token, mostly), or the mean."""
-
-
-def pool(model: Any, pooling: Pooling) -> None:
-    """Prepare a model for `logits_of` with this pooling. Raises ConfigError if its head cannot do with it."""
-    if pooling == "mean":
-        if not isinstance(getattr(model, "classifier", None), nn.Linear):
-            raise ConfigError(f"pooling 'mean' needs a head of one linear layer; {type(model).__name__} has another")
-        for unused in ("pooler", "pre_classifier"):
-            if (module := getattr(model.base_model, unused, getattr(model, unused, None))) is not None:
-                module.requires_grad_(False)
-
-
-def logits_of(model: Any, pooling: Pooling, mask: Tensor | None, **inputs: Tensor) -> Tensor:
-    """The head's outputs (B, outputs) float32 for token ids (B, L), of which `mask` (B, L) says which are real."""
-    if pooling == "own":
-        return model(attention_mask=mask, **inputs).logits.float()
-    hidden = model.base_model(attention_mask=mask, **inputs).last_hidden_state.float()
-    weights = torch.ones_like(hidden[:, :, :1]) if mask is None else mask.unsqueeze(-1).float()
-    return model.classifier(model.dropout((hidden * weights).sum(1) / weights.sum(1))).float()
-
-
-def freeze(model: Any, embeddings: bool, layers: int) -> None:
-    """Exclude the embeddings and the first layers of an encoder from training, in place.
-
-    Nothing is propagated back through what lies below the first layer that is trained. Raises ConfigError if the encoder
-    has fewer layers.
-    """
-    base, count = model.base_model, model.config.num_hidden_layers
-    if layers > count:
-        raise ConfigError(f"freeze_layers is {layers}, but the encoder has {count} layers")
-    # Its name differs from architecture to architecture, its length does not.
-    stack = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    for module in [*([base.embeddings] if embeddings else []), *stack[:layers]]:
-        module.requires_grad_(False)
-
-
 def tokenizer_of(files: Path) -> Any:
     """The tokenizer of a snapshot's files."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(files / TOKENIZER, local_files_only=True, trust_remote_code=False)
-
-
-def positions_of(files: Path) -> int:
-    """The longest sequence that an encoder takes, tokens."""
-    return int(
-        json.loads((files / ENCODER / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings", 512)
-    )

@@ -45,11 +45,29 @@ class TextModel(PythonModel):
         return pd.DataFrame({"label": labels} | {f"p({n})": probabilities[:, i] for i, n in enumerate(names)})
 
     def _logits(self, inputs):
-        if self.model.config.mlpipes["pooling"] == "own":
-            return self.model(**inputs).logits
-        real = inputs["attention_mask"].unsqueeze(-1)
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        return self.model.classifier((hidden * real).sum(1) / real.sum(1))
+        # As `logits_of` in mlpipes/workloads/encoder_models.py.
+        model, mask = self.model, inputs["attention_mask"]
+        if model.config.mlpipes["pooling"] == "own":
+            return model(**inputs).logits
+        if isinstance(getattr(model, "classifier", None), torch.nn.Linear) and hasattr(model, "dropout"):
+            return model.classifier(_mean_of_tokens(model, model.base_model(**inputs).last_hidden_state, mask))
+
+        def averaged(module, arguments, output):
+            output["last_hidden_state"] = _mean_of_tokens(model, output[0], mask).unsqueeze(1).expand_as(output[0])
+            return output
+
+        handle = model.base_model.register_forward_hook(averaged)
+        try:
+            return model(**inputs).logits
+        finally:
+            handle.remove()
+
+
+def _mean_of_tokens(model, hidden, mask):
+    weights = mask.unsqueeze(-1).float()
+    while weights.shape[1] > hidden.shape[1]:
+        weights = model.base_model.encoder.attention_structure.pool_tensor(weights, mode="min")
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 mlflow.models.set_model(TextModel())

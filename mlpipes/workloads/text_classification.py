@@ -27,19 +27,9 @@ from mlpipes.reporting.report import Table
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import PythonCode
-from mlpipes.workloads.encoders import (
-    TOKENIZER,
-    Encoder,
-    Pooling,
-    Pretrained,
-    Tiny,
-    build,
-    freeze,
-    logits_of,
-    pool,
-    positions_of,
-    tokenizer_of,
-)
+from mlpipes.workloads.encoder_models import Pooling, build, freeze, logits_of, pool
+from mlpipes.workloads.encoder_trial import Trial
+from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
 from mlpipes.workloads.regression import Regression
 from mlpipes.workloads.tensors import RaggedTensor, on_device
@@ -49,6 +39,7 @@ SST2_MODEL_VARIABLE = "MLPIPES_SST2_MODEL"
 SHORT_TOKENS = 128
 SERVED_CODE = Path(__file__).with_name("served_text_model.py")
 _SHOWN_CHARACTERS = 300
+_CPU = torch.device("cpu")
 
 
 class TextHyperparameters(Hyperparameters):
@@ -100,19 +91,40 @@ class TextWorkload(Workload):
         return {"max_length": self.max_length, **self.encoder.describe()}
 
     def prepare(self, splits: Mapping[str, Columns], facts: Mapping[str, Any], scratch: Path) -> Prepared:
-        """Tokenize every split once; a vocabulary, where one is learnt, sees the training split only."""
+        """Tokenize every split once; a vocabulary, where one is learnt, sees the training split only.
+
+        The encoder is tried: raises DataError or ConfigError if it does not fit its tokenizer or the texts.
+        """
         self._check(facts)
         train = splits["train"]
         texts = [text for name in ("text", "text_pair") if name in train for text in train[name].texts()]
         tokenizer = self.encoder.prepare(texts, scratch)
-        if (positions := positions_of(scratch)) < self.max_length:
-            raise ConfigError(f"max_length is {self.max_length}, but the encoder takes {positions} tokens at most")
+        info = DataInfo(facts, {}, scratch)
+        name = str(getattr(self.encoder, "name", type(self.encoder).__name__))
+        trial = Trial(name, scratch, tokenizer, self._outputs(info)[0])
+        if trial.positions is not None and trial.positions < self.max_length:
+            raise ConfigError(
+                f"max_length is {self.max_length}, but the encoder takes {trial.positions} tokens at most"
+            )
+        trial.settle(texts)
         tokenized, cut = {}, {}
         for name, columns in splits.items():
             encoded, cut[name] = self.tokenized(tokenizer, columns)
             tokenized[name] = dict(columns) | encoded
+        self._try(trial, tokenized["train"])
         files = {p.relative_to(scratch).as_posix(): p for p in sorted(scratch.rglob("*")) if p.is_file()}
         return Prepared(tokenized, dict(facts) | {"truncated": cut}, files)
+
+    def _try(self, trial: Trial, train: Columns) -> None:
+        """The longest text and the shortest go through the encoder together."""
+        trial.check_known(train["tokens"])
+        lengths = train["tokens"].lengths
+        if len(lengths) == 0:
+            return
+        extremes = np.array([lengths.argmax(), lengths.argmin()])
+        columns = on_device({name: train[name][extremes] for name in ("tokens", "types") if name in train}, _CPU)
+        batch = self.batch(columns, torch.arange(2), self.hyperparameters(), augment=False)
+        trial.run(lambda model: self._logits(model, batch, self.hyperparameters()))
 
     def tokenized(self, tokenizer: Any, columns: Columns) -> tuple[dict[str, Ragged], int]:
         """`tokens` (and `types`, of pairs) int32, and how many rows were cut to `max_length`."""
@@ -125,8 +137,10 @@ class TextWorkload(Workload):
         again = [[part[row] for row in longest] for part in parts]
         cut = sum(len(ids) > self.max_length for ids in tokenizer(*again)["input_ids"]) if longest else 0
         found = {"tokens": Ragged.of([np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]], np.int32)}
-        if len(parts) == 2 and "token_type_ids" in encoded:
-            found["types"] = Ragged.of([np.array(t, dtype=np.int32) for t in encoded["token_type_ids"]], np.int32)
+        types = encoded.get("token_type_ids", [])
+        # Of a single text, most tokenizers say nothing but zeros.
+        if types and (len(parts) == 2 or any(any(row) for row in types)):
+            found["types"] = Ragged.of([np.array(row, dtype=np.int32) for row in types], np.int32)
         return found, cut
 
     @abstractmethod
@@ -153,7 +167,8 @@ class TextWorkload(Workload):
         outputs, names = self._outputs(info)
         model = build(info.files, outputs, names, hp.dropout, hp.attention_dropout)
         pool(model, hp.pooling)
-        freeze(model, hp.freeze_embeddings or hp.freeze_layers > 0, hp.freeze_layers)
+        if hp.freeze_embeddings or hp.freeze_layers:
+            freeze(model, True, hp.freeze_layers)
         return model
 
     def optimizers(self, model: nn.Module, hp: TextHyperparameters) -> Sequence[torch.optim.Optimizer]:
@@ -197,16 +212,20 @@ class TextWorkload(Workload):
         return batch
 
     def _logits(self, model: Any, batch: Batch, hp: TextHyperparameters) -> Tensor:
-        real = batch["attention_mask"]
-        inputs = {"token_type_ids": batch["token_type_ids"]} if "token_type_ids" in batch else {}
-        pad = model.config.pad_token_id or 0
-        ids = batch["input_ids"].masked_fill(~real, pad)
+        real, pad = batch["attention_mask"], model.config.pad_token_id or 0
+        inputs = {"input_ids": batch["input_ids"].masked_fill(~real, pad)}
+        if "token_type_ids" in batch:
+            inputs["token_type_ids"] = batch["token_type_ids"]
+        if model.pads_left:
+            length = real.shape[1]
+            turned = (torch.arange(length, device=real.device) + real.sum(1, keepdim=True)) % length
+            real, inputs = real.gather(1, turned), {name: rows.gather(1, turned) for name, rows in inputs.items()}
         # Without padding no mask is needed, and attention is faster.
         mask = None if bool(real.all()) else real.long()
         # The fused kernel for CPUs is slow for short texts: 93 against 124 samples per CPU-second of 13 tokens each.
-        short = ids.device.type == "cpu" and ids.shape[1] <= SHORT_TOKENS
+        short = real.device.type == "cpu" and real.shape[1] <= SHORT_TOKENS
         with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
-            return logits_of(model, hp.pooling, mask, input_ids=ids, **inputs)
+            return logits_of(model, hp.pooling, mask, **inputs)
 
     # -- serving ------------------------------------------------------------------------------------------------------
     def deployable(self, model: Any, hp: TextHyperparameters, info: DataInfo, columns: Columns) -> PythonCode:
@@ -230,7 +249,7 @@ class TextWorkload(Workload):
         self, model: Any, hp: TextHyperparameters, info: DataInfo, texts: Mapping[str, Sequence[str]]
     ) -> dict[str, Sequence[Any]]:
         """What the model says of new texts, on the CPU: `label` and a probability for each class, or `value`."""
-        columns = on_device(self.raw_columns(texts["text"], texts.get("text_pair"), info), torch.device("cpu"))
+        columns = on_device(self.raw_columns(texts["text"], texts.get("text_pair"), info), _CPU)
         model.cpu().eval()
         with torch.no_grad():
             rows = torch.arange(len(texts["text"]))
