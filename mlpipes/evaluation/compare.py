@@ -8,8 +8,8 @@ from mlpipes.errors import ConfigError
 from mlpipes.evaluation.records import Evaluation, evaluations_of
 from mlpipes.reporting.report import Table
 from mlpipes.reporting.statistics import Difference, paired, unpaired
-from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.status import find_training, trained_scales
 from mlpipes.workloads.catalog import Entry, entry_named
@@ -90,11 +90,11 @@ def _described(store: Store, evaluation: Evaluation) -> dict[str, Any]:
     from mlpipes.data.snapshot import open_snapshot
 
     folder = store.training(evaluation.meta["fingerprint"])
-    recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+    recipe, outcome = Recipe.read(folder.recipe), Outcome.read(folder.result)
     described: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
-        "environment": outcome["environment"],
-        "precision": outcome["precision"],
+        "environment": outcome.environment,
+        "precision": outcome.precision,
     }
     try:
         meta = open_snapshot(store.snapshots / recipe.snapshot).meta

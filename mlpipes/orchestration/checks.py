@@ -12,6 +12,7 @@ from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.evaluation import gates
 from mlpipes.orchestration.metadata import user_errors
 from mlpipes.orchestration.resources import RayResource, StoreResource
+from mlpipes.store.outcome import Outcome
 from mlpipes.workloads.catalog import Entry
 
 REPLAY = "replay"
@@ -128,11 +129,9 @@ def _loss_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinitio
         blocking=["loss_finite"],
     )
     def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
-        from mlpipes.store.files import read_record
-
         with user_errors():
             reference = _reference(store, asset, context.partition_key)
-            history = read_record(store.store.training(reference["fingerprint"]).result)["history"]
+            history = Outcome.read(store.store.training(reference["fingerprint"]).result).history
         losses = [value for name, value, *_ in history if name == "train/loss"]
         yield dg.AssetCheckResult(
             passed=all(math.isfinite(value) for name, value, *_ in history if name.endswith("loss")),

@@ -17,18 +17,18 @@ from mlpipes.evaluation.records import (
 from mlpipes.orchestration.metadata import link, mapping_table, picture, report_metadata
 from mlpipes.orchestration.resources import MlflowResource, StoreResource
 from mlpipes.reporting.model_card import model_card
-from mlpipes.store.files import read_record
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.workloads.catalog import Entry
 
 SPLIT = "test"
 
 
-def _open(store: StoreResource, reference: dict[str, Any]) -> tuple[TrainingFolder, Recipe, Snapshot, dict[str, Any]]:
+def _open(store: StoreResource, reference: dict[str, Any]) -> tuple[TrainingFolder, Recipe, Snapshot, Outcome]:
     folder = store.store.training(reference["fingerprint"])
     try:
-        recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+        recipe, outcome = Recipe.read(folder.recipe), Outcome.read(folder.result)
         return folder, recipe, open_snapshot(store.store.snapshots / recipe.snapshot), outcome
     except FileNotFoundError as error:
         raise ConfigError(
@@ -115,7 +115,7 @@ def materialize_evaluation(
     evaluation = publish_evaluation(folder, report, scores, title, meta)
     tracker, run_id = mlflow.tracker(), reference["mlflow_run_id"]
     estimates = {f"{SPLIT}/{name}": estimate.value for name, estimate in report.estimates.items()}
-    tracker.log_values(run_id, estimates, step=outcome["steps"])
+    tracker.log_values(run_id, estimates, step=outcome.steps)
     tracker.log_files(run_id, f"evaluation/{evaluation.name}", sorted(evaluation.path.iterdir()))
     metric = trained.workload.metric.name
     history = evaluations_of(store.store, entry.name, recipe.scale.key)

@@ -20,8 +20,9 @@ from mlpipes.scaling.table import (
     scaling_rows,
     scaling_table,
 )
-from mlpipes.store.files import digest_of, read_record, write_atomic, write_record
+from mlpipes.store.files import digest_of, write_atomic, write_record
 from mlpipes.store.layout import Store
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.status import all_statuses
 from mlpipes.training.code_version import code_version
@@ -153,7 +154,7 @@ def make_report(
 
 def _why_unreadable(store: Store, reference: dict[str, Any], metric: Metric) -> str | None:
     """Why an evaluation cannot be in the report, where it is of a time when the workload had another metric."""
-    best = read_record(store.training(reference["fingerprint"]).result)["best"]["metrics"]
+    best = Outcome.read(store.training(reference["fingerprint"]).result).best.metrics
     if metric.name in best and metric.name in reference["estimates"]:
         return None
     return f"trained before {metric.name} was its metric; materialize it again"
@@ -161,7 +162,7 @@ def _why_unreadable(store: Store, reference: dict[str, Any], metric: Metric) -> 
 
 def _result(store: Store, reference: dict[str, Any], metric: Metric) -> tuple[ScaleResult, Recipe]:
     folder = store.training(reference["fingerprint"])
-    recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+    recipe, outcome = Recipe.read(folder.recipe), Outcome.read(folder.result)
     shared = recipe.model_dump(mode="json")
     for field in ("workers", "gpus_per_worker", "cpus_per_worker"):
         del shared["scale"][field]
@@ -169,16 +170,16 @@ def _result(store: Store, reference: dict[str, Any], metric: Metric) -> tuple[Sc
         scale=recipe.scale,
         snapshot=recipe.snapshot,
         code=recipe.code,
-        validation=outcome["best"]["metrics"][metric.name],
+        validation=outcome.best.metrics[metric.name],
         test=reference["estimates"][metric.name],
         metric=metric,
-        train_seconds=outcome["train_seconds"],
-        samples_per_second=outcome["samples_per_second"],
-        weights_digest=outcome["weights_digest"],
+        train_seconds=outcome.train_seconds,
+        samples_per_second=outcome.samples_per_second,
+        weights_digest=outcome.weights_digest,
         # Seconds on different hardware do not compare either.
-        comparable=digest_of(shared | {"device": outcome["environment"]["device"]}),
-        samples=outcome["samples"],
-        usage=outcome.get("usage"),
+        comparable=digest_of(shared | {"device": outcome.environment["device"]}),
+        samples=outcome.samples,
+        usage=outcome.usage,
     ), recipe
 
 

@@ -19,7 +19,6 @@ from mlpipes.evaluation.records import Evaluation, evaluations_of, open_evaluati
 from mlpipes.orchestration.store_identity import check_store
 from mlpipes.scales import scales_of
 from mlpipes.scaling.report import Prices, make_report
-from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store, TrainingFolder, default_store
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import read_messages
@@ -58,14 +57,14 @@ def entry(name: str) -> Entry:
 
 def opened(store: Store, workload: str, scale: str) -> tuple[TrainingFolder, Recipe]:
     folder = find_training(store, workload, scale)
-    return folder, Recipe.model_validate(read_record(folder.recipe))
+    return folder, Recipe.read(folder.recipe)
 
 
 def test_what_describes_trainings_parses(store: Store) -> None:
     folders = [TrainingFolder(path) for path in store.root.glob("trainings/*/")]
     assert len(folders) == 3
     for folder in folders:
-        recipe = Recipe.model_validate(read_record(folder.recipe))
+        recipe = Recipe.read(folder.recipe)
         assert recipe.fingerprint == folder.fingerprint, "its name is what it was"
         job = TrainingJob.read(folder.specification(1))
         assert job.recipe == recipe
