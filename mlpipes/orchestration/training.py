@@ -17,6 +17,7 @@ from mlpipes.store.files import quarantine
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import SnapshotReference, TrainingReference
 from mlpipes.store.training_job import Checkpointing, Tracking, TrainingJob
 from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import Entry
@@ -83,7 +84,7 @@ def finished(folder: TrainingFolder) -> Outcome | None:
 def materialize_training(
     context: dg.AssetExecutionContext,
     entry: Entry,
-    snapshot_reference: dict[str, Any],
+    snapshot_reference: SnapshotReference,
     config: TrainingConfig,
     store: StoreResource,
     ray: RayResource,
@@ -93,7 +94,7 @@ def materialize_training(
     from mlpipes.compute import preflight
 
     started = time.monotonic()
-    snapshot = open_snapshot(store.store.snapshots / snapshot_reference["digest"])
+    snapshot = open_snapshot(store.store.snapshots / snapshot_reference.digest)
     # Retries of a fresh start resume it, so it is named after the first run of the family.
     root_run = context.run.tags.get("dagster/root_run_id") or context.run.root_run_id or context.run.run_id
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
@@ -154,9 +155,8 @@ def materialize_training(
     tracker.log_history(run_id, outcome.history)
     tracker.log_values(run_id, {"train/seconds": outcome.train_seconds}, step=outcome.steps)
     tracker.set_status(run_id, "FINISHED")
-    reference = {"fingerprint": recipe.fingerprint, "mlflow_run_id": run_id, "snapshot": snapshot.digest}
     return dg.MaterializeResult(
-        value=reference,
+        value=TrainingReference(fingerprint=recipe.fingerprint, mlflow_run_id=run_id, snapshot=snapshot.digest),
         data_version=dg.DataVersion(outcome.weights_digest),
         metadata=_metadata(entry, recipe, outcome, folder)
         | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},

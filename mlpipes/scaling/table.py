@@ -1,11 +1,11 @@
 """Scaling: what more workers bought and cost, what the law behind it forecasts, and which scale to take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlpipes.reporting.metric import Metric
-from mlpipes.reporting.report import Table
+from mlpipes.reporting.report import Estimate, Table
 from mlpipes.scales import RayScaleConfig
 from mlpipes.scaling.law import ScalingLaw, fit_scaling_law
 from mlpipes.store.outcome import Usage
@@ -21,8 +21,7 @@ class ScaleResult:
     snapshot: str
     code: str
     validation: float
-    test: Mapping[str, Any]
-    """An `Estimate` as JSON."""
+    test: Estimate
     train_seconds: float
     samples_per_second: float
     weights_digest: str
@@ -70,7 +69,7 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
                 "workers": result.scale.workers,
                 "epochs": result.scale.epochs,
                 "validation": result.validation,
-                **{key: result.test[key] for key in ("value", "low", "high", "n")},
+                **asdict(result.test),
                 "train_seconds": result.train_seconds,
                 "samples_per_second": result.samples_per_second,
                 "baseline": None if alone else baseline.scale.key,
@@ -88,7 +87,7 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
                 "comparable": result.comparable,
                 "pareto": False,
                 # The greater the better, whatever the metric: what scales are ranked by.
-                "score": result.metric.score(result.test["value"]),
+                "score": result.metric.score(result.test.value),
                 "validation_score": result.metric.score(result.validation),
             }
         )

@@ -23,6 +23,7 @@ from mlpipes.store.messages import (
     read_messages,
 )
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import TrainingReference
 from mlpipes.store.training_job import TrainingJob
 
 _SILENT_SECONDS = 60
@@ -146,10 +147,10 @@ def find_training(store: Store, workload: str, scale: str, run: str | None = Non
     is none, or more than one.
     """
     if run is None:
-        reference = store.read_reference(workload, "checkpoints", scale)
+        reference = store.read_reference(TrainingReference, workload, scale)
         if reference is None:
             raise ConfigError(f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first")
-        return store.training(reference["fingerprint"])
+        return store.training(reference.fingerprint)
     found = []
     for path in sorted(store.root.glob("trainings/*/recipe.json")):
         folder = TrainingFolder(path.parent)
