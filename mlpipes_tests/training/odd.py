@@ -59,11 +59,10 @@ class OtherRandomNumbers(Plain):
     """Draws from NumPy and Python, for the first weights and for augmentation."""
 
     def build_model(self, hp: Any, info: DataInfo) -> nn.Module:
-        model = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))
-        assert isinstance(model[0], nn.Linear)
+        layer = nn.Linear(5, 1)
         with torch.no_grad():
-            model[0].weight.copy_(torch.from_numpy(np.random.randn(1, 5)))
-        return model
+            layer.weight.copy_(torch.from_numpy(np.random.randn(1, 5)))
+        return nn.Sequential(layer, nn.Flatten(0))
 
     def batch(self, columns: Mapping[str, Any], rows: Tensor, hp: Any, *, augment: bool) -> Batch:
         found = super().batch(columns, rows, hp, augment=augment)

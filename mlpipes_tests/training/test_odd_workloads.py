@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,8 +98,7 @@ def test_a_report_may_look_at_rows_in_any_order(tmp_path: Path, monkeypatch: pyt
     model = load_model(export_best(job.folder, job.recipe, run_here(job)), snapshot := open_snapshot(job.snapshot))
     seen = []
 
-    def report(self: object, predictions: dict[str, np.ndarray], columns: object, info: object, look: object) -> None:
-        assert callable(look)
+    def report(self: object, predictions: dict[str, np.ndarray], columns: Any, info: Any, look: Any) -> None:
         seen.append(look(np.arange(24)[::-1][:5])["value"])
         assert seen[0] == pytest.approx(predictions["value"][:-6:-1], rel=1e-5)
 
