@@ -105,8 +105,7 @@ class Checkpoints:
         """Publish a checkpoint of a model's state and prune: the last `keep_last` and the best stay. Returns its folder."""
         target = self.path(progress.step)
         with publishing(target, kind=KIND, version=VERSION) as draft:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            save_file(weights, draft.path / "model.safetensors")
+            save_file(_apart(state), draft.path / "model.safetensors")
             torch.save([optimizer.state_dict() for optimizer in optimizers], draft.path / "optimizers.pt")
             draft.meta["progress"] = progress.model_dump()
         self.prune(progress)
@@ -163,6 +162,17 @@ class Checkpoints:
                 "as evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
             )
         return None, messages
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state's tensors on the CPU, none in the memory of another: tied weights are written once under each name."""
+    taken, found = set[int](), {}
+    for name, tensor in state.items():
+        moved = tensor.detach().cpu().contiguous()
+        memory = moved.untyped_storage().data_ptr()
+        found[name] = moved.clone() if memory in taken else moved
+        taken.add(memory)
+    return found
 
 
 def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:

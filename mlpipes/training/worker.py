@@ -87,6 +87,11 @@ def explained(error: Exception) -> str:
             f"{what[0]} has no deterministic kernel on this device. Build the model from other operations, or set the "
             "hyperparameter `deterministic: false`, with which an interrupted training may end in other bits."
         )
+    if str(error).startswith("Expected more than 1 value per channel"):
+        return (
+            "batch normalisation got a single sample. It sees one part of a batch at a time: use a larger batch size, fewer "
+            f"`logical_shards`, or a larger `micro_batch` that leaves no remainder of 1. ({error})"
+        )
     return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
 
 
