@@ -18,6 +18,7 @@ from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
 from mlpipes.training.disk_full import write_with_patience
+from mlpipes.training.dry_run import DryRun, faults_named
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
 from mlpipes.workloads.base import DataInfo
@@ -75,6 +76,11 @@ def _another_worker_is_gone(error: Exception) -> bool:
 
 def explained(error: Exception) -> str:
     """What a user is told of an error: a cause and a remedy where they are known, the traceback otherwise."""
+    return known_cause(error) or f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
+
+
+def known_cause(error: Exception) -> str | None:
+    """Cause and remedy of an error, where they are known."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -92,7 +98,7 @@ def explained(error: Exception) -> str:
             "batch normalisation got a single sample. It sees one part of a batch at a time: use a larger batch size, fewer "
             f"`logical_shards`, or a larger `micro_batch` that leaves no remainder of 1. ({error})"
         )
-    return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
+    return None
 
 
 def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease | None = None) -> None:
@@ -109,22 +115,27 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
     hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
     prepare_process(recipe.scale.threads, recipe.seed, hp.deterministic)
     snapshot = open_snapshot(job.snapshot)
-    trainer = Trainer(
-        workload,
-        hp,
-        recipe.scale,
-        DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files),
-        snapshot.columns("train"),
-        snapshot.columns("validation"),
-        seed=recipe.seed,
-        workers=workers,
-        device=device,
-        checkpoints=Checkpoints(job.folder.checkpoints, job.checkpointing.keep_last),
-        policy=job.checkpointing,
-        notify=notify,
-        may_write=may_write,
-        stop_is_asked=job.folder.stop_request(job.attempt).exists,
-    )
+    info, columns = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files), snapshot.columns("train")
+    checkpoints = Checkpoints(job.folder.checkpoints, job.checkpointing.keep_last)
+    with faults_named(workload, recipe.workload, known_cause):
+        trainer = Trainer(
+            workload,
+            hp,
+            recipe.scale,
+            info,
+            columns,
+            snapshot.columns("validation"),
+            seed=recipe.seed,
+            workers=workers,
+            device=device,
+            checkpoints=checkpoints,
+            policy=job.checkpointing,
+            notify=notify,
+            may_write=may_write,
+            stop_is_asked=job.folder.stop_request(job.attempt).exists,
+        )
+        if workers.rank == 0 and not checkpoints.steps():
+            DryRun(trainer, recipe.workload, info, columns).run()
     trainer.resume()
     result = trainer.run()
     if workers.rank == 0:

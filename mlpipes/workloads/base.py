@@ -116,16 +116,13 @@ class Workload(ABC):
         """What is kept of a model in checkpoints and in the export; all of it by default.
 
         Fewer tensors, such as adapters only, where `build_model` makes the rest again from the seed and the snapshot's
-        files, and no step changes it. Of tensors that share their memory, the first one is kept.
+        files, and no step changes it.
         """
-        shared = _shared(model)
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
+        return model.state_dict()
 
     def load_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Put what `state` has returned into a model of `build_model`."""
-        model.load_state_dict(
-            {**state, **{name: state[first] for name, first in _shared(model).items() if first in state}}
-        )
+        model.load_state_dict(state)
 
     @abstractmethod
     def optimizers(self, model: nn.Module, hp: Any) -> Sequence[torch.optim.Optimizer]:
@@ -195,14 +192,3 @@ class Workload(ABC):
     @abstractmethod
     def deployable(self, model: nn.Module, hp: Any, info: DataInfo, columns: Columns) -> Deployable:
         """What to deploy: raw samples in (any batch size), outputs out, no random numbers. Examples come from `columns`."""
-
-
-def _shared(model: nn.Module) -> dict[str, str]:
-    """Tensors of a model's state that are another one of it under a second name, with that one's name."""
-    found: dict[Any, str] = {}
-    names = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and (first := found.setdefault(place, name)) != name:
-            names[name] = first
-    return names

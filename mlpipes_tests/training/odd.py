@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns, Dataset, Provenance
 from mlpipes.data.splits import SplitPlan
 from mlpipes.reporting.metric import Metric
-from mlpipes.workloads.base import Batch, DataInfo
+from mlpipes.reporting.report import Report
+from mlpipes.reporting.statistics import mean_of
+from mlpipes.workloads.base import Batch, DataInfo, Look
 from mlpipes.workloads.deployables import TorchProgram
 from mlpipes.workloads.regression import Regression
 
@@ -117,6 +120,10 @@ class Undefined(Plain):
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         return super().validate(predictions, columns) | {"area": float("nan")}
+
+    def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo, look: Look) -> Report:
+        found = super().report(predictions, columns, info, look)
+        return replace(found, estimates={**found.estimates, "area": mean_of(predictions["value"])})
 
 
 class Absent(Plain):

@@ -1,0 +1,167 @@
+"""The dry run: a mistake in any method of a workload is said before the first step, and a right one is left alone."""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlpipes.errors import TrainingFailedError
+from mlpipes.reporting.report import Report
+from mlpipes.training import worker
+from mlpipes.training.loop import Trainer
+from mlpipes.workloads.base import Workload
+from mlpipes.workloads.deployables import TorchProgram
+from mlpipes_tests.training import odd
+from mlpipes_tests.training.harness import make_job, run_here
+
+PLAIN = "mlpipes_tests.training.odd:plain"
+SCALE = "w1-b12-e1-g0"
+METHODS = (
+    *(
+        "lengths",
+        "build_model",
+        "initialize",
+        "state",
+        "load_state",
+        "optimizers",
+        "learning_rate_factor",
+        "gradient_clip",
+    ),
+    *(
+        "micro_batches",
+        "batch",
+        "loss",
+        "weight",
+        "predict",
+        "outputs",
+        "validate",
+        "selection_key",
+        "report",
+        "scores",
+    ),
+    "deployable",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_step(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    def step(self: Any) -> None:
+        raise AssertionError("a step was made")
+
+    if "trains" not in request.node.name:
+        monkeypatch.setattr(Trainer, "_step", step)
+
+
+def said_of(folder: Path) -> str:
+    with pytest.raises(TrainingFailedError) as caught:
+        run_here(make_job(folder, SCALE, PLAIN))
+    return str(caught.value)
+
+
+def divides(*arguments: Any, **options: Any) -> Any:
+    return 1 / 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_error_of_each_method_names_workload_method_and_line(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(self: Any, *arguments: Any, **options: Any) -> Any:
+        return divides()
+
+    fault.__code__ = fault.__code__.replace(co_name=method)
+    monkeypatch.setattr(odd.Plain, method, fault)
+    said = said_of(tmp_path)
+    assert re.fullmatch(rf"plain: `{method}` raised ZeroDivisionError: .* \(test_dry_run\.py, line \d+\)", said), said
+
+
+def test_no_method_of_the_contract_is_left_out() -> None:
+    own = {name for name, found in vars(Workload).items() if inspect.isfunction(found)}
+    assert own - {"prepare", "statistics"} == set(METHODS), "those two ran when the snapshot was made"
+
+
+@pytest.mark.parametrize(
+    ("method", "found", "said"),
+    [
+        ("validate", lambda *_: {"loss": 1.0}, "`validate` gives loss, but no 'root_mean_squared_error'"),
+        ("validate", lambda *_: {"root_mean_squared_error": 1.0}, "but no 'loss'"),
+        ("validate", lambda *_: None, "`validate` gives NoneType; it must give a dictionary"),
+        ("validate", lambda *_: {"loss": 1.0, "root_mean_squared_error": "1"}, "`validate` gives str for"),
+        ("report", lambda *_: Report({}), "`report` has estimates of nothing, but none of the workload's metric"),
+        ("report", lambda *_: {}, "`report` gives dict; it must give a `Report`"),
+        ("scores", lambda *_: np.zeros(3), r"`scores` gives float64 of shape \(3,\) for 24 samples"),
+        (
+            "loss",
+            lambda self, model, batch, hp: model(batch["row"]),
+            r"`loss` gives shape \(3,\); it must give one number",
+        ),
+        ("loss", lambda *_: torch.zeros(()), "`loss` does not depend on any weight"),
+        ("loss", lambda *_: 1.0, "`loss` gives float"),
+        ("weight", lambda self, batch, hp: batch["label"], r"`weight` gives shape \(3,\)"),
+        ("learning_rate_factor", lambda *_: None, "`learning_rate_factor` gives None at 0.0"),
+        ("gradient_clip", lambda *_: 0.0, "`gradient_clip` gives 0.0"),
+        ("micro_batches", lambda self, columns, rows, hp: [rows[:1]], "`micro_batches` does not give the rows"),
+        ("optimizers", lambda *_: [], r"`optimizers` gives \[\]"),
+        (
+            "load_state",
+            lambda self, model, state: nn.init.ones_(model[0].weight),
+            "gives another model than the one whose",
+        ),
+        ("deployable", lambda *_: None, "`deployable` gives NoneType"),
+        (
+            "deployable",
+            lambda self, model, hp, info, columns: TorchProgram(model, np.zeros((4, 7), np.float32)),
+            "a program that does not take its example",
+        ),
+    ],
+)
+def test_what_a_method_must_give_is_said(
+    method: str, found: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(odd.Plain, method, found)
+    text = said_of(tmp_path)
+    assert re.search(said, text), text
+    assert text.startswith("plain: `")
+
+
+def test_figures_that_a_few_rows_do_not_define_are_asked_of_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlpipes.training import dry_run
+
+    asked = []
+
+    def scores(self: Any, predictions: dict[str, np.ndarray], columns: Any) -> np.ndarray:
+        asked.append(len(predictions["value"]))
+        return predictions["value"] if len(asked) > 1 else divides()
+
+    monkeypatch.setattr(odd.Plain, "scores", scores)
+    monkeypatch.setattr(dry_run, "EVALUATED", 5)
+    with pytest.raises(AssertionError, match="a step was made"):
+        run_here(make_job(tmp_path, SCALE, PLAIN))
+    assert asked == [5, 24]
+
+
+def test_it_trains_to_the_same_bits_with_it_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mlpipes_tests.training.odd:other_random_numbers"
+    first = run_here(make_job(tmp_path / "with", SCALE, name))
+    monkeypatch.setattr(worker.DryRun, "run", lambda self: None)
+    second = run_here(make_job(tmp_path / "without", SCALE, name))
+    assert first["weights_digest"] == second["weights_digest"]
+    assert first["loss_digest"] == second["loss_digest"]
+
+
+def test_it_trains_on_from_a_checkpoint_without_another_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, SCALE, PLAIN)
+    before = run_here(job)
+    (job.folder.result).unlink()
+    monkeypatch.setattr(worker.DryRun, "run", divides)
+    assert run_here(job)["weights_digest"] == before["weights_digest"]
