@@ -78,14 +78,25 @@ def entry(name: str, summary: str, implementation: str, scales: Iterable[str]) -
 
 
 def load_workload(implementation: str) -> "Workload":
-    """The workload instance at `module:attribute`. Raises ConfigError if there is none."""
+    """The workload instance at `module:attribute`. Raises ConfigError if there is none, or it is of before a renaming."""
     module, _, attribute = implementation.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"workload {implementation!r} cannot be loaded: {error}") from error
+    from mlpipes.reporting.metric import Metric
     from mlpipes.workloads.base import Workload
 
     if not isinstance(found, Workload):
         raise ConfigError(f"workload {implementation!r} is no instance of a Workload: {found!r}")
+    if not isinstance(getattr(found, "metric", None), Metric):
+        raise ConfigError(
+            f'workload {implementation!r} has no metric: say `metric = Metric("accuracy")`, of mlpipes.reporting.metric '
+            "(it was called primary_metric)"
+        )
+    if callable(getattr(found, "rank", None)):  # it would be passed over, and another checkpoint be the best
+        raise ConfigError(
+            f"workload {implementation!r} has a method `rank`, which is called `selection_key` now: rename it (or remove "
+            "it, where the metric decides)"
+        )
     return found

@@ -243,11 +243,18 @@ def test_an_entry_that_imports_torch_is_taken_with_a_warning(site: Path) -> None
     assert "Put the entry into a module that imports no torch" in done.stdout
 
 
+OLD = "from mlpipes_tests.training.odd import Plain\n\n\nclass Old(Plain):\n    {}\n\n\nit = Old()\n"
+"""As a workload of before may look."""
+
+
 @pytest.mark.parametrize(
     ("workload", "said"),
     [
         ("it = 3\n", "'good_package.workload:it' is no instance of a Workload: 3"),
         ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        (OLD.format('metric = "accuracy"'), 'has no metric: say `metric = Metric("accuracy")`'),
+        (OLD.format("rank = lambda self, metrics: 0"), "has a method `rank`, which is called `selection_key` now"),
+        (OLD.format("rank = 8"), ""),  # of its adapters, say
         ("from mlpipes.workloads.image_classification import digits as it\n", ""),
     ],
 )
