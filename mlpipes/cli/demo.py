@@ -60,7 +60,7 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
             with console.status("Ending the Ray that was started …"):
                 ray.stop()
     _print_summary(console, entry, scales, store)
-    console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
+    console.print(f"Done in {time.monotonic() - started:.0f} s. `mlpipes dev` shows the same in the Dagster UI.")
 
 
 def _bars(console: Console) -> Progress:

@@ -114,7 +114,7 @@ def test_an_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.Monkey
     assert list(folder.iterdir()) == []
 
 
-def test_the_templates_are_in_the_wheel(folder: Path) -> None:
+def test_the_templates_and_dagsters_settings_are_in_the_wheel(folder: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, folder)
     shutil.copytree(CHECKOUT / "mlpipes", folder / "mlpipes", ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,4 +123,4 @@ def test_the_templates_are_in_the_wheel(folder: Path) -> None:
     (wheel,) = folder.glob("*.whl")
     templates = {path for path in files_in(folder) if path.startswith("mlpipes/cli/templates/")}
     assert len(templates) > 6
-    assert templates <= set(zipfile.ZipFile(wheel).namelist())
+    assert {*templates, "mlpipes/orchestration/dagster.yaml"} <= set(zipfile.ZipFile(wheel).namelist())
