@@ -139,7 +139,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     @dg.asset(
         **common(
             "eval_report",
-            "The model judged on the held-out test split: estimates with 95 % intervals, confusion, calibration, mistakes.",
+            "The model judged on the held-out test split: estimates with 95 % intervals, pictures, mistakes.",
             {"scikitlearn", "mlflow"},
         ),
         ins={"model": upstream("model")},
