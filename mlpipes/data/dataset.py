@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlpipes.data.ragged import arrays_of
+from mlpipes.errors import DataError
 from mlpipes.store.files import canonical_json
 
 Columns = Mapping[str, Any]
@@ -37,6 +38,18 @@ class Dataset:
     provenance: Provenance
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a consumer must know beyond the columns, such as `class_names`; JSON, and part of the digest."""
+
+    def __post_init__(self) -> None:
+        """Raises DataError for splits that are not columns of equal length, or lack `train`."""
+        if "train" not in self.splits:
+            raise DataError(
+                f"{self.provenance.name}: there is no split `train` among {', '.join(self.splits) or 'none'}"
+            )
+        for split, columns in self.splits.items():
+            lengths = {name: len(column) for name, column in columns.items()}
+            if len(set(lengths.values())) != 1:
+                found = ", ".join(f"{name} {length:,}" for name, length in lengths.items()) or "none"
+                raise DataError(f"{self.provenance.name}: the columns of split `{split}` differ in length: {found}")
 
     @property
     def counts(self) -> dict[str, int]:

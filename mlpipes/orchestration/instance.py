@@ -10,6 +10,7 @@ import yaml
 from mlpipes.errors import ConfigError, UserError
 from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
+from mlpipes.workloads.entry import cause_of, place_of
 
 _WRITTEN = "# Written by mlpipes at every start. To have other settings, remove this line."
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -29,13 +30,20 @@ def quiet_instance(folder: Path) -> Any:
 
 
 def execute(job: Any, instance: Any, partition: str | None = None) -> None:
-    """Execute a job in this process, quietly. Raises UserError with the cause if a step fails."""
+    """Execute a job in this process, quietly.
+
+    Raises UserError with the cause if a step fails by a user's error, or by an error that the workload's own code raises.
+    """
     import dagster as dg
 
     try:
         job.execute_in_process(instance=instance, partition_key=partition, run_config=QUIET)
     except dg.Failure as failure:
         raise UserError(failure.description or str(failure)) from failure
+    except Exception as error:
+        if not place_of(error):
+            raise
+        raise UserError(f"{cause_of(error)}. The run in the Dagster UI (`mlpipes dev`) has the traceback.") from error
 
 
 def execute_report(definitions: Any, instance: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpipes.data.dataset import Columns
-from mlpipes.errors import TrainingFailedError
+from mlpipes.errors import ConfigError, TrainingFailedError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.messages import (
     CheckpointSaved,
@@ -204,6 +204,11 @@ class Trainer:
             with autocast(self.device, "fp32"):
                 batch = self.workload.batch(self.train_columns, part, self.hp, augment=True)
             loss, weight = self.workload.loss(self.model, batch, self.hp), self.workload.weight(batch, self.hp)
+            if loss.ndim:
+                raise ConfigError(
+                    f"the workload's `loss` returned shape {tuple(loss.shape)}; it must be the sum over the batch's "
+                    "samples, a scalar"
+                )
             yield loss, len(part) if weight is None else weight
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------

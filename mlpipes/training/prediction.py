@@ -1,11 +1,13 @@
 """Running a model over a whole split, shared between workers, with results that do not depend on who computed them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlpipes.errors import ConfigError
 from mlpipes.training.parallel import Workers, shares
 from mlpipes.workloads.base import Workload
 from mlpipes.workloads.tensors import TensorColumns
@@ -46,6 +48,7 @@ def predictions_of(
             batch = workload.batch(columns, part, hp, augment=False)
             with autocast(device, precision):
                 outputs.append({name: value.float() for name, value in workload.predict(model, batch, hp).items()})
+            _check_rows(outputs[-1], len(part))
     model.train(was_training)
     bounds = [
         len(torch.cat([batches[n] for n in share])) if share else 0 for share in shares(len(batches), workers.size)
@@ -76,6 +79,16 @@ def outputs_of(
             found.append({name: value.float().cpu() for name, value in workload.outputs(model, batch, hp).items()})
     model.train(was_training)
     return {name: torch.cat([each[name] for each in found]).numpy() for name in found[0]}
+
+
+def _check_rows(outputs: Mapping[str, Tensor], rows: int) -> None:
+    """Raises ConfigError if not every output has one row a sample, which would be taken for another sample's later on."""
+    for name, value in outputs.items():
+        if value.ndim == 0 or len(value) != rows:
+            raise ConfigError(
+                f"the workload's `predict` returned `{name}` of shape {tuple(value.shape)} for a batch of {rows} samples; "
+                "it must return one row for each sample"
+            )
 
 
 def _batches(rows: int, lengths: np.ndarray | None) -> list[Tensor]:

@@ -22,6 +22,7 @@ from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
+from mlpipes.workloads.entry import cause_of
 
 RESULT_BYTES = 1 << 20
 """More than an outcome takes."""
@@ -87,7 +88,7 @@ def explained(error: Exception) -> str:
             f"{what[0]} has no deterministic kernel on this device. Build the model from other operations, or set the "
             "hyperparameter `deterministic: false`, with which an interrupted training may end in other bits."
         )
-    return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
+    return f"{cause_of(error)}\n{traceback.format_exc(limit=-8)}"
 
 
 def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease | None = None) -> None:

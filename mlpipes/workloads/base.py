@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.snapshot import Prepared
 from mlpipes.data.splits import SplitPlan
+from mlpipes.errors import ConfigError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 
@@ -192,3 +193,16 @@ class Workload(ABC):
     @abstractmethod
     def deployable(self, model: nn.Module, hp: Any, info: DataInfo, columns: Columns) -> Deployable:
         """What to deploy: raw samples in (any batch size), outputs out, no random numbers. Examples come from `columns`."""
+
+
+def predicted(predictions: Mapping[str, np.ndarray], name: str, shape: tuple[str, ...]) -> np.ndarray:
+    """One of the outputs of `predict`, whose dimensions are called as in `shape`, such as ("samples", "classes").
+
+    Raises ConfigError if it is not there, or has another number of dimensions.
+    """
+    wanted = f"`{name}` of shape ({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+    if name not in predictions:
+        raise ConfigError(f"the workload's `predict` returned {', '.join(predictions) or 'nothing'}; expected {wanted}")
+    if (found := predictions[name]).ndim != len(shape):
+        raise ConfigError(f"the workload's `predict` returned `{name}` of shape {found.shape}; expected {wanted}")
+    return found

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from mlpipes.data.dataset import Columns
+from mlpipes.errors import ConfigError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.regression import regression_report
 from mlpipes.reporting.report import Report, Table
-from mlpipes.workloads.base import DataInfo, Look, Workload
+from mlpipes.workloads.base import DataInfo, Look, Workload, predicted
 
 
 class Regression(Workload):
@@ -20,12 +21,15 @@ class Regression(Workload):
 
     def statistics(self, train: Columns) -> dict[str, Any]:
         """Mean and standard deviation of the labels, in which a model had better think."""
+        if "label" not in train:
+            raise ConfigError(f"a regression needs a column `label`; the data have {', '.join(train)}")
         labels = np.asarray(train["label"], dtype=np.float64)
         return {"label_mean": float(labels.mean()), "label_std": float(labels.std()) or 1.0}
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Root mean squared error, Pearson's correlation, and the mean squared error as the loss."""
-        values, labels = predictions["value"].astype(np.float64), np.asarray(columns["label"])
+        values = predicted(predictions, "value", ("samples",)).astype(np.float64)
+        labels = np.asarray(columns["label"])
         constant, loss = values.std() == 0 or labels.std() == 0, float(((values - labels) ** 2).mean())
         return {
             "root_mean_squared_error": loss**0.5,
