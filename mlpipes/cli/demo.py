@@ -93,7 +93,7 @@ def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) 
                 figures = "starting workers"
                 if status.total_steps:
                     accuracy = status.metrics.get("validation_accuracy")
-                    figures = "exporting, judging" if status.state == "finished" else f"{status.state}"
+                    figures = "exporting, evaluating" if status.state == "finished" else f"{status.state}"
                     figures += f" · validation accuracy {accuracy:.4f}" if accuracy is not None else ""
                 bars.update(bar, completed=status.step, total=status.total_steps, figures=figures)
                 break
@@ -107,7 +107,7 @@ def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) 
 
 def _print_summary(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
     report = read_record(store.report(entry.name) / "scaling_report.json")
-    title = f"{entry.name}: {report['metric']}, best epoch by validation, judged on test"
+    title = f"{entry.name}: {report['metric']}, best epoch by validation, evaluated on test"
     rows = [row for row in report["rows"] if row["scale"] in scales]
     console.print(_table(title, [scaling_cells(row) for row in rows], narrow=console.width < WIDE))
     models = len({row["weights_digest"] for row in rows})

@@ -88,7 +88,7 @@ def ray_up() -> None:
 @ray_app.command("down")
 @friendly
 def ray_down() -> None:
-    """End the private local Ray and every training in it; they go on from their checkpoints when asked for again."""
+    """End the private local Ray and every training in it; they resume from their checkpoints when asked for again."""
     from mlpipes.compute.local import LocalRay
 
     console.print("Ray ended." if LocalRay().stop() else "No local Ray runs.")

@@ -32,8 +32,8 @@ def promote(
     key = scale_named(workload, scale)
     champions = Champions(Tracker(default_uri()), registered_name(workload))
     version = champions.of_scale(key)
-    judged = [e for e in evaluations_of(default_store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
-    if not (judged and judged[-1].is_good) and not force:
+    mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
+    if not (mine and mine[-1].is_good) and not force:
         raise ConfigError(
             f"the gates did not let version {version.version} pass, or were not asked; --force promotes it all the same"
         )

@@ -158,7 +158,7 @@ def backfill(
     detach: Annotated[bool, typer.Option(help="launch, and do not wait")] = False,
     ui: Annotated[str | None, typer.Option(help="address of the Dagster UI; default: that of `mlpipes dev`")] = None,
 ) -> None:
-    """Materialize a workload's whole chain for its scales in a running Dagster; goes on with what is half done."""
+    """Materialize a workload's whole chain for its scales in a running Dagster; resumes what is half done."""
     from mlpipes.orchestration.backfill import DagsterUi, launch
     from mlpipes.training.code_version import code_version
 

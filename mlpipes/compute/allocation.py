@@ -58,7 +58,7 @@ def main(path: Path) -> int:
         try:
             while driver.poll() is None and not time_is_up:
                 if lost := cluster.lost():
-                    notify(Warned(text=f"Ray ended on {lost}; the job ends, and goes on elsewhere"))
+                    notify(Warned(text=f"Ray ended on {lost}; this job ends, and the training resumes in another"))
                     return 1
                 time.sleep(0.2)
             if driver.poll() is not None:

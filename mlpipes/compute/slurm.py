@@ -41,7 +41,7 @@ class SlurmSettings(BaseModel):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str = Field(default="04:00:00", description="limit of one job; a training goes on over as many as it needs")
+    time: str = Field(default="04:00:00", description="limit of one job; a longer training resumes in the next one")
     signal_seconds: int = Field(default=120, ge=60, description="how long before the limit the training is told")
     workers_per_node: int | None = Field(default=None, ge=1, description="default: all of a scale on one node")
     memory: str | None = Field(default=None, description="of a node, such as 64G; default: the site's")

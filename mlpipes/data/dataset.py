@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlpipes.data.ragged import arrays_of
+from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.errors import DataError
 from mlpipes.store.files import canonical_json
 
@@ -40,16 +40,15 @@ class Dataset:
     """What a consumer must know beyond the columns, such as `class_names`; JSON, and part of the digest."""
 
     def __post_init__(self) -> None:
-        """Raises DataError for splits that are not columns of equal length, or lack `train`."""
-        if "train" not in self.splits:
+        """Raises DataError for splits and columns that would be passed over, or misread, later on."""
+        if "train" not in self.splits or self.splits.keys() - {"train", "test"}:
             raise DataError(
-                f"{self.provenance.name}: there is no split `train` among {', '.join(self.splits) or 'none'}"
+                f"{self.provenance.name}: the source brings the splits {', '.join(map(repr, self.splits)) or 'none'}; it "
+                "must bring 'train', may bring 'test', and nothing else: validation is taken from training (SplitPlan)"
             )
         for split, columns in self.splits.items():
-            lengths = {name: len(column) for name, column in columns.items()}
-            if len(set(lengths.values())) != 1:
-                found = ", ".join(f"{name} {length:,}" for name, length in lengths.items()) or "none"
-                raise DataError(f"{self.provenance.name}: the columns of split `{split}` differ in length: {found}")
+            check_columns(f"{self.provenance.name}, {split}", columns, kinds="biufcSU")
+        check_json(f"{self.provenance.name}: facts", self.facts)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,8 +68,44 @@ class Source(Protocol):
         ...
 
 
+def check_columns(where: str, columns: Columns, kinds: str) -> None:
+    """Raises DataError for columns of unequal length, and for what is no array of NumPy's `kinds` (nor `Ragged`)."""
+    if len(lengths := {name: len(column) for name, column in columns.items()}) == 0:
+        raise DataError(f"{where}: there is no column")
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name!r} {length:,}" for name, length in lengths.items())
+        raise DataError(f"{where}: each column must have one row a sample, but their rows are {said}")
+    for name, column in columns.items():
+        if not isinstance(column, np.ndarray | Ragged):
+            raise DataError(
+                f"{where}: the column {name!r} is of type {type(column).__name__}; make a NumPy array of it, or a Ragged"
+            )
+        for array in arrays_of(name, column).values():
+            if array.dtype.kind not in kinds:
+                raise DataError(
+                    f"{where}: the column {name!r} holds {array.dtype}; it must hold numbers: turn categories and texts "
+                    "into numbers (`Ragged.of_texts` keeps texts), and times into their distance from some moment"
+                )
+            if not array.dtype.isnative:
+                raise DataError(
+                    f"{where}: the column {name!r} is in the byte order of other machines ({array.dtype.str}); "
+                    "convert it: `column.astype(column.dtype.newbyteorder('='))`"
+                )
+
+
+def check_json(what: str, value: Any) -> None:
+    """Raises DataError if a value is not JSON."""
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{what} cannot be kept as JSON ({error}): say plain numbers, texts, lists and mappings (`array.tolist()`, "
+            "`float(number)`), none of them NaN or infinite; of data with gaps, fill these first"
+        ) from error
+
+
 def rows_digest(columns: Columns, content: Sequence[str]) -> str:
-    """SHA-256 (hex) over a split's content and labels, row by row: whether two models were judged on the same samples.
+    """SHA-256 (hex) over a split's content and labels, row by row: whether two models were evaluated on the same samples.
 
     Row numbers, and what else a source or a preparation puts beside them, do not count. Raises KeyError for a column that
     is not there.

@@ -16,7 +16,7 @@ from mlpipes.data.class_folders import find_images, listed, shown
 from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes.data.image_file import UNREAD, Decoder, decoder_versions
 from mlpipes.errors import ConfigError, CorruptionError, DataError
-from mlpipes.store.files import digest_of, open_published, publishing, set_aside, sha256_file
+from mlpipes.store.files import digest_of, open_published, publishing, quarantine, sha256_file
 from mlpipes.store.layout import home
 
 KIND = "image-folder"
@@ -134,13 +134,13 @@ class ImageFolder:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether the cache has it; what is corrupt is set aside."""
+    """Whether the cache has it; what is corrupt is quarantined."""
     try:
         open_published(path, kind=KIND, versions=frozenset({VERSION}))
     except FileNotFoundError:
         return False
     except CorruptionError:
-        set_aside(path)
+        quarantine(path)
         return False
     return True
 
@@ -162,7 +162,7 @@ def _empty(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _each(root: Path, paths: Sequence[Path], work: Callable[[int], R], what: str) -> list[R]:
-    """What `work` gives for the number of each path, in order; a bar shows that long work goes on.
+    """What `work` gives for the number of each path, in order; a bar shows the progress of long work.
 
     Raises DataError listing the paths for which it raises OSError or ValueError.
     """

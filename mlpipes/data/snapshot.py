@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlpipes.data.dataset import Columns, Dataset, digest_splits, rows_digest
+from mlpipes.data.dataset import Columns, Dataset, check_columns, check_json, digest_splits, rows_digest
 from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.data.splits import SplitPlan, content_columns, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError, FormatError
@@ -26,8 +26,8 @@ from mlpipes.store.files import (
     digest_of,
     open_published,
     publishing,
+    quarantine,
     read_record,
-    set_aside,
     sha256_file,
     write_record,
 )
@@ -85,10 +85,11 @@ class Snapshot:
         """
         if (noted := self.meta.get("rows", {}).get(split)) is not None:
             return noted
-        try:
-            return rows_digest(self.columns(split), self.meta["plan"]["content"])
-        except KeyError:
+        # Only a plan that names its content tells it from what a preparation has added.
+        content = self.meta["plan"]["content"]
+        if not content or not set(content) <= set(self.meta["columns"]):
             return self.digest
+        return rows_digest(self.columns(split), content)
 
     def columns(self, split: str) -> dict[str, Any]:
         """The memory-mapped, read-only columns of a split."""
@@ -112,7 +113,7 @@ def open_snapshot(path: Path) -> Snapshot:
     except CorruptionError as error:
         raise CorruptionError(
             f"the snapshot is corrupt: {str(error).rstrip('.')}. Materialize `snapshot` and what follows it again: it is "
-            "built anew, what is corrupt is kept as evidence, and the training goes on from its last checkpoint."
+            "rebuilt, what is corrupt is kept as evidence, and the training resumes from its last checkpoint."
         ) from error
 
 
@@ -155,9 +156,12 @@ def make_snapshot(
 ) -> Snapshot:
     """Write the snapshot of columns that are already split, or open the equal one that is there.
 
-    `rows` is the `rows_digest` of each split before its preparation.
+    `rows` is the `rows_digest` of each split before its preparation. Raises DataError for what a model cannot read.
     """
     splits = prepared.splits
+    for split, columns in splits.items():
+        check_columns(f"{dataset.provenance.name}, {split}, as prepared", columns, kinds="biuf")
+    check_json(f"{dataset.provenance.name}: facts and statistics", [dict(prepared.facts), dict(statistics)])
     identity = {
         "format": VERSION,
         "plan": plan.as_dict(),
@@ -200,7 +204,7 @@ def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "")
     """The snapshot that a workload needs of a source with a given digest; built only if it is not there yet.
 
     `code` is the digest of the code that builds it (`preparation_version`); it may be empty where the store does not
-    outlive the code. Also returns warnings: a snapshot found corrupt is set aside as evidence and built again. Raises
+    outlive the code. Also returns warnings: a corrupt snapshot is quarantined as evidence and rebuilt. Raises
     DataError if the source no longer has that digest.
     """
     from mlpipes.errors import DataError
@@ -220,7 +224,7 @@ def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "")
     except (FileNotFoundError, FormatError):
         pass
     except CorruptionError as error:
-        evidence = set_aside(
+        evidence = quarantine(
             pointer if str(pointer) in str(error) else store.snapshots / read_record(pointer)["digest"]
         )
         warnings.append(f"{str(error).rstrip('.')}. Kept as {evidence.name}; the snapshot is built again.")

@@ -255,7 +255,7 @@ def sst2_source(folder: Path | None) -> TableSource:
         label="label",
         licence="not stated",
         origin="Socher et al. 2013, Stanford Sentiment Treebank; GLUE (Wang et al. 2019)",
-        fidelity="complete; judged on GLUE's dev split, because the labels of its test split are hidden",
+        fidelity="complete; evaluated on GLUE's dev split, because the labels of its test split are hidden",
     )
     if folder is None:
         return described

@@ -1,4 +1,4 @@
-"""Gates: what a model must show before it may become champion, judged from its evaluation and the ones before it."""
+"""Gates: what a model must show before it may become champion, by its evaluation and the ones before."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def floor(current: Evaluation, metric: Metric, limits: Limits) -> Finding:
     baseline = current.meta["quantities"].get(BASELINE)
     if baseline is None:
         return Finding(
-            True, f"{name} {found}; not judged, for the task has no baseline: set `floor`", {name: found.value}
+            True, f"{name} {found}; not compared, for the task has no baseline: set `floor`", {name: found.value}
         )
     worst = min(metric.score(found.low), metric.score(found.high))
     return Finding(
@@ -128,5 +128,5 @@ def pass_through(
     earlier: dict[str, Any] = (current.verdict or {}).get("gates", {})
     gathered = earlier | {name: {"passed": f.passed, "text": f.text, **f.figures} for name, f in found.items()}
     passed = all(name in gathered and gathered[name]["passed"] for name in BLOCKING)
-    current.judge({"passed": passed, "gates": gathered})
+    current.record({"passed": passed, "gates": gathered})
     return found

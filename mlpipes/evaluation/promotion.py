@@ -25,12 +25,12 @@ class Decision:
 
 
 def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: "Version | None") -> Decision:
-    """Whether a model that passed the gates becomes champion, judged by the rows that both models met.
+    """Whether a model that passed the gates becomes champion, by the rows that both models met.
 
     Tested on other rows: it is on newer data, and takes the place. Tested and validated on the same rows: the better one
     by validation, so that test stays unseen by the choice. Tested on the same rows but validated on others (another
     split, another metric then): validation figures do not compare, so it must do the test rows better than chance
-    explains, sample by sample. Training rows may differ: neither model has trained on rows that it is judged by.
+    explains, sample by sample. Training rows may differ: neither model has trained on rows that it is evaluated on.
     """
     name = workload.metric.name
     mine = _validation(store, workload, candidate.meta["fingerprint"])

@@ -25,7 +25,7 @@ NIGHT_TAG = "mlpipes/night"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One judgement of one model on one split."""
+    """One evaluation of one model on one split."""
 
     path: Path
     meta: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Evaluation:
         return metric in self.meta["estimates"]
 
     def same_rows(self, other: "Evaluation", split: str | None = None) -> bool:
-        """Whether both models met the same samples in a split (default: the one that they were judged on).
+        """Whether both models met the same samples in a split (default: the one that they were evaluated on).
 
         Snapshots may differ all the same, in statistics, tokens or other splits.
         """
@@ -74,7 +74,7 @@ class Evaluation:
         except FileNotFoundError:
             return None
 
-    def judge(self, verdict: Mapping[str, Any]) -> None:
+    def record(self, verdict: Mapping[str, Any]) -> None:
         """Record what the gates say."""
         write_record(self._verdict_path, verdict)
 
@@ -100,7 +100,7 @@ def _rows_of(snapshot: Path, split: str) -> str:
 def publish_evaluation(
     folder: TrainingFolder, report: Report, scores: np.ndarray, title: str, meta: Mapping[str, Any]
 ) -> Evaluation:
-    """Write a report with its pictures and each sample's score; `meta` says what was judged, by which Dagster run."""
+    """Write a report with its pictures and each sample's score; `meta` says what was evaluated, by which Dagster run."""
     now = datetime.now(UTC)
     target = folder.evaluation(f"{now:%Y%m%dT%H%M%S%f}-{meta['dagster_run_id'][:8]}")
     described = dict(meta) | {

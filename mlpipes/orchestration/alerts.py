@@ -1,4 +1,4 @@
-"""Alerts: one clear message when a run has failed for good: the cause, the last checkpoint, and how to go on."""
+"""Alerts: one clear message when a run has failed for good: the cause, the last checkpoint, and how to resume."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def failure_text(workload: str, partition: str | None, run_id: str, causes: Sequ
         else:
             lines.append("There is no checkpoint yet.")
     if partition is not None:
-        lines.append(f"To go on from there: mlpipes backfill {workload} --scale {partition}")
+        lines.append(f"To resume from there: mlpipes backfill {workload} --scale {partition}")
     return "\n".join(lines)
 
 

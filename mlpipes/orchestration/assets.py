@@ -97,7 +97,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
                 "provenance": mapping_table(made.meta["provenance"]),
                 "bytes": made.published.size,
                 "folder": dg.MetadataValue.path(str(made.path)),
-                "set_aside": len(warnings),
+                "quarantine": len(warnings),
             },
         )
 
@@ -139,7 +139,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     @dg.asset(
         **common(
             "eval_report",
-            "The model judged on the held-out test split: estimates with 95 % intervals, pictures, mistakes.",
+            "The model on the held-out test split: estimates with 95 % intervals, pictures, mistakes.",
             {"scikitlearn", "mlflow"},
         ),
         ins={"model": upstream("model")},

@@ -209,7 +209,7 @@ def launch(
 
     Raises ConfigError if Dagster's materializations lie in a store that cannot be seen from here.
 
-    What is half done goes on: a training is found by its fingerprint. With `smallest_first` each scale is a backfill of
+    What is half done is resumed: a training is found by its fingerprint. With `smallest_first` each scale is a backfill of
     its own, with a priority.
     """
     fresh = [] if again else [scale.key for scale in scales if ui.is_fresh(entry.name, scale.key, store)]

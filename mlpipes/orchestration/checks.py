@@ -1,4 +1,4 @@
-"""Asset checks: what is judged about a partition besides its figures. Blocking ones stop what comes after them."""
+"""Asset checks: what must hold for a partition besides its figures. Blocking ones stop what comes after them."""
 
 import math
 import warnings

@@ -65,7 +65,7 @@ def follow_training(
         if restarts.are_in_vain():
             raise TrainingFailedError(f"{restarts} ({cause}):\n{log}")
         context.log.warning(
-            f"The {jobs.name} ended as {status} without a result ({cause}); going on from the last checkpoint"
+            f"The {jobs.name} ended as {status} without a result ({cause}); resuming from the last checkpoint"
         )
 
 
@@ -97,7 +97,7 @@ def _settle(context: dg.AssetExecutionContext, jobs: Jobs, folder: TrainingFolde
     if end.fatal:
         raise TrainingFailedError(f"{end.error} ({jobs.name} {handle.id})")
     if end.status == JobState.STOPPED:
-        raise TrainingFailedError(f"{jobs.name} {handle.id} was stopped; materialize again to go on from there")
+        raise TrainingFailedError(f"{jobs.name} {handle.id} was stopped; materialize again to resume it")
     return "" if end.status == JobState.LOST else jobs.logs(handle, folder)[-3000:]
 
 

@@ -10,18 +10,18 @@ from mlpipes.workloads.catalog import Entry
 
 
 def jobs_of(entries: Iterable[Entry]) -> list[Any]:
-    """For each workload `<name>_chain` (dataset to champion), `<name>_evaluation` (judge again), `<name>_replay`."""
+    """For each workload `<name>_chain` (dataset to champion), `<name>_evaluation` (evaluate again), `<name>_replay`."""
     jobs = []
     for entry in entries:
         champion = dg.AssetSelection.assets(dg.AssetKey([entry.name, "champion"]))
         jobs += [
             dg.define_asset_job(
-                f"{entry.name}_chain", champion.upstream(), description=f"Train, judge and promote {entry.name}"
+                f"{entry.name}_chain", champion.upstream(), description=f"Train, evaluate and promote {entry.name}"
             ),
             dg.define_asset_job(
                 f"{entry.name}_evaluation",
                 dg.AssetSelection.assets([entry.name, "eval_report"], [entry.name, "champion"]),
-                description=f"Judge {entry.name} again; promote what passes the gates",
+                description=f"Evaluate {entry.name} again; promote what passes the gates",
             ),
             dg.define_asset_job(
                 f"{entry.name}_replay",

@@ -29,7 +29,7 @@ def user_errors() -> Iterator[None]:
         if type(error).__name__ != "MlflowException" or "Max retries exceeded" not in str(error):
             raise
         text = (
-            "the MLflow server does not answer. A training that runs goes on, and nothing is lost: start the server (or "
+            "the MLflow server does not answer. A training that runs continues, and nothing is lost: start the server (or "
             f"correct MLFLOW_TRACKING_URI), and materialize again. {str(error)[:300]}"
         )
         raise dg.Failure(description=text, allow_retries=False) from error

@@ -1,4 +1,4 @@
-"""The assets `model`, `eval_report` and `champion`: export and registration, judgement on test, promotion."""
+"""The assets `model`, `eval_report` and `champion`: export and registration, evaluation on test, promotion."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def materialize_evaluation(
     store: StoreResource,
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
-    """Judge the model on the test split; JSON, Markdown and pictures go to the store, MLflow and Dagster."""
+    """Evaluate the model on the test split; JSON, Markdown and pictures go to the store, MLflow and Dagster."""
     from mlpipes.reporting import figures
     from mlpipes.training.model import evaluate, load_model
 

@@ -1,4 +1,4 @@
-"""The `scaling_report` asset: the report over all scales in Dagster and MLflow, made anew when evaluations change."""
+"""The `scaling_report` asset: the report over all scales in Dagster and MLflow, rebuilt when evaluations change."""
 
 import dagster as dg
 from pydantic import Field

@@ -100,7 +100,7 @@ def _was_given_up(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 
 
 def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest:
-    """The request that goes on where a run failed; its key makes it happen once."""
+    """The request that resumes where a run failed; its key makes it happen once."""
     own = {key: value for key, value in run.tags.items() if not key.startswith(("dagster/", ".dagster"))}
     kept = {key: run.tags[key] for key in ("dagster/partition", "dagster/backfill") if key in run.tags}
     return dg.RunRequest(

@@ -13,7 +13,7 @@ from mlpipes.orchestration.following import follow_training, is_cancelled
 from mlpipes.orchestration.metadata import link, mapping_table, picture
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.settings import problems
-from mlpipes.store.files import read_record, set_aside, write_record
+from mlpipes.store.files import quarantine, read_record, write_record
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import Checkpointing, Tracking, TrainingJob
@@ -41,7 +41,7 @@ class TrainingConfig(dg.Config):
     min_workers: int | None = Field(
         default=None,
         ge=1,
-        description="elastic: start, and go on, with as few workers as this; the model stays the same",
+        description="elastic: start, and continue, with as few workers as this; the model stays the same",
     )
     resize_seconds: float = Field(
         default=60.0, gt=0, description="how often an elastic training looks for more workers"
@@ -69,13 +69,13 @@ def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: Trai
 
 
 def finished(folder: TrainingFolder) -> dict[str, Any] | None:
-    """The outcome of a training that has one; a corrupt record is set aside, for the checkpoints can make it again."""
+    """The outcome of a training that has one; a corrupt record is quarantined, and rebuilt from the checkpoints."""
     try:
         return read_record(folder.result)
     except FileNotFoundError:
         return None
     except CorruptionError:
-        set_aside(folder.result)
+        quarantine(folder.result)
         return None
 
 
@@ -93,7 +93,7 @@ def materialize_training(
 
     started = time.monotonic()
     snapshot = open_snapshot(store.store.snapshots / snapshot_reference["digest"])
-    # Retries of a fresh start go on with it, so it is named after the first run of the family.
+    # Retries of a fresh start resume it, so it is named after the first run of the family.
     root_run = context.run.tags.get("dagster/root_run_id") or context.run.root_run_id or context.run.run_id
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
     folder = store.store.training(recipe.fingerprint)

@@ -1,4 +1,4 @@
-"""The judgement of a classifier: accuracy with its interval, per-class table, confusion, calibration, mistakes."""
+"""The report of a classifier: accuracy with its interval, per-class table, confusion, calibration, mistakes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast

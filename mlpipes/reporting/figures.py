@@ -116,7 +116,7 @@ def history(points: Sequence[tuple[str, Any, bool | None]], metric: str) -> byte
     for passed, colour, marker, label in (
         (True, COLOURS[2], "o", "passed the gates"),
         (False, "#b91c1c", "X", "did not pass"),
-        (None, "grey", "o", "not judged yet"),
+        (None, "grey", "o", "gates not run yet"),
     ):
         chosen = [(x, e) for x, (_, e, verdict) in zip(places, points, strict=True) if verdict is passed]
         if chosen:

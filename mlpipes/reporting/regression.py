@@ -1,4 +1,4 @@
-"""The judgement of a regression: correlations and errors with intervals, and the widest misses."""
+"""The report of a regression: correlations and errors with intervals, and the widest misses."""
 
 from collections.abc import Callable, Sequence
 

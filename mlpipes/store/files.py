@@ -116,7 +116,7 @@ def publishing(target: Path, *, kind: str, version: int) -> Iterator[Draft]:
     """Write a directory that appears under its final name complete and checksummed, or not at all.
 
     Two writers of the same target are safe: the first rename wins, and the loser's copy is dropped after the winner's
-    has been verified. A target that is there but corrupt is set aside, never overwritten.
+    has been verified. A target that is there but corrupt is quarantined, never overwritten.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(target)
@@ -152,7 +152,7 @@ def _rename_or_concede(temporary: Path, target: Path, kind: str) -> None:
             try:
                 open_published(target, kind=kind)
             except CorruptionError:
-                set_aside(target)
+                quarantine(target)
                 continue
             return
         fsync(target.parent)
@@ -165,7 +165,7 @@ def open_published(path: Path, *, kind: str, versions: frozenset[int] | None = N
 
     `verify=False` checks the manifest itself and the presence and size of each file, but not the files' checksums.
     Raises FileNotFoundError if the directory is not there, FormatError if its format is not among `versions` (what is only
-    older or newer is not corrupt, and never set aside), and CorruptionError naming the first bad file otherwise.
+    older or newer is not corrupt, and never quarantined), and CorruptionError naming the first bad file otherwise.
     """
     if not path.is_dir():
         raise FileNotFoundError(path)
@@ -197,7 +197,7 @@ def open_published(path: Path, *, kind: str, versions: frozenset[int] | None = N
     return published
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Rename a corrupt file or directory so that it is out of the way but kept as evidence; returns its new path."""
     for number in range(1, 1000):
         target = path.with_name(f"{path.name}.corrupt-{number}")
@@ -205,4 +205,4 @@ def set_aside(path: Path) -> Path:
             with suppress(FileNotFoundError):  # another process may have moved it first
                 path.rename(target)
             return target
-    raise CorruptionError(f"{path} was set aside 999 times already; look at what keeps destroying it")
+    raise CorruptionError(f"{path} was quarantined 999 times already; look at what keeps destroying it")

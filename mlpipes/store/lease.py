@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mlpipes.errors import CorruptionError, LeaseLostError
-from mlpipes.store.files import read_record, set_aside, write_record
+from mlpipes.store.files import quarantine, read_record, write_record
 
 _LOCK_SECONDS = 60
 
@@ -20,7 +20,7 @@ class Lease:
 
     Taking the lease raises its token, so a holder that was thought dead and wakes up late (a paused process, a node that
     was cut off) finds a greater token at its next write and stops: a fencing token (Kleppmann 2016, "How to do
-    distributed locking"). Nobody has to judge whether a holder is still alive.
+    distributed locking"). Nobody has to decide whether a holder is still alive.
     """
 
     path: Path
@@ -49,12 +49,12 @@ class Lease:
         """Raises LeaseLostError if somebody else has taken the lease since."""
         if (current := _token(self.path)) != self.token:
             raise LeaseLostError(
-                f"the lease {self.path} was taken over (token {current}, ours {self.token}): another job goes on with this "
+                f"the lease {self.path} was taken over (token {current}, ours {self.token}): another job continues this "
                 "training, and this one stops without writing"
             )
 
     def is_lost(self) -> bool:
-        """Whether somebody else has certainly taken it; what cannot be read just now is for the next write to judge."""
+        """Whether somebody else has certainly taken it; what cannot be read just now is for the next write to find out."""
         try:
             return int(read_record(self.path)["token"]) != self.token
         except (FileNotFoundError, CorruptionError):
@@ -106,6 +106,6 @@ def _token(path: Path) -> int:
         return 0
     except CorruptionError:
         # What the token was is lost; time in ms is greater than any count of attempts, so that older holders stop.
-        set_aside(path)
+        quarantine(path)
         write_record(path, {"token": (token := int(time.time() * 1000)), "holder": "restored after corruption"})
         return token

@@ -40,7 +40,7 @@ class TrainingJob(BaseModel):
     tracking: Tracking | None = None
     max_worker_failures: int = 3
     min_workers: int | None = None
-    """With fewer workers than the scale has, down to this number, the training starts or goes on (Ray Train's elastic
+    """With fewer workers than the scale has, down to this number, the training starts or continues (Ray Train's elastic
     scaling). With ordered sums that changes its speed, not its numbers; so it is no part of the recipe."""
     resize_seconds: float = 60.0
     """How often an elastic training looks for workers to gain."""

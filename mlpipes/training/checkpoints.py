@@ -1,4 +1,4 @@
-"""Checkpoints: everything needed to go on as if nothing had happened, published crash-safe and found by step.
+"""Checkpoints: everything needed to resume as if nothing had happened, published crash-safe and found by step.
 
 A checkpoint is a published directory `step-00000120` with `model.safetensors`, `optimizers.pt` (tensors and plain
 containers only) and, in its manifest, the progress. Random numbers and learning rates are pure functions of the position
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlpipes.errors import CorruptionError, FormatError
-from mlpipes.store.files import Published, open_published, publishing, set_aside
+from mlpipes.store.files import Published, open_published, publishing, quarantine
 from mlpipes.store.layout import Store
 from mlpipes.store.status import all_statuses
 
@@ -89,7 +89,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in numeric order; corrupt ones that were set aside do not count."""
+        """Steps that have a checkpoint, in numeric order; quarantined ones do not count."""
         if not self.folder.is_dir():
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
@@ -100,8 +100,7 @@ class Checkpoints:
         """Publish a checkpoint of a model's state and prune: the last `keep_last` and the best stay. Returns its folder."""
         target = self.path(progress.step)
         with publishing(target, kind=KIND, version=VERSION) as draft:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            save_file(weights, draft.path / "model.safetensors")
+            save_file(_apart(state), draft.path / "model.safetensors")
             torch.save([optimizer.state_dict() for optimizer in optimizers], draft.path / "optimizers.pt")
             draft.meta["progress"] = asdict(progress)
         self.prune(progress)
@@ -135,7 +134,7 @@ class Checkpoints:
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The latest usable checkpoint, or None if there never was one, and messages about unusable ones.
 
-        A checkpoint is usable if it verifies and so does the best one that it refers to. Corrupt ones are set aside as
+        A checkpoint is usable if it verifies and so does the best one that it refers to. Corrupt ones are quarantined as
         evidence. Raises CorruptionError if there are checkpoints and none is usable, and FormatError if the latest is
         another version's: starting over is the user's call.
         """
@@ -145,7 +144,7 @@ class Checkpoints:
             try:
                 checkpoint = self.load(step)
             except CorruptionError as error:
-                messages.append(f"{error}; set aside as {set_aside(self.path(step)).name}")
+                messages.append(f"{error}; quarantined as {quarantine(self.path(step)).name}")
                 continue
             best = checkpoint.progress.best
             if best is not None and best["step"] != step:
@@ -158,10 +157,21 @@ class Checkpoints:
         # Also when an earlier attempt set them aside: a retry must not start over behind the user's back.
         if steps or (self.folder.is_dir() and any(".corrupt-" in path.name for path in self.folder.iterdir())):
             raise CorruptionError(
-                f"no checkpoint in {self.folder} is usable: {'; '.join(messages) or 'all were set aside'}. They are kept as "
-                "evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
+                f"no checkpoint in {self.folder} is usable: {'; '.join(messages) or 'all are quarantined'}. They are kept "
+                "as evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
             )
         return None, messages
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state's tensors on the CPU, none in the memory of another: tied weights are written once under each name."""
+    taken, found = set[int](), {}
+    for name, tensor in state.items():
+        moved = tensor.detach().cpu().contiguous()
+        memory = moved.untyped_storage().data_ptr()
+        found[name] = moved.clone() if memory in taken else moved
+        taken.add(memory)
+    return found
 
 
 def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:

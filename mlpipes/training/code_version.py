@@ -23,8 +23,10 @@ ENGINE_MODULES = (
 PREPARING_MODULES = ("mlpipes.data.dataset", "mlpipes.data.ragged", "mlpipes.data.snapshot", "mlpipes.data.splits")
 """What makes a snapshot of any workload's data."""
 _PACKAGES = frozenset({"mlpipes", "mlpipes.data", "mlpipes.reporting", "mlpipes.training", "mlpipes.workloads"})
-_NOT_RUN = frozenset({"mlpipes.workloads.catalog", "mlpipes.workloads.served_text_model"})
-"""The catalog lists, the served model answers: neither trains."""
+_NOT_RUN = frozenset(
+    f"mlpipes.workloads.{name}" for name in ("catalog", "deployables", "entry", "packages", "served_text_model")
+)
+"""What lists workloads, and what serves models: neither trains."""
 _NO_NUMBERS = frozenset({"dagster", "matplotlib", "mlflow", "pydantic", "ray", "rich", "tqdm", "typer"})
 """Libraries that workloads import and whose release changes neither data nor weights."""
 

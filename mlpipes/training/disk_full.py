@@ -45,7 +45,7 @@ def write_with_patience(
                 raise
             raise DiskFullError(
                 f"the disk of {folder} is full, and had no room for {needed_bytes:,} bytes within {patience_seconds:.0f} s. "
-                "The last good checkpoint is kept. Make room, and materialize again to go on from there."
+                "The last good checkpoint is kept. Make room, and materialize again to resume from it."
             ) from error
 
     retrying = Retrying(

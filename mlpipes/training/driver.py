@@ -50,7 +50,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _watch_over(job: TrainingJob, lease: Lease, notify: Notify, stop: threading.Event) -> None:
-    """Show that this driver lives, and end it where to go on is in vain; Ray ends its workers with it.
+    """Show that this driver lives, and end it where it has nothing left to do; Ray ends its workers with it.
 
     That is when another job has taken over the training, or when a worker has reported an error that a restart would not
     mend: the other workers may wait for that one in a collective operation for ever.

@@ -196,7 +196,8 @@ def _imports(node: ast.AST) -> list[tuple[int, str, tuple[str, ...]]]:
         name = _text(node.args[0])
         within = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "package")]
         if name.startswith(".") and within and (package := _text(within[0])):
-            name = resolve_name(name, package)
+            with suppress(ImportError):  # beyond the top
+                name = resolve_name(name, package)
         return [(len(name) - len(name.lstrip(".")), name.lstrip("."), ())]
     return []
 

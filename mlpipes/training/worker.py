@@ -48,7 +48,7 @@ def train_on_ray(config: dict[str, Any]) -> None:
         train(job, workers, device, lease)
     except Exception as error:
         if _another_worker_is_gone(error):
-            raise  # Ray Train starts the workers again, and they go on from the last checkpoint
+            raise  # Ray Train starts the workers again, and they resume from the last checkpoint
         # Ray Train would restart a worker that raises, and it would fail in the same way: say so and end instead.
         notify = MessageWriter(job.folder.messages(job.attempt))
         notify(Failed(error=explained(error), fatal=True, rank=workers.rank))
@@ -87,6 +87,11 @@ def explained(error: Exception) -> str:
         return (
             f"{what[0]} has no deterministic kernel on this device. Build the model from other operations, or set the "
             "hyperparameter `deterministic: false`, with which an interrupted training may end in other bits."
+        )
+    if str(error).startswith("Expected more than 1 value per channel"):
+        return (
+            "batch normalisation got a single sample. It sees one part of a batch at a time: use a larger batch size, fewer "
+            f"`logical_shards`, or a larger `micro_batch` that leaves no remainder of 1. ({error})"
         )
     return f"{cause_of(error)}\n{traceback.format_exc(limit=-8)}"
 

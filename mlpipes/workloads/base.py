@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.snapshot import Prepared
 from mlpipes.data.splits import SplitPlan
-from mlpipes.errors import ConfigError
+from mlpipes.errors import TrainingFailedError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 
@@ -195,14 +195,8 @@ class Workload(ABC):
         """What to deploy: raw samples in (any batch size), outputs out, no random numbers. Examples come from `columns`."""
 
 
-def predicted(predictions: Mapping[str, np.ndarray], name: str, shape: tuple[str, ...]) -> np.ndarray:
-    """One of the outputs of `predict`, whose dimensions are called as in `shape`, such as ("samples", "classes").
-
-    Raises ConfigError if it is not there, or has another number of dimensions.
-    """
-    wanted = f"`{name}` of shape ({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+def predicted(predictions: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """One of the outputs of `predict`. Raises TrainingFailedError if it is not there."""
     if name not in predictions:
-        raise ConfigError(f"the workload's `predict` returned {', '.join(predictions) or 'nothing'}; expected {wanted}")
-    if (found := predictions[name]).ndim != len(shape):
-        raise ConfigError(f"the workload's `predict` returned `{name}` of shape {found.shape}; expected {wanted}")
-    return found
+        raise TrainingFailedError(f"`predict` gives {', '.join(map(repr, predictions)) or 'nothing'}, but no {name!r}")
+    return predictions[name]

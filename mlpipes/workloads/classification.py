@@ -20,7 +20,7 @@ class Classification(Workload):
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Accuracy and mean cross-entropy."""
-        logits = torch.from_numpy(predicted(predictions, "logits", ("samples", "classes")))
+        logits = torch.from_numpy(predicted(predictions, "logits"))
         labels = torch.from_numpy(np.array(columns["label"]))
         return {
             "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),

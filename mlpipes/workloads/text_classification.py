@@ -301,7 +301,8 @@ class TextRegression(Regression, TextWorkload):
         return model
 
     def _values(self, model: Any, batch: Batch, hp: TextHyperparameters) -> Tensor:
-        return self._logits(model, batch, hp)[:, 0] * model.label_std + model.label_mean
+        # Under autocast the head answers in bf16, which knows no number between 200 and 201.
+        return self._logits(model, batch, hp)[:, 0].float() * model.label_std + model.label_mean
 
     def loss(self, model: Any, batch: Batch, hp: TextHyperparameters) -> Tensor:
         """Squared error in standard deviations of the labels, summed."""

@@ -329,7 +329,7 @@ def test_of_two_that_want_the_same_one_decodes(root: Path, decoded: list[int], m
     assert len(decoded) == 4
 
 
-def test_a_corrupt_cache_is_set_aside_and_what_a_killed_process_left_is_removed(
+def test_a_corrupt_cache_is_quarantine_and_what_a_killed_process_left_is_removed(
     tmp_path: Path, decoded: list[int], isolated_home: Path
 ) -> None:
     root = two_classes(tmp_path / "pets")

@@ -73,8 +73,11 @@ def test_content_labels_and_order_count_and_nothing_else(name: str, same: bool) 
 
 def test_a_snapshot_that_keeps_no_content_has_rows_of_its_own(tmp_path: Path) -> None:
     """One that notes no rows, and whose preparation drops what they would be derived from."""
-    snapshot = made(tmp_path, TinyWorkload(tiny_dataset()))
-    del snapshot.meta["rows"]
-    noted = snapshot.rows("test")
-    snapshot.meta["columns"].remove("image")
-    assert snapshot.rows("test") == snapshot.digest != noted
+    named = made(tmp_path, TinyWorkload(tiny_dataset(), replace(PLAN, content=("image",))))
+    noted = named.meta.pop("rows")
+    assert named.rows("test") == noted["test"], "derived from what it holds"
+    named.meta["columns"].remove("image")
+    assert named.rows("test") == named.digest
+    unnamed = made(tmp_path, TinyWorkload(tiny_dataset(), replace(PLAN, content=())))
+    del unnamed.meta["rows"]
+    assert unnamed.rows("test") == unnamed.digest, "not of its labels alone"

@@ -93,7 +93,7 @@ def test_drift_compares_with_the_lowest_error(partition: Partition) -> None:
     partition.metric = ERROR
     for right in (380, 340, 341):
         current = partition.evaluate(right)
-        current.judge({"passed": True, "gates": {}})
+        current.record({"passed": True, "gates": {}})
     found = pass_through(
         partition.evaluate(341), evaluations_of(partition.store, "w", "w1-b8-e1-g0"), ERROR, Limits(), only=["drift"]
     )
@@ -104,7 +104,7 @@ def test_without_a_baseline_nothing_is_judged(partition: Partition) -> None:
     current = partition.evaluate(10, baseline=None)
     found = pass_through(current, [], ACCURACY, Limits(), only=["floor"])["floor"]
     assert found.passed
-    assert "not judged" in found.text
+    assert "not compared" in found.text
 
 
 def test_a_worse_model_is_held_and_the_next_is_compared_with_the_last_good_one(partition: Partition) -> None:

@@ -221,7 +221,7 @@ def test_cancelled_by_an_administrator_and_out_of_time(
     training.until_said("waits: Resources")
     cluster.ask("scancel", training.job())
     assert training.end(run) == 1
-    assert f"Slurm job {training.job()} was stopped; materialize again to go on from there" in training.log()
+    assert f"Slurm job {training.job()} was stopped; materialize again to resume it" in training.log()
     cluster.ask("scancel", full)
 
     training.settings(resubmit_cancelled=True)

@@ -7,7 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlpipes.errors import CorruptionError, FormatError
-from mlpipes.store.files import MANIFEST, open_published, publishing, read_record, set_aside, write_atomic, write_record
+from mlpipes.store.files import (
+    MANIFEST,
+    open_published,
+    publishing,
+    quarantine,
+    read_record,
+    write_atomic,
+    write_record,
+)
 
 
 def publish(target: Path, content: bytes = b"hello" * 100) -> None:
@@ -129,8 +137,8 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_set_aside_never_overwrites(tmp_path: Path) -> None:
+def test_quarantine_never_overwrites(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "f").write_text(str(number))
-        assert set_aside(tmp_path / "f").name == f"f.corrupt-{number}"
+        assert quarantine(tmp_path / "f").name == f"f.corrupt-{number}"
     assert (tmp_path / "f.corrupt-1").read_text() == "1"

@@ -80,4 +80,4 @@ def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best
     found, messages = checkpoints.latest()
     assert found is not None
     assert found.step == 3
-    assert "set aside" in messages[0]
+    assert "quarantined" in messages[0]

@@ -177,7 +177,7 @@ def test_another_seed_is_another_training(tmp_path: Path) -> None:
     assert a["weights_digest"] != b["weights_digest"]
 
 
-def test_a_corrupt_latest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_a_corrupt_latest_checkpoint_is_quarantine_and_the_one_before_is_used(tmp_path: Path) -> None:
     whole = run_here(make_job(tmp_path / "whole", "w1-b128-e3-g0"))
     job = make_job(tmp_path / "hurt", "w1-b128-e3-g0")
     run_here(job)
@@ -190,7 +190,7 @@ def test_a_corrupt_latest_checkpoint_is_set_aside_and_the_one_before_is_used(tmp
     again = run_here(job)
     assert 0 < again["resumed_from_step"] < again["steps"]
     assert equal(whole, again)
-    assert "set aside as" in job.folder.messages(1).read_text()
+    assert "quarantined as" in job.folder.messages(1).read_text()
     assert (latest.with_name(latest.name + ".corrupt-1") / "model.safetensors").read_bytes() == content
 
 

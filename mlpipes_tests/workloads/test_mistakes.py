@@ -28,30 +28,34 @@ MISTAKES = {
     "lengths": (
         TABLE,
         '"label": table.target[:100]}',
-        "Diabetes: the columns of split `train` differ in length: features 442, label 100",
+        "Diabetes, train: each column must have one row a sample, but their rows are 'features' 442, 'label' 100",
     ),
-    "split": ('splits={"train":', 'splits={"training":', "Diabetes: there is no split `train` among training"),
-    "loss a sample": ("** 2).sum()", "** 2)", "the workload's `loss` returned shape (8,); it must be the sum over"),
+    "split": (
+        'splits={"train":',
+        'splits={"training":',
+        "Diabetes: the source brings the splits 'training'; it must bring 'train'",
+    ),
+    "loss a sample": ("** 2).sum()", "** 2)", "`loss` is of shape (8,); it must be the sum over"),
     "another dimension": (
         PREDICTION,
         PREDICTION.replace("])}", "])[:, None]}"),
-        "the workload's `predict` returned `value` of shape (45, 1); expected `value` of shape (samples,)",
+        "the predictions `value` are of shape (45, 1), the labels of (45,); both must be (N,)",
     ),
     # Once the rest was taken as zeros, and the figures were wrong.
     "rows": (
         PREDICTION,
         PREDICTION.replace("])}", "])[:3]}"),
-        "the workload's `predict` returned `value` of shape (3,) for a batch of 45 samples; it must return one row for each",
+        "`predict` gives 'value' of shape (3,) for 45 samples",
     ),
     "a mean": (
         PREDICTION,
         PREDICTION.replace("])}", "]).mean()}"),
-        "the workload's `predict` returned `value` of shape () for a batch of 45 samples",
+        "`predict` gives 'value' of shape () for 45 samples",
     ),
     "name": (
         PREDICTION,
         PREDICTION.replace("value", "values"),
-        "the workload's `predict` returned values; expected `value` of shape (samples,)",
+        "`predict` gives 'values', but no 'value'",
     ),
 }
 """What the workload of the documents has instead of what, and how the message begins."""
