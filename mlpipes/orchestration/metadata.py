@@ -57,13 +57,12 @@ def link(address: str | None, otherwise: str) -> dg.MetadataValue:
 
 
 def report_metadata(report: Report) -> dict[str, Any]:
-    """Estimates as numbers (for Dagster's plots) with their intervals, notes, pictures, and the tables, which are long."""
+    """Estimates as numbers (for Dagster's plots) with their intervals, other figures, pictures, then the tables, which may be long."""
     metadata: dict[str, Any] = {}
     for name, estimate in report.estimates.items():
         metadata[name] = estimate.value
         metadata[f"{name}_95"] = str(estimate)
-    if report.notes:
-        metadata["notes"] = " ".join(report.notes)
+    metadata |= report.quantities
     for name, png in report.figures.items():
         metadata[f"{name}_plot"] = picture(png, name)
     for content in report.tables:
