@@ -57,7 +57,7 @@ def link(address: str | None, otherwise: str) -> dg.MetadataValue:
 
 
 def report_metadata(report: Report) -> dict[str, Any]:
-    """Estimates as numbers (for Dagster's plots) with their intervals, other figures, pictures, then the tables, which may be long."""
+    """Estimates as numbers (for Dagster's plots) with their intervals, other figures, pictures, and long tables."""
     metadata: dict[str, Any] = {}
     for name, estimate in report.estimates.items():
         metadata[name] = estimate.value

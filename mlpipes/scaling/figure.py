@@ -70,6 +70,7 @@ def _throughput(axes: Any, rows: Sequence[Mapping[str, Any]], laws: Sequence[Any
             axes.scatter(
                 row["workers"], row["samples_per_second"], facecolors="none", edgecolors="grey", label="forecast"
             )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     # One entry a kind, however many points it has.
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(entries.values(), entries.keys(), frameon=False, fontsize=8)
