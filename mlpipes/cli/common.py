@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mlpipes.errors import UserError
 from mlpipes.store.layout import default_store
-from mlpipes.workloads.catalog import entry_named, problems
+from mlpipes.workloads.catalog import entry_named, offered, problems
 
 console = Console()
 _OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
@@ -56,7 +56,9 @@ def scale_named(workload: str, scale: str) -> str:
 
 def tell_problems() -> None:
     """Say what is wrong with workloads of other packages, where something is; in commands that are about all workloads."""
-    for problem in problems().values():
+    from mlpipes.training.code_version import unreadable
+
+    for problem in (*problems().values(), *unreadable(offered()).values()):
         console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

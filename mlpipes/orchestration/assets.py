@@ -146,7 +146,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     @dg.asset(
         **common(
             "eval_report",
-            "The model on the held-out test split: estimates with 95 % intervals, confusion, calibration, mistakes.",
+            "The model on the held-out test split: estimates with 95 % intervals, pictures, mistakes.",
             {"scikitlearn", "mlflow"},
         ),
         ins={"model": upstream("model")},
