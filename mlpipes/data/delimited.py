@@ -67,19 +67,25 @@ def read_delimited(
         raise DataError(f"delimiter={delimiter!r}: it must be one character, and no quote or end of line")
     tried = [delimiter] if delimiter else [default, *(d for d in DELIMITERS if d != default)]
     modes = [quoting] if quoting is not None else [True, False] if '"'.encode(_bare(encoding)) in data else [True]
-    found, misfits = [], []
+    found: list[_Reading] = []
+    misfits: dict[tuple[str, bool], _MisfitError] = {}
     with _long_cells():
         for candidate in tried:
             for quoted in modes:
                 try:
                     found.append(_parse(data, encoding, candidate, quoted, columns))
                 except _MisfitError as misfit:
-                    misfits.append(misfit)
+                    misfits[candidate, quoted] = misfit
     if not found:
         # The one that came furthest was meant; of equals, the file name's own and quotes.
         hint = " Are quotes only characters? Say quoting=False." if len(modes) > 1 else ""
-        raise DataError(f"{name}: {max(misfits, key=lambda misfit: misfit.fitted)}{hint}")
+        raise DataError(f"{name}: {max(misfits.values(), key=lambda misfit: misfit.fitted)}{hint}")
     reading = _the_reading(found, name, quoting)
+    if quoting is None and not reading.quoted and _has_wrapped_cells(reading):
+        raise DataError(
+            f"{name}: quotes seem to wrap cells, but {misfits[reading.delimiter, True]} Say quoting=False if they are only "
+            "characters."
+        )
     header = _header(reading, name, columns, roles)
     if not reading.rows:
         raise DataError(f"{name} has a header ({', '.join(map(repr, header))}), but no rows")
@@ -159,6 +165,8 @@ def _misfit(
         remedy = "Does every row end with a delimiter? Remove it, or give the last column a name"
     elif len(row) < expected:
         remedy = "Write empty cells out"
+    if columns is not None:
+        remedy += ". A file with a header needs no columns="
     return (
         f"line {line} has {len(row)} cells, but {called} {'names' if columns is not None else 'has'} {expected}: {shown}. "
         f"{remedy}; or say delimiter=…"
@@ -191,6 +199,22 @@ def _the_reading(found: list[_Reading], name: str, quoting: bool | None) -> _Rea
             "Say quoting=True if that is one cell, quoting=False if quotes are only characters; or mend the line."
         )
     return quoted
+
+
+def _has_wrapped_cells(bare: _Reading) -> bool:
+    """Whether quotes stand around a name in the header, most cells of a column, or what holds a quote after a backslash."""
+
+    def wrapped(cell: str) -> bool:
+        return len(cell) > 1 and cell[0] == cell[-1] == '"'
+
+    if any(wrapped(cell) for cell in bare.header):
+        return True
+    for place in range(len(bare.header)):
+        cells = [row[place] for row in bare.rows if row[place]]
+        around = [cell for cell in cells if wrapped(cell)]
+        if len(around) > 0.5 * len(cells) or any('\\"' in cell for cell in around):
+            return True
+    return False
 
 
 def _needs_quotes(quoted: _Reading, bare: _Reading) -> bool:
@@ -243,7 +267,13 @@ def _header(reading: _Reading, name: str, columns: Sequence[str] | None, roles: 
             f"{name} seems to have no header: {cell[:80]!r} in its first line looks like a value, not like the name of a "
             "column. Name the columns: columns=[…]. If it is a header, say which columns are which: text=…, label=…"
         )
-    if (again := next((i for i, row in enumerate(reading.rows) if row == reading.header), None)) is not None:
+    first = reading.header[0]
+    again = (
+        i
+        for i, row in enumerate(reading.rows)
+        if first in row[0] and [row[0].strip("\ufeff"), *row[1:]] == reading.header
+    )
+    if (again := next(again, None)) is not None:
         raise DataError(f"{name}: line {reading.lines[again]} repeats the header; remove it")
     return header
 

@@ -106,7 +106,7 @@ def _is_whole(number: str) -> bool:
     return value == value.to_integral_value()
 
 
-def numbers(column: str, split: str, labels: Sequence[str | None]) -> list[float | None]:
+def numbers(column: str, labels: Sequence[str | None]) -> list[float | None]:
     """Labels as numbers, None where one is missing. Raises DataError for what is none, or too large for one."""
     found: list[float | None] = []
     for row, label in enumerate(labels, 1):
@@ -114,7 +114,7 @@ def numbers(column: str, split: str, labels: Sequence[str | None]) -> list[float
             found.append(None)
             continue
         if not NUMBER.fullmatch(label) or not np.isfinite(float(label)):
-            raise DataError(f"the label {label!r} in column {column!r} (row {row} of {split}) is no finite number")
+            raise DataError(f"the label {label!r} in column {column!r}, row {row}, is no finite number")
         found.append(float(label))
     known = [number for number in found if number is not None]
     with np.errstate(over="ignore"):
@@ -162,19 +162,19 @@ class Classes:
                 f"{_counted(unknown)}"
             )
 
-    def number(self, label: str) -> int | None:
-        """The class number of a label; None if it is none of the classes."""
-        return self._numbers.get(label)
+    def numbers(self, labels: Sequence[str | None]) -> list[int | None]:
+        """The class numbers of a split's labels, None for what is none of the classes.
 
-    def assert_mostly_known(self, where: str, labels: Sequence[str | None]) -> None:
-        """Raises DataError if more labels than a few of a split are none of the classes."""
+        Raises DataError if that is more than a few.
+        """
         unknown = Counter(label for label in labels if label is not None and label not in self._numbers)
         count = sum(label is not None for label in labels)
         if unknown.total() > UNKNOWN_SHARE * count:
             raise DataError(
-                f"{where}: {unknown.total():,} of {count:,} labels are unknown to training: {_counted(unknown)}. Training "
-                f"has {_listed(self.names)}. Mend the labels, or name all classes: class_names=[…]"
+                f"{unknown.total():,} of {count:,} labels are unknown to training: {_counted(unknown)}. Training has "
+                f"{_listed(self.names)}. Mend the labels, or name all classes: class_names=[…]"
             )
+        return [None if label is None else self._numbers.get(label) for label in labels]
 
 
 def _merged(labels: Iterable[str]) -> dict[str, str]:

@@ -37,6 +37,10 @@ class Reading:
 
 def read_table(path: Path, reading: Reading) -> RawTable:
     """A table as columns of text. Raises DataError naming the file, and the line where there is one."""
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: {error}") from error
     if path.is_dir():
         raise DataError(f"{path} is a folder; name the file in it")
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -47,8 +51,8 @@ def read_table(path: Path, reading: Reading) -> RawTable:
         data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)

@@ -1,7 +1,8 @@
 """Tables of texts: csv, tsv, JSON, Parquet or a Hugging Face data set, with the roles of columns found or given."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,31 +78,30 @@ class TableSource:
         from_hub = is_hub_name(self.train)
         tables = self._from_hub() if from_hub else self._from_files()
         train, wheres = tables["train"], self._wheres(from_hub)
-        text, pair, label = find_columns(train.columns, self.text, self.text_pair, self.label)
+        with _in(wheres["train"]):
+            text, pair, label = find_columns(train.columns, self.text, self.text_pair, self.label)
         for split, table in tables.items():
-            for name in (text, pair, label):
-                if name is not None and name not in table.columns:
-                    listed = ", ".join(map(repr, table.columns))
-                    raise DataError(f"{wheres[split]}: there is no column {name!r}; there are {listed}")
+            if absent := [name for name in (text, pair, label) if name is not None and name not in table.columns]:
+                listed = ", ".join(map(repr, table.columns))
+                raise DataError(f"{wheres[split]}: there is no column {absent[0]!r}; there are {listed}")
         names = self.class_names or train.class_names.get(label)
-        written = written_labels(label, {split: table.columns[label] for split, table in tables.items()}, names)
-        task = self.task or ("classification" if names else task_of(label, written))
+        with _in(" and ".join(wheres[split] for split in tables)):
+            labels = written_labels(label, {split: table.columns[label] for split, table in tables.items()}, names)
+            task = self.task or ("classification" if names else task_of(label, labels))
         classes = None
         if task == "classification":
-            classes = Classes(label, wheres["train"], written, names, by_number=self.class_names is not None)
+            classes = Classes(label, wheres["train"], labels, names, by_number=self.class_names is not None)
         splits, dropped = {}, {}
         for split, table in tables.items():
-            where = wheres[split]
-            if classes is not None and split != "train":
-                classes.assert_mostly_known(where, written[split])
-            values = written[split] if classes is not None else numbers(label, split, written[split])
-            texts = {"text": _texts(table, text, where)} | ({"text_pair": _texts(table, pair, where)} if pair else {})
-            keep, dropped[split] = _kept(list(texts.values()), values, classes, where)
+            texts = {"text": _texts(table, text, wheres[split])}
+            if pair is not None:
+                texts["text_pair"] = _texts(table, pair, wheres[split])
+            with _in(wheres[split]):
+                values = classes.numbers(labels[split]) if classes else numbers(label, labels[split])
+                keep, dropped[split] = _kept(list(texts.values()), labels[split], values)
             splits[split] = {name: Ragged.of_texts(str(cells[row]) for row in keep) for name, cells in texts.items()}
-            if classes is not None:
-                splits[split]["label"] = np.array([classes.number(str(values[row])) for row in keep], dtype=np.int64)
-            else:
-                splits[split]["label"] = np.array([values[row] for row in keep], dtype=np.float64)
+            kind = np.int64 if classes else np.float64
+            splits[split]["label"] = np.array([values[row] for row in keep], dtype=kind)
         roles = Roles(text, label, pair, task)
         return Dataset(
             splits=splits,
@@ -144,7 +144,7 @@ class TableSource:
         files = {"train": self.train} | ({"test": self.test} if self.test is not None else {})
         roles = [name for name in (self.text, self.text_pair, self.label) if name is not None]
         reading = Reading(self.delimiter, self.quoting, self.encoding, self.columns, roles)
-        return {split: read_table(Path(path).expanduser(), reading) for split, path in files.items()}
+        return {split: read_table(Path(path), reading) for split, path in files.items()}
 
     def _from_hub(self) -> dict[str, RawTable]:
         from mlpipes.data.hub import load_hub_dataset
@@ -164,7 +164,7 @@ class TableSource:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name is one of the hub's (`glue`, `org/name`, `org/x-v1.1`) and not that of a file, there or not."""
-    if not _HUB_NAME.fullmatch(name) or ".." in name or "--" in name or Path(name).expanduser().exists():
+    if not _HUB_NAME.fullmatch(name) or len(name) > 96 or ".." in name or "--" in name or Path(name).exists():
         return False
     suffix = Path(name).suffix.lower()
     # Names on the hub that have no owner have no dots but those of versions.
@@ -200,23 +200,32 @@ def _texts(table: RawTable, column: str, where: str) -> Sequence[Cell]:
 
 
 def _kept(
-    texts: Sequence[Sequence[Cell]], labels: Sequence[Any], classes: Classes | None, where: str
+    texts: Sequence[Sequence[Cell]], labels: Sequence[str | None], values: Sequence[float | None]
 ) -> tuple[list[int], dict[str, int]]:
     """The numbers of a split's rows that have all it takes, and how many have been dropped for what."""
     dropped = {"without label": 0, "without text": 0, "label unseen in training": 0}
     keep = []
-    for row, label in enumerate(labels):
+    for row, (label, value) in enumerate(zip(labels, values, strict=True)):
         if label is None:
             dropped["without label"] += 1
         elif any(is_blank(cells[row]) for cells in texts):
             dropped["without text"] += 1
-        elif classes is not None and classes.number(label) is None:
+        elif value is None:
             dropped["label unseen in training"] += 1
         else:
             keep.append(row)
     if not keep:
-        raise DataError(f"{where}: no row of {len(labels):,} has both text and label (dropped: {dropped})")
+        raise DataError(f"no row of {len(labels):,} has both text and label (dropped: {dropped})")
     return keep, dropped
+
+
+@contextmanager
+def _in(where: str) -> Iterator[None]:
+    """Errors in here say where."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def sst2_source(folder: Path | None) -> TableSource:
