@@ -176,14 +176,15 @@ def _objects(rows: Any, path: Path) -> list[dict[str, Any]]:
 def _unwrapped(found: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """The rows of a lone object: those of the one array in it, or those of its columns (lists, or objects by row)."""
     values = list(found.values())
-    tables = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(tables) == 1:
-        return _objects(tables[0], path)
-    if len(values) > 1 and all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
+    lists = [value for value in values if isinstance(value, list)]
+    tables = [value for value in lists if value and isinstance(value[0], dict)]
+    if len(lists) == len(values) > max(1, len(tables)) and len({len(value) for value in lists}) == 1:
         columns = values
     elif len(values) > 1 and all(isinstance(value, dict) and list(value) == list(values[0]) for value in values):
         columns = [list(value.values()) for value in values]
-    elif len(tables) > 1:
+    elif len(tables) == 1:
+        return _objects(tables[0], path)
+    elif tables:
         raise DataError(
             f"{path} holds several tables ({', '.join(map(repr, found))}); save the one that is meant alone"
         )

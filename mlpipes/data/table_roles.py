@@ -13,7 +13,7 @@ TEXT_NAMES = (
 )  # fmt: skip
 ALSO_TEXTS = (
     "title", "headline", "summary", "abstract", "description", "question", "query", "answer", "premise", "hypothesis",
-    "passage", "paragraph", "context",
+    "passage", "paragraph", "context", "text_pair",
 )  # fmt: skip
 """Names of texts that may stand beside the one that is meant."""
 PAIRS = (
