@@ -12,7 +12,8 @@ from mlpipes.orchestration.jobs import jobs_of
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow
-from mlpipes.workloads.catalog import Entry, configured, problems
+from mlpipes.training.code_version import unreadable
+from mlpipes.workloads.catalog import Entry, configured, offered, problems
 
 
 def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
@@ -23,7 +24,9 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     """
     entries = configured() if catalog is None else tuple(catalog)
     if catalog is None:
-        for problem in problems().values():
+        without_code = unreadable(offered())
+        entries = tuple(entry for entry in entries if entry.name not in without_code)
+        for problem in (*problems().values(), *without_code.values()):
             logging.getLogger(__name__).warning(problem)
     store = StoreResource()
     return dg.Definitions(

@@ -1,5 +1,6 @@
 """What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -13,15 +14,17 @@ from rich.table import Table
 
 from mlpipes.errors import UserError
 from mlpipes.store.layout import default_store
-from mlpipes.workloads.catalog import entry_named, problems
+from mlpipes.workloads.catalog import entry_named, offered, problems
 
 console = Console()
+_OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
+"""What a disk may say that is no defect of the program."""
 _UNBOUNDED = 10_000
 """Columns of a terminal that cuts nothing."""
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a user's error as its message, without a traceback, and exit with 1."""
+    """Show a user's error, or what a disk says, as its message, without a traceback, and exit with 1."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -29,6 +32,12 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except UserError as error:
             text = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            text = f"[bold red]{type(error).__name__}:[/] {escape(f'{error.strerror}: {error.filename}')}"
             Console(stderr=True).print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
@@ -47,7 +56,9 @@ def scale_named(workload: str, scale: str) -> str:
 
 def tell_problems() -> None:
     """Say what is wrong with workloads of other packages, where something is; in commands that are about all workloads."""
-    for problem in problems().values():
+    from mlpipes.training.code_version import unreadable
+
+    for problem in (*problems().values(), *unreadable(offered()).values()):
         console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

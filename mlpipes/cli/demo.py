@@ -45,6 +45,7 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     ray = LocalRay()
     ours = ray.status() is None
     definitions = build_defs(catalog=[entry])
+    metric = entry.load().metric.name  # before anything is started, which a workload that does not load needs not
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
@@ -54,14 +55,14 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
             with _bars(console) as bars:
                 for key in scales:
-                    _run_scale(bars, store, entry.name, key, lambda key=key: execute(chain, instance, key))
+                    _run_scale(bars, store, entry.name, metric, key, lambda key=key: execute(chain, instance, key))
             execute_report(definitions, instance)
     finally:
         if ours:
             with console.status("Ending the Ray that was started …"):
                 ray.stop()
     _print_summary(console, entry, scales, store)
-    console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
+    console.print(f"Done in {time.monotonic() - started:.0f} s. `mlpipes dev` shows the same in the Dagster UI.")
 
 
 def _bars(console: Console) -> Progress:
@@ -74,7 +75,7 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
-def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) -> None:
+def _run_scale(bars: Progress, store: Store, workload: str, metric: str, key: str, run: Any) -> None:
     """Run in a thread, and meanwhile show what the store tells of the scale's training."""
     bar = bars.add_task(f"{workload} {key}", total=None, figures="preparing")
     problem: list[BaseException] = []
@@ -93,9 +94,10 @@ def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) 
             if (status.workload, status.scale) == (workload, key) and status.last_heard >= began:
                 figures = "starting workers"
                 if status.total_steps:
-                    accuracy = status.metrics.get("validation_accuracy")
+                    value = status.metrics.get(f"validation_{metric}")
                     figures = "exporting, evaluating" if status.state == "finished" else f"{status.state}"
-                    figures += f" · validation accuracy {accuracy:.4f}" if accuracy is not None else ""
+                    name = metric.replace("_", " ")
+                    figures += f" · validation {name} {value:.4f}" if value is not None else ""
                 bars.update(bar, completed=status.step, total=status.total_steps, figures=figures)
                 break
     if problem:

@@ -160,8 +160,10 @@ def backfill(
 ) -> None:
     """Materialize a workload's whole chain for its scales in a running Dagster; resumes what is half done."""
     from mlpipes.orchestration.backfill import DagsterUi, launch
+    from mlpipes.training.code_version import code_version
 
     entry = entry_named(workload)
+    code_version(entry.implementation)  # Dagster would only say that it has no such asset
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
     dagster = DagsterUi(ui)
     with console.status(f"Waiting for Dagster at {dagster.address} …"):

@@ -87,11 +87,11 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     def snapshot(
         context: dg.AssetExecutionContext, source: DatasetReference, store: StoreResource
     ) -> dg.MaterializeResult:
-        from mlpipes.data.snapshot import snapshot_of
+        from mlpipes.data.snapshot import duplicates_warning, snapshot_of
 
         with user_errors():
             made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing)
-        for warning in warnings:
+        for warning in (*warnings, *filter(None, [duplicates_warning(made)])):
             context.log.warning(warning)
         return dg.MaterializeResult(
             value=SnapshotReference(digest=made.digest),
@@ -146,7 +146,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     @dg.asset(
         **common(
             "eval_report",
-            "The model on the held-out test split: estimates with 95 % intervals, confusion, calibration, mistakes.",
+            "The model on the held-out test split: estimates with 95 % intervals, pictures, mistakes.",
             {"scikitlearn", "mlflow"},
         ),
         ins={"model": upstream("model")},

@@ -57,13 +57,14 @@ def link(address: str | None, otherwise: str) -> dg.MetadataValue:
 
 
 def report_metadata(report: Report) -> dict[str, Any]:
-    """Estimates as numbers (for Dagster's plots) with their intervals, tables and pictures."""
+    """Estimates as numbers (for Dagster's plots) with their intervals, other figures, pictures, and long tables."""
     metadata: dict[str, Any] = {}
     for name, estimate in report.estimates.items():
         metadata[name] = estimate.value
         metadata[f"{name}_95"] = str(estimate)
-    for content in report.tables:
-        metadata[content.title.lower().replace(" ", "_")] = table(content)
+    metadata |= report.quantities
     for name, png in report.figures.items():
         metadata[f"{name}_plot"] = picture(png, name)
+    for content in report.tables:
+        metadata[content.title.lower().replace(" ", "_")] = table(content)
     return metadata

@@ -29,7 +29,7 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
         owners=owners,
         kinds={"markdown", "matplotlib"},
         tags={"workload": entry.name},
-        description="Accuracy, speed, efficiency, cost and forecast over all scales; missing and stale ones are named.",
+        description="Quality, speed, efficiency, cost and forecast over all scales; missing and stale ones are named.",
         output_required=False,
         # Scales that are missing are named in it, so it does not wait for them; it waits for runs in progress.
         automation_condition=dg.AutomationCondition.eager().without(~dg.AutomationCondition.any_deps_missing()),
@@ -46,10 +46,11 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
             tracker.set_status(run_id, "FINISHED")
         return dg.MaterializeResult(
             metadata={
+                "recommended": report.recommendation,
+                "metric": report.metric,
                 "table": table(scaling_table(report.rows, report.metric)),
                 "plot": picture(plot, "scaling"),
                 "cost": table(cost_table(report.rows)),
-                "recommended": report.recommendation,
                 **{
                     f"law_{number}": dg.MetadataValue.md(law.markdown())
                     for number, law in enumerate(report.laws, start=1)

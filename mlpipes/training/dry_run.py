@@ -29,6 +29,9 @@ from mlpipes.workloads.tensors import on_device
 TRAINED, EVALUATED, MORE = 8, 32, 2000
 """Rows that are trained on, rows that are evaluated, and rows for figures that so few do not define."""
 
+LATEST = 1 - 2**-30
+"""Progress behind which no training has a step."""
+
 
 @contextmanager
 def faults_named(workload: Workload, name: str, cause: Callable[[Exception], str | None]) -> Iterator[None]:
@@ -141,7 +144,7 @@ class DryRun:
         if not loss.requires_grad:
             raise self._wrong("loss", "does not depend on any weight that is trained")
         loss.backward()
-        for progress in (0.0, 0.999):
+        for progress in (0.0, LATEST):
             factor = workload.learning_rate_factor(progress, hp)
             if not isinstance(factor, float | int) or not math.isfinite(factor):
                 raise self._wrong("learning_rate_factor", f"gives {factor!r} at {progress}; it must give a number")

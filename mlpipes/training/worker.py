@@ -23,6 +23,7 @@ from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
+from mlpipes.workloads.entry import cause_of
 
 RESULT_BYTES = 1 << 20
 """More than an outcome takes."""
@@ -76,7 +77,7 @@ def _another_worker_is_gone(error: Exception) -> bool:
 
 def explained(error: Exception) -> str:
     """What a user is told of an error: a cause and a remedy where they are known, the traceback otherwise."""
-    return known_cause(error) or f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
+    return known_cause(error) or f"{cause_of(error)}\n{traceback.format_exc(limit=-8)}"
 
 
 def known_cause(error: Exception) -> str | None:

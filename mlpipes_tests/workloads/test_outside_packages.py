@@ -96,6 +96,7 @@ def good(site: Path, name: str = "good") -> None:
         f"{name} = {name}_package:it",
         {f"{name}_package": entry_text(name, f"{name}_package")},
     )
+    (site / f"{name}_package" / "workload.py").touch()
 
 
 def entry_text(name: str, module: str) -> str:
@@ -243,11 +244,35 @@ def test_an_entry_that_imports_torch_is_taken_with_a_warning(site: Path) -> None
     assert "Put the entry into a module that imports no torch" in done.stdout
 
 
+def test_one_whose_workload_is_no_python_has_no_assets_and_the_others_have(site: Path) -> None:
+    good(site)
+    good(site, "bad")
+    (site / "bad_package" / "workload.py").write_text("def f(:\n")
+    why = "workload 'bad' of bad-workload 0 has no assets until this is mended: "
+    why += f"{site / 'bad_package' / 'workload.py'}, line 1: this is no Python that can be read"
+    code = """
+import mlpipes.definitions as d
+print({key.path[0] for key in d.defs.resolve_asset_graph().get_all_asset_keys()} & {"good", "bad"})
+"""
+    done = python(site, code)
+    assert done.stdout == "{'good'}\n", done.stderr
+    assert done.stderr.count(why) == 1
+    assert why in run("scales")
+    assert "line 1: this is no Python that can be read" in run("backfill", "bad"), "not that Dagster has no such asset"
+
+
+OLD = "from mlpipes_tests.training.odd import Plain\n\n\nclass Old(Plain):\n    {}\n\n\nit = Old()\n"
+"""As a workload of before may look."""
+
+
 @pytest.mark.parametrize(
     ("workload", "said"),
     [
         ("it = 3\n", "'good_package.workload:it' is no instance of a Workload: 3"),
         ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        (OLD.format('metric = "accuracy"'), 'has no metric: say `metric = Metric("accuracy")`'),
+        (OLD.format("rank = lambda self, metrics: 0"), "has a method `rank`, which is called `selection_key` now"),
+        (OLD.format("rank = 8"), ""),  # of its adapters, say
         ("from mlpipes.workloads.image_classification import digits as it\n", ""),
     ],
 )
