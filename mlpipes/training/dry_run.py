@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import autocast, outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Workload
 from mlpipes.workloads.deployables import TorchProgram
+from mlpipes.workloads.entry import cause_of
 from mlpipes.workloads.tensors import on_device
 
 TRAINED, EVALUATED, MORE = 8, 32, 2000
@@ -34,46 +34,37 @@ LATEST = 1 - 2**-30
 
 
 @contextmanager
-def faults_named(workload: Workload, name: str, cause: Callable[[Exception], str | None]) -> Iterator[None]:
+def faults_named(workload: Workload, name: str, known: Callable[[Exception], str | None]) -> Iterator[None]:
     """An error in here of a method of the workload becomes a TrainingFailedError that names workload, method and line.
 
-    `cause` gives what is known of an error; such errors, those for users, and those of others pass as they are.
+    Errors for users get the workload's name; those of which `known` says something pass as they are, and so do the engine's.
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from error
     except Exception as error:
-        found = _method_and_line(workload, error)
-        if found is None or cause(error) is not None:
+        method = _method_called(workload, error)
+        if method is None or known(error) is not None:
             raise
-        method, line = found
-        raise TrainingFailedError(f"{name}: `{method}` raised {type(error).__name__}: {error} ({line})") from error
+        raise TrainingFailedError(f"{name}: `{method}` raised {cause_of(error)}") from error
 
 
-def _method_and_line(workload: Workload, error: Exception) -> tuple[str, str] | None:
-    """The method of the workload that the engine had called, and the line of the workload's own code that was reached."""
-    method, line, trace = None, "", error.__traceback__
-    own = {Path(c.__code__.co_filename) for kind in type(workload).__mro__ for c in vars(kind).values() if _is_code(c)}
+def _method_called(workload: Workload, error: Exception) -> str | None:
+    """The method of the workload that the engine had called when the error came."""
+    trace = error.__traceback__
     while trace is not None:
-        frame = trace.tb_frame
-        if frame.f_locals.get("self") is workload and method is None:
-            method = frame.f_code.co_name
-        if method is not None and (Path(frame.f_code.co_filename) in own or not line):
-            line = f"{Path(frame.f_code.co_filename).name}, line {trace.tb_lineno}"
+        if trace.tb_frame.f_locals.get("self") is workload:
+            return trace.tb_frame.f_code.co_name
         trace = trace.tb_next
-    return None if method is None else (method, line)
-
-
-def _is_code(found: Any) -> bool:
-    return hasattr(found, "__code__")
+    return None
 
 
 class DryRun:
     """The dry run of a trainer that has not begun, on its device. Raises TrainingFailedError for what does not hold."""
 
-    def __init__(self, trainer: Trainer, name: str, info: DataInfo, train: Columns) -> None:
-        self.trainer, self.name, self.info, self.train = trainer, name, info, train
+    def __init__(self, trainer: Trainer, info: DataInfo, train: Columns) -> None:
+        self.trainer, self.info, self.train = trainer, info, train
         self.workload, self.hp, self.device = trainer.workload, trainer.hp, trainer.device
         self.seed = mixed_seed(trainer.progress.seed, "model")
 
@@ -89,8 +80,9 @@ class DryRun:
                 self._evaluate(model, MORE)
             self._deploy(model)
 
-    def _wrong(self, method: str, what: str) -> TrainingFailedError:
-        return TrainingFailedError(f"{self.name}: `{method}` {what}")
+    @staticmethod
+    def _wrong(method: str, what: str) -> TrainingFailedError:
+        return TrainingFailedError(f"`{method}` {what}")
 
     def _model(self) -> nn.Module:
         """A model of its own, equal to the trainer's if what is kept of one is enough to come back."""
@@ -177,9 +169,10 @@ class DryRun:
         if not isinstance(metrics, Mapping):
             raise self._wrong("validate", f"gives {type(metrics).__name__}; it must give a dictionary of numbers")
         if missing := [name for name in (metric, "loss") if name not in metrics]:
-            raise TrainingFailedError(
-                f"{self.name}: `validate` gives {', '.join(metrics) or 'nothing'}, but no {missing[0]!r}; it must give "
-                f"`loss` and the workload's metric, {metric!r}"
+            raise self._wrong(
+                "validate",
+                f"gives {', '.join(metrics) or 'nothing'}, but no {missing[0]!r}; it must give `loss` and the workload's "
+                f"metric, {metric!r}",
             )
         for name, value in metrics.items():
             if not isinstance(value, float | int | np.number):

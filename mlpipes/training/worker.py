@@ -136,7 +136,7 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
             stop_is_asked=job.folder.stop_request(job.attempt).exists,
         )
         if workers.rank == 0 and not checkpoints.steps():
-            DryRun(trainer, recipe.workload, info, columns).run()
+            DryRun(trainer, info, columns).run()
     trainer.resume()
     result = trainer.run()
     if workers.rank == 0:

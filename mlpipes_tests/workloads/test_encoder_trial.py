@@ -195,7 +195,7 @@ def test_each_kind_trains_with_each_pooling_and_is_served_as_it_was_trained(
         hp = workload.hyperparameters(pooling=pooling, precision="fp32", learning_rate=1e-3)
         trainer = trainer_on(snapshot, workload, hp, "w1-b16-e1-g0", tmp_path / pooling)
         before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
-        assert np.isfinite(trainer.run()["best"]["metrics"]["loss"])
+        assert np.isfinite(trainer.run().best.metrics["loss"])
         model: Any = trainer.model.eval()
         changed = [name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])]
         assert any("embed" in n or "wte" in n or "shared" in n for n in changed), (
