@@ -4,12 +4,15 @@ import base64
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from mlpipes.errors import UserError
 from mlpipes.reporting.report import Report, Table, escaped
+
+if TYPE_CHECKING:
+    from mlpipes.tracking.runs import Tracker
 
 
 @contextmanager
@@ -51,9 +54,10 @@ def mapping_table(content: Mapping[str, Any]) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(["| | |", "| --- | --- |", *lines]))
 
 
-def link(address: str | None, otherwise: str) -> dg.MetadataValue:
-    """A link where there is an address, and otherwise the command that would make one."""
-    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(otherwise)
+def run_link(tracker: "Tracker", run_id: str) -> dg.MetadataValue:
+    """A link to a run in MLflow's UI where that has an address, and otherwise the command that would start it."""
+    address = tracker.link(run_id)
+    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(tracker.command(run_id))
 
 
 def report_metadata(report: Report) -> dict[str, Any]:
