@@ -12,7 +12,7 @@ import pytest
 from mlpipes.definitions import build_defs, defs
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.assets import workload_assets
-from mlpipes.orchestration.resources import StoreResource
+from mlpipes.orchestration.resources import ReferenceIOManager, StoreResource
 from mlpipes.orchestration.training import TrainingConfig, make_recipe
 from mlpipes.scales import scales_of
 from mlpipes.training.code_version import code_version, preparation_version
@@ -94,10 +94,12 @@ def test_other_code_prepares_the_snapshot_again_and_keeps_it_where_the_bytes_are
     found = []
     for code in ("first", "second", "second"):
         monkeypatch.setattr("mlpipes.orchestration.assets.preparation_version", lambda implementation, code=code: code)
+        store = StoreResource(root=str(tmp_path))
         result = dg.materialize(
             workload_assets(CATALOG[0])[:2],
             partition_key=CATALOG[0].scales[0].key,
-            resources={"store": StoreResource(root=str(tmp_path))},
+            # Without the references that it writes, the store is empty beside a history: not one's own.
+            resources={"store": store, "io_manager": ReferenceIOManager(store=store)},
         )
         requests = len(list((tmp_path / "snapshots" / "requests").iterdir()))
         found.append((result.output_for_node("digits__snapshot")["digest"], requests))
