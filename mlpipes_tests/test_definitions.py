@@ -91,18 +91,16 @@ def test_an_asset_is_stale_by_the_code_that_makes_it(entry: Entry) -> None:
 def test_other_code_prepares_the_snapshot_again_and_keeps_it_where_the_bytes_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    found, store = [], StoreResource(root=str(tmp_path))
     for code in ("first", "second", "second"):
         monkeypatch.setattr("mlpipes.orchestration.assets.preparation_version", lambda implementation, code=code: code)
-        store = StoreResource(root=str(tmp_path))
         result = dg.materialize(
             workload_assets(CATALOG[0])[:2],
             partition_key=CATALOG[0].scales[0].key,
-            # Without the references that it writes, the store is empty beside a history: not one's own.
             resources={"store": store, "io_manager": ReferenceIOManager(store=store)},
         )
         requests = len(list((tmp_path / "snapshots" / "requests").iterdir()))
-        found.append((result.output_for_node("digits__snapshot")["digest"], requests))
+        found.append((result.output_for_node("digits__snapshot").digest, requests))
     (digest, _), *_ = found
     assert found == [(digest, 1), (digest, 2), (digest, 2)]
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from mlpipes.cli.common import console, friendly, scale_named
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
+from mlpipes.store.references import ModelReference
 from mlpipes.workloads.catalog import configured, entry_named
 
 app = typer.Typer()
@@ -32,7 +33,7 @@ def promote(
     key = scale_named(workload, scale)
     champions = Champions(Tracker(default_uri()), registered_name(workload))
     version = champions.of_scale(key)
-    mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
+    mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta.fingerprint == version.fingerprint]
     if not (mine and mine[-1].is_good) and not force:
         raise ConfigError(
             f"the gates did not let version {version.version} pass, or were not asked; --force promotes it all the same"
@@ -71,7 +72,7 @@ def compare(
 
     entries = configured()
     a, b = evaluation_named(default_store(), entries, first), evaluation_named(default_store(), entries, second)
-    metric = entry_named(a.meta["workload"]).load().metric.name
+    metric = entry_named(a.meta.workload).load().metric.name
     console.print(Markdown(compare_models(default_store(), a, b, metric).markdown()))
 
 
@@ -90,7 +91,7 @@ def history(
     for evaluation in evaluations_of(default_store(), workload, key):
         meta, gates = evaluation.meta, summary(evaluation.verdict)
         table.add_row(
-            *(evaluation.when, meta["fingerprint"][:8], meta["weights"][:8]),
+            *(evaluation.when, meta.fingerprint[:8], meta.weights[:8]),
             str(evaluation.estimate(metric)) if evaluation.has(metric) else "–",
             gates,
         )
@@ -114,15 +115,15 @@ def predict(
     from mlpipes.training.model import load_model, predict_texts
 
     key = scale_named(workload, scale)
-    reference = default_store().read_reference(workload, "model", key)
+    reference = default_store().read_reference(ModelReference, workload, key)
     if reference is None:
         raise ConfigError(f"{workload} {key} has no model yet; materialize {workload}/model first")
     asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not asked or (pair is not None and len(pair) != len(asked)):
         raise ConfigError("give at least one text, and with --pair as many second texts as first ones")
-    snapshot = open_snapshot(default_store().snapshots / reference["snapshot"])
+    snapshot = open_snapshot(default_store().snapshots / reference.snapshot)
     answers = predict_texts(
-        load_model(default_store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
+        load_model(default_store().training(reference.fingerprint).model, snapshot), snapshot, asked, pair
     )
     table = Table("text", *answers)
     for row, text in enumerate(asked):

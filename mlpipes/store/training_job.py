@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.record import Record
 
 
 class Checkpointing(BaseModel):
@@ -28,7 +28,7 @@ class Tracking(BaseModel):
     run_id: str
 
 
-class TrainingJob(BaseModel):
+class TrainingJob(Record):
     """One attempt at a training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,10 +60,5 @@ class TrainingJob(BaseModel):
     def write(self) -> Path:
         """Store it where the driver reads it; returns the file."""
         path = self.folder.specification(self.attempt)
-        write_record(path, self.model_dump(mode="json"))
+        self.write_to(path)
         return path
-
-    @classmethod
-    def read(cls, path: Path) -> "TrainingJob":
-        """What `write` stored. Raises CorruptionError or FileNotFoundError."""
-        return cls.model_validate(read_record(path))

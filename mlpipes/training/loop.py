@@ -26,6 +26,7 @@ from mlpipes.store.messages import (
     Stopping,
     Warned,
 )
+from mlpipes.store.outcome import Best, TrainingResult, Usage
 from mlpipes.store.training_job import Checkpointing
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import (
@@ -128,8 +129,8 @@ class Trainer:
         self._tell_metrics(self.progress.history)
         self._told = len(self.progress.history)
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end; returns the outcome (the same on every worker but for timings), all JSON."""
+    def run(self) -> TrainingResult:
+        """Train to the end; returns what it came to (the same on every worker but for timings)."""
         self._assert_equal_models()
         first_step = self.progress.step
         self._last_save = time.perf_counter()
@@ -162,28 +163,28 @@ class Trainer:
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
         samples = self.total_steps * self.scale.batch_size
         used = torch.stack(self.workers.gather(self.stopwatch.usage())).cpu()
-        return {
-            "steps": self.total_steps,
-            "steps_per_epoch": self.order.steps_per_epoch,
-            "best": progress.best,
-            "weights_digest": digest,
-            "order_digest": progress.order_digest,
-            "loss_digest": progress.loss_digest,
-            "history": progress.history,
-            "trail": progress.trail,
-            "precision": progress.precision,
-            "train_seconds": progress.train_seconds,
-            "samples": samples,
-            "samples_per_second": samples / progress.train_seconds,
-            "usage": {
-                "cpu_seconds_per_second": float(used[:, 0].sum()),
-                "peak_memory_bytes": int(used[:, 1].max()),
-                "peak_gpu_memory_bytes": int(used[:, 2].max()),
-                "gpu_utilisation": None if used[:, 3].isnan().any() else float(used[:, 3].mean()),
-            },
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "resumed_from_step": first_step,
-        }
+        return TrainingResult(
+            steps=self.total_steps,
+            steps_per_epoch=self.order.steps_per_epoch,
+            best=progress.best,
+            weights_digest=digest,
+            order_digest=progress.order_digest,
+            loss_digest=progress.loss_digest,
+            history=[tuple(row) for row in progress.history],
+            trail=[tuple(row) for row in progress.trail],
+            precision=progress.precision,
+            train_seconds=progress.train_seconds,
+            samples=samples,
+            samples_per_second=samples / progress.train_seconds,
+            usage=Usage(
+                cpu_seconds_per_second=float(used[:, 0].sum()),
+                peak_memory_bytes=int(used[:, 1].max()),
+                peak_gpu_memory_bytes=int(used[:, 2].max()),
+                gpu_utilisation=None if used[:, 3].isnan().any() else float(used[:, 3].mean()),
+            ),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            resumed_from_step=first_step,
+        )
 
     def _assert_equal_models(self) -> None:
         """Raises TrainingFailedError if the workers begin with different models: each would train another one."""
@@ -286,9 +287,9 @@ class Trainer:
         )
         progress.epoch_loss = 0.0
         if progress.best is None or self.workload.selection_key(metrics) > self.workload.selection_key(
-            progress.best["metrics"]
+            progress.best.metrics
         ):
-            progress.best = {"step": progress.step, "epoch": epoch, "metrics": metrics}
+            progress.best = Best(step=progress.step, epoch=epoch, metrics=metrics)
         self._tell(EpochEnded(epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics))
         self._save()
 

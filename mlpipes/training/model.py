@@ -15,6 +15,7 @@ from mlpipes.errors import ConfigError
 from mlpipes.reporting.report import Report
 from mlpipes.store.files import open_published, publishing
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import mixed_seed, random_numbers_from, weights_digest
@@ -44,22 +45,20 @@ def _info(snapshot: Snapshot) -> DataInfo:
     return DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
 
 
-def export_best(folder: TrainingFolder, recipe: Recipe, outcome: dict[str, Any]) -> Path:
+def export_best(folder: TrainingFolder, recipe: Recipe, outcome: Outcome) -> Path:
     """Publish the weights of the best checkpoint by validation as `model/`; returns the folder.
 
     Raises CorruptionError if the checkpoint does not verify.
     """
-    best = outcome["best"]
-    state = Checkpoints(folder.checkpoints).load(best["step"]).model_state()
+    best = outcome.best
+    state = Checkpoints(folder.checkpoints).load(best.step).model_state()
     with publishing(folder.model, kind=KIND, version=VERSION) as draft:
         save_file(state, draft.path / "model.safetensors")
         draft.meta.update(
             recipe=recipe.model_dump(mode="json"),
-            step=best["step"],
-            epoch=best["epoch"],
-            metrics=best["metrics"],
+            **best.model_dump(),
             weights_digest=weights_digest(state),
-            precision=outcome["precision"],
+            precision=outcome.precision,
         )
     return folder.model
 

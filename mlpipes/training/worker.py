@@ -11,9 +11,9 @@ import torch
 
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
-from mlpipes.store.files import write_record
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import Failed, Finished, MessageWriter
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
@@ -126,17 +126,14 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
         stop_is_asked=job.folder.stop_request(job.attempt).exists,
     )
     trainer.resume()
-    outcome = trainer.run()
+    result = trainer.run()
     if workers.rank == 0:
-        outcome |= {
-            "fingerprint": recipe.fingerprint,
-            "attempt": job.attempt,
-            "environment": environment(device),
-        }
+        where = {"fingerprint": recipe.fingerprint, "attempt": job.attempt, "environment": environment(device)}
+        outcome = Outcome(**dict(result), **where)
 
         def publish() -> None:
             with may_write():
-                write_record(job.folder.result, outcome)
+                outcome.write_to(job.folder.result)
 
         write_with_patience(publish, job.folder.path, RESULT_BYTES, notify)
-        notify(Finished(step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"]))
+        notify(Finished(step=outcome.steps, total_steps=outcome.steps, best=outcome.best))

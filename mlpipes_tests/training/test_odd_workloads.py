@@ -12,6 +12,7 @@ from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, TrainingFailedError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Estimate, Report
+from mlpipes.store.outcome import Outcome
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.loop import Trainer
 from mlpipes.training.model import evaluate, export_best, load_model
@@ -37,7 +38,8 @@ def test_random_numbers_of_numpy_and_python_depend_on_the_position_alone(tmp_pat
 
 def test_to_load_a_model_draws_no_random_numbers_of_others(tmp_path: Path) -> None:
     job = make_job(tmp_path, SCALE, odd("other_random_numbers"))
-    folder = export_best(job.folder, job.recipe, run_here(job))
+    run_here(job)
+    folder = export_best(job.folder, job.recipe, Outcome.read(job.folder.result))
     np.random.seed(1)
     load_model(folder, open_snapshot(job.snapshot))
     drawn = np.random.rand()
@@ -59,12 +61,13 @@ def test_workers_that_built_different_models_are_an_error(tmp_path: Path, monkey
 
 def test_tied_weights_are_kept_and_come_back(tmp_path: Path) -> None:
     job = make_job(tmp_path, SCALE, odd("tied"))
-    outcome = run_here(job)
-    kept = Checkpoints(job.folder.checkpoints).load(outcome["best"]["step"]).model_state()
+    run_here(job)
+    outcome = Outcome.read(job.folder.result)
+    kept = Checkpoints(job.folder.checkpoints).load(outcome.best.step).model_state()
     assert torch.equal(kept["first.weight"], kept["second.weight"])
     snapshot = open_snapshot(job.snapshot)
     report, _ = evaluate(load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot, "validation")
-    measured = outcome["best"]["metrics"]["root_mean_squared_error"]
+    measured = outcome.best.metrics["root_mean_squared_error"]
     assert report.estimates["root_mean_squared_error"].value == pytest.approx(measured, rel=1e-6)
 
 
@@ -97,7 +100,9 @@ def test_a_report_may_look_at_rows_in_any_order(tmp_path: Path, monkeypatch: pyt
     from mlpipes_tests.training import odd as workloads
 
     job = make_job(tmp_path, SCALE, odd("plain"))
-    model = load_model(export_best(job.folder, job.recipe, run_here(job)), snapshot := open_snapshot(job.snapshot))
+    run_here(job)
+    outcome, snapshot = Outcome.read(job.folder.result), open_snapshot(job.snapshot)
+    model = load_model(export_best(job.folder, job.recipe, outcome), snapshot)
     seen = []
 
     def report(self: object, predictions: dict[str, np.ndarray], columns: Any, info: Any, look: Any) -> Report:
@@ -114,8 +119,9 @@ def test_a_report_may_look_at_rows_in_any_order(tmp_path: Path, monkeypatch: pyt
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A model, and its snapshot."""
     job = make_job(tmp_path_factory.mktemp("good"), SCALE, odd("plain"))
-    snapshot = open_snapshot(job.snapshot)
-    return load_model(export_best(job.folder, job.recipe, run_here(job)), snapshot), snapshot
+    run_here(job)
+    outcome, snapshot = Outcome.read(job.folder.result), open_snapshot(job.snapshot)
+    return load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot
 
 
 @pytest.mark.parametrize(
