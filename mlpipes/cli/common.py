@@ -17,7 +17,9 @@ from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import entry_named, offered, problems
 
 console = Console()
-_OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
+_OF_THE_MACHINE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
+)
 """What a disk may say that is no defect of the program."""
 _UNBOUNDED = 10_000
 """Columns of a terminal that cuts nothing."""
