@@ -1,7 +1,10 @@
 """What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
 
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from types import TracebackType
 from typing import Any
 
 import typer
@@ -11,7 +14,9 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from mlpipes.environment import apply, check_all
 from mlpipes.errors import UserError
+from mlpipes.redaction import redact
 from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import entry_named, problems
 
@@ -21,18 +26,26 @@ _UNBOUNDED = 10_000
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a user's error as its message, without a traceback, and exit with 1."""
+    """Have this process be one of ours; show a user's error as its message, without a traceback, and exit with 1."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        sys.excepthook = _without_secrets
         try:
+            check_all()
+            apply()
             command(*args, **kwargs)
         except UserError as error:
-            text = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
+            text = f"[bold red]{type(error).__name__}:[/] {escape(redact(str(error)))}"
             Console(stderr=True).print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own report of an error that nobody expected, less the secrets in its text."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def scale_named(workload: str, scale: str) -> str:

@@ -23,7 +23,8 @@ WIDE = 150
 
 
 def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
-    """Materialize the chain of each scale and the scaling report; print the summary. Ends the Ray that it started.
+    """Materialize the chain of each scale and the scaling report; print the summary. Ends the Ray that it started, unless
+    somebody else uses it by then.
 
     Raises UserError with the cause if a scale fails.
     """
@@ -31,8 +32,10 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     import warnings
 
     from mlpipes.compute.local import LocalRay
+    from mlpipes.compute.places import is_local
+    from mlpipes.compute.ray_jobs import RayJobs
     from mlpipes.definitions import build_defs
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.tracking.runs import Tracker, answering_uri
 
     # One bar a scale is what people want to see.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -42,13 +45,14 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     warnings.filterwarnings("ignore", message=".*Add type hints")
     started = time.monotonic()
     ray = LocalRay()
-    ours = ray.status() is None
-    definitions = build_defs(catalog=[entry])
+    definitions, uri, local = build_defs(catalog=[entry]), answering_uri(), is_local()
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
-                for future in [pool.submit(ray.ensure), pool.submit(lambda: Tracker(default_uri()))]:
-                    future.result()
+                tracker = pool.submit(Tracker, uri)
+                if local:
+                    pool.submit(ray.ensure, passing=True).result()
+                tracker.result()
             console.print(f"Ray and MLflow are ready after {time.monotonic() - started:.0f} s.")
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
             with _bars(console) as bars:
@@ -56,9 +60,9 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
                     _run_scale(bars, store, entry.name, key, lambda key=key: execute(chain, instance, key))
             execute_report(definitions, instance)
     finally:
-        if ours:
+        if local:
             with console.status("Ending the Ray that was started …"):
-                ray.stop()
+                ray.release(RayJobs.submitted)
     _print_summary(console, entry, scales, store)
     console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
 

@@ -27,10 +27,10 @@ def promote(
     from mlpipes.evaluation.records import evaluations_of
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.tracking.runs import Tracker, answering_uri
 
     key = scale_named(workload, scale)
-    champions = Champions(Tracker(default_uri()), registered_name(workload))
+    champions = Champions(Tracker(answering_uri()), registered_name(workload))
     version = champions.of_scale(key)
     mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
     if not (mine and mine[-1].is_good) and not force:
@@ -50,10 +50,10 @@ def rollback(
     """Give the alias `champion` back to the model that had it before."""
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.tracking.runs import Tracker, answering_uri
 
     entry_named(workload)
-    lost, now = Champions(Tracker(default_uri()), registered_name(workload)).roll_back(reason)
+    lost, now = Champions(Tracker(answering_uri()), registered_name(workload)).roll_back(reason)
     console.print(f"Version {now} is champion again; version {lost} is not any more.")
 
 

@@ -103,12 +103,12 @@ def replay(
 ) -> None:
     """Train again elsewhere, from the source data on, and compare data, order, every loss and the weights."""
     from mlpipes.compute.local import LocalRay
-    from mlpipes.compute.places import jobs_for
+    from mlpipes.compute.places import is_local, jobs_for
+    from mlpipes.compute.ray_jobs import RayJobs
     from mlpipes.evaluation.replay import replay as replay_training
     from mlpipes.store.status import find_training
 
     folder = find_training(default_store(), workload, scale_named(workload, scale), run)
-    ours = LocalRay().status() is None
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
 
@@ -116,11 +116,14 @@ def replay(
             if isinstance(event, Progressed):
                 bar.update(task, completed=event.step, total=event.total_steps)
 
+        local = is_local()
         try:
+            if local:
+                LocalRay().ensure(passing=True)
             found = replay_training(default_store(), folder, jobs_for, show)
         finally:
-            if ours:  # a private Ray that was started for this
-                LocalRay().stop()
+            if local:
+                LocalRay().release(RayJobs.submitted)
     console.print(Markdown(found.markdown()))
     if not found.equal:
         raise typer.Exit(1)

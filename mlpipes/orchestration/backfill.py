@@ -1,6 +1,5 @@
 """Backfills from the command line: the scales that need it, launched in a Dagster that runs, and watched to the end."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from typing import Any
 
 import requests
 
+from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.resources import STORE
 from mlpipes.orchestration.store_identity import CHAIN
@@ -43,7 +43,7 @@ class DagsterUi:
     """A Dagster webserver, asked over GraphQL."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = (address or os.environ.get(DAGSTER_UI_VARIABLE) or DEFAULT_UI).rstrip("/")
+        self.address = (address or value_of(DAGSTER_UI_VARIABLE) or DEFAULT_UI).rstrip("/")
 
     def ask(self, query: str, **variables: Any) -> Any:
         """The answer's data. Raises ConfigError if nobody answers or the answer is an error."""

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlpipes.environment import path_in
 from mlpipes.errors import ConfigError, UserError
 from mlpipes.store.layout import home
 
@@ -43,9 +44,13 @@ def execute_report(definitions: Any, instance: Any) -> None:
 
 
 def dagster_home() -> Path:
-    """Set DAGSTER_HOME, where it is not set, to the checkout (its dagster.yaml keeps history), else to the home folder."""
-    if configured_home := os.environ.get("DAGSTER_HOME"):
-        return Path(configured_home)
+    """Set DAGSTER_HOME, where it is not set, to the checkout (its dagster.yaml keeps history), else to the home folder.
+
+    Raises ConfigError if it is set to what is no folder.
+    """
+    if configured_home := path_in("DAGSTER_HOME"):
+        os.environ["DAGSTER_HOME"] = str(configured_home)  # Dagster takes absolute ones only
+        return configured_home
     here = Path.cwd()
     folder = here if (here / "dagster.yaml").is_file() else home() / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
