@@ -4,8 +4,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,6 +22,16 @@ from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import entry_named, problems
 
 console = Console()
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="a hyperparameter, or a setting of the launchpad"),
+]
+Seed = Annotated[int | None, typer.Option(help="of initialization, data order and augmentation")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="train again from the beginning, beside what is there")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.yaml", help="file with the launchpad's settings of `checkpoints`"),
+]
 _UNBOUNDED = 10_000
 """Columns of a terminal that cuts nothing."""
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,15 +18,19 @@ from mlpipes.store.layout import Store
 from mlpipes.store.status import all_statuses
 from mlpipes.workloads.catalog import Entry
 
+if TYPE_CHECKING:
+    from mlpipes.orchestration.training import TrainingConfig
+
 WIDE = 150
 """Characters that the summary needs with one row a scale."""
 
 
-def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
-    """Materialize the chain of each scale and the scaling report; print the summary. Ends the Ray that it started, unless
-    somebody else uses it by then.
+def run_demo(
+    console: Console, entry: Entry, scales: Sequence[str], store: Store, settings: "TrainingConfig | None" = None
+) -> None:
+    """Materialize the chain of each scale with its `settings`, and the scaling report; print the summary.
 
-    Raises UserError with the cause if a scale fails.
+    Ends the Ray that it started, unless somebody else uses it by then. Raises UserError with the cause if a scale fails.
     """
     import logging
     import warnings
@@ -35,6 +39,7 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     from mlpipes.compute.places import is_local
     from mlpipes.compute.ray_jobs import RayJobs
     from mlpipes.definitions import build_defs
+    from mlpipes.orchestration.launchpad import described, run_config
     from mlpipes.tracking.runs import Tracker, answering_uri
 
     # One bar a scale is what people want to see.
@@ -43,7 +48,9 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Add type hints")
-    started = time.monotonic()
+    started, config = time.monotonic(), run_config(entry, settings)
+    if settings is not None:
+        console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)
     ray = LocalRay()
     definitions, uri, local = build_defs(catalog=[entry]), answering_uri(), is_local()
     try:
@@ -57,7 +64,7 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
             with _bars(console) as bars:
                 for key in scales:
-                    _run_scale(bars, store, entry.name, key, lambda key=key: execute(chain, instance, key))
+                    _run_scale(bars, store, entry.name, key, lambda key=key: execute(chain, instance, key, config))
             execute_report(definitions, instance)
     finally:
         if local:

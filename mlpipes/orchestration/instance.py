@@ -1,7 +1,9 @@
 """Dagster's instance on this machine: where it keeps its history, and jobs executed in this process."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlpipes.environment import path_in
@@ -24,12 +26,14 @@ def quiet_instance(folder: Path) -> Any:
     return DagsterInstance.from_ref(InstanceRef.from_dir(str(folder), overrides={"compute_logs": nothing}))
 
 
-def execute(job: Any, instance: Any, partition: str | None = None) -> None:
-    """Execute a job in this process, quietly. Raises UserError with the cause if a step fails."""
+def execute(
+    job: Any, instance: Any, partition: str | None = None, config: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Execute a job in this process, quietly; `config` is that of its run. Raises UserError if a step fails."""
     import dagster as dg
 
     try:
-        job.execute_in_process(instance=instance, partition_key=partition, run_config=QUIET)
+        job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config})
     except dg.Failure as failure:
         raise UserError(failure.description or str(failure)) from failure
 
