@@ -26,7 +26,7 @@ class CorruptionError(UserError):
 
 
 class FormatError(UserError):
-    """A stored directory is as it was written, but in a format that this version of the program does not read."""
+    """What is stored is as it was written, but in a format that this version of the program does not read."""
 
 
 class DiskFullError(UserError):

@@ -12,7 +12,7 @@ import pytest
 from mlpipes.definitions import build_defs, defs
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.assets import workload_assets
-from mlpipes.orchestration.resources import StoreResource
+from mlpipes.orchestration.resources import ReferenceIOManager, StoreResource
 from mlpipes.orchestration.training import TrainingConfig, make_recipe
 from mlpipes.scales import scales_of
 from mlpipes.training.code_version import code_version, preparation_version
@@ -91,16 +91,16 @@ def test_an_asset_is_stale_by_the_code_that_makes_it(entry: Entry) -> None:
 def test_other_code_prepares_the_snapshot_again_and_keeps_it_where_the_bytes_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    found, store = [], StoreResource(root=str(tmp_path))
     for code in ("first", "second", "second"):
         monkeypatch.setattr("mlpipes.orchestration.assets.preparation_version", lambda implementation, code=code: code)
         result = dg.materialize(
             workload_assets(CATALOG[0])[:2],
             partition_key=CATALOG[0].scales[0].key,
-            resources={"store": StoreResource(root=str(tmp_path))},
+            resources={"store": store, "io_manager": ReferenceIOManager(store=store)},
         )
         requests = len(list((tmp_path / "snapshots" / "requests").iterdir()))
-        found.append((result.output_for_node("digits__snapshot")["digest"], requests))
+        found.append((result.output_for_node("digits__snapshot").digest, requests))
     (digest, _), *_ = found
     assert found == [(digest, 1), (digest, 2), (digest, 2)]
 

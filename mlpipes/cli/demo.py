@@ -15,6 +15,7 @@ from mlpipes.orchestration.instance import dagster_home, execute, execute_report
 from mlpipes.scaling.table import COLUMNS, scaling_cells
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
+from mlpipes.store.references import EvaluationReference
 from mlpipes.store.status import all_statuses
 from mlpipes.workloads.catalog import Entry
 
@@ -127,9 +128,9 @@ def _print_summary(console: Console, entry: Entry, scales: Sequence[str], store:
     console.print("train s and samples/s: time in steps only; no start-up, no evaluation, no checkpoints.")
     console.print(f"Report:   {store.report(entry.name) / 'scaling_report.md'}", soft_wrap=True)
     for row in rows:
-        reference = store.read_reference(entry.name, "eval_report", row["scale"])
+        reference = store.read_reference(EvaluationReference, entry.name, row["scale"])
         if reference:
-            folder = store.training(reference["fingerprint"]).evaluation(reference["evaluation"])
+            folder = store.training(reference.fingerprint).evaluation(reference.evaluation)
             console.print(f"Pictures: {folder}", soft_wrap=True)
 
 

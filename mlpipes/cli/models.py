@@ -10,6 +10,7 @@ from rich.table import Table
 from mlpipes.cli.common import console, friendly, scale_named
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
+from mlpipes.store.references import ModelReference
 from mlpipes.workloads.catalog import configured, entry_named
 
 app = typer.Typer()
@@ -32,7 +33,7 @@ def promote(
     key = scale_named(workload, scale)
     champions = Champions(Tracker(answering_uri()), registered_name(workload))
     version = champions.of_scale(key)
-    mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta["fingerprint"] == version.fingerprint]
+    mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta.fingerprint == version.fingerprint]
     if not (mine and mine[-1].is_good) and not force:
         raise ConfigError(
             f"the gates did not let version {version.version} pass, or were not asked; --force promotes it all the same"
@@ -85,12 +86,12 @@ def compare(
 
     entries = configured()
     a, b = evaluation_named(default_store(), entries, first), evaluation_named(default_store(), entries, second)
-    metric = entry_named(a.meta["workload"]).load().metric.name
-    theirs = entry_named(b.meta["workload"]).load().metric.name
-    if a.meta["workload"] != b.meta["workload"] and (metric != theirs or not a.same_rows(b)):
+    metric = entry_named(a.meta.workload).load().metric.name
+    theirs = entry_named(b.meta.workload).load().metric.name
+    if a.meta.workload != b.meta.workload and (metric != theirs or not a.same_rows(b)):
         raise ConfigError(
-            f"{first} and {second} are models of different tasks: {a.meta['workload']} is measured by {metric}, "
-            f"{b.meta['workload']} by {theirs}, on other test samples. Compare models of one workload"
+            f"{first} and {second} are models of different tasks: {a.meta.workload} is measured by {metric}, "
+            f"{b.meta.workload} by {theirs}, on other test samples. Compare models of one workload"
         )
     console.print(Markdown(compare_models(default_store(), a, b, metric).markdown()))
 
@@ -110,7 +111,7 @@ def history(
     for evaluation in evaluations_of(default_store(), workload, key):
         meta, gates = evaluation.meta, summary(evaluation.verdict)
         table.add_row(
-            *(evaluation.when, meta["fingerprint"][:8], meta["weights"][:8]),
+            *(evaluation.when, meta.fingerprint[:8], meta.weights[:8]),
             str(evaluation.estimate(metric)) if evaluation.has(metric) else "–",
             gates,
         )
@@ -134,10 +135,10 @@ def predict(
     from mlpipes.training.model import load_model, predict_texts
 
     key = scale_named(workload, scale)
-    reference = default_store().read_reference(workload, "model", key)
+    reference = default_store().read_reference(ModelReference, workload, key)
     if reference is None:
         raise ConfigError(f"{workload} {key} has no model yet; materialize {workload}/model first")
-    snapshot = open_snapshot(default_store().snapshots / reference["snapshot"])
+    snapshot = open_snapshot(default_store().snapshots / reference.snapshot)
     columns = snapshot.meta["columns"]
     if ("types" in columns or "text_pair" in columns) and pair is None:
         raise ConfigError(
@@ -151,7 +152,7 @@ def predict(
             f"{len(pair or ())})"
         )
     answers = predict_texts(
-        load_model(default_store().training(reference["fingerprint"]).model, snapshot), snapshot, asked, pair
+        load_model(default_store().training(reference.fingerprint).model, snapshot), snapshot, asked, pair
     )
     table = Table("text", *answers)
     for row, text in enumerate(asked):

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlpipes.data.ragged import arrays_of
+from mlpipes.data.ragged import Ragged, arrays_of
+from mlpipes.errors import DataError
 from mlpipes.store.files import canonical_json
 
 Columns = Mapping[str, Any]
@@ -38,6 +39,17 @@ class Dataset:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a consumer must know beyond the columns, such as `class_names`; JSON, and part of the digest."""
 
+    def __post_init__(self) -> None:
+        """Raises DataError for splits and columns that would be passed over, or misread, later on."""
+        if "train" not in self.splits or self.splits.keys() - {"train", "test"}:
+            raise DataError(
+                f"{self.provenance.name}: the source brings the splits {', '.join(map(repr, self.splits)) or 'none'}; it "
+                "must bring 'train', may bring 'test', and nothing else: validation is taken from training (SplitPlan)"
+            )
+        for split, columns in self.splits.items():
+            check_columns(f"{self.provenance.name}, {split}", columns, kinds="biufcSU")
+        check_json(f"{self.provenance.name}: facts", self.facts)
+
     @property
     def counts(self) -> dict[str, int]:
         """Samples in each split."""
@@ -54,6 +66,42 @@ class Source(Protocol):
     def load(self) -> Dataset:
         """Read everything. Raises DataError saying what is missing and how to get it."""
         ...
+
+
+def check_columns(where: str, columns: Columns, kinds: str) -> None:
+    """Raises DataError for columns of unequal length, and for what is no array of NumPy's `kinds` (nor `Ragged`)."""
+    if len(lengths := {name: len(column) for name, column in columns.items()}) == 0:
+        raise DataError(f"{where}: there is no column")
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name!r} {length:,}" for name, length in lengths.items())
+        raise DataError(f"{where}: each column must have one row a sample, but their rows are {said}")
+    for name, column in columns.items():
+        if not isinstance(column, np.ndarray | Ragged):
+            raise DataError(
+                f"{where}: the column {name!r} is of type {type(column).__name__}; make a NumPy array of it, or a Ragged"
+            )
+        for array in arrays_of(name, column).values():
+            if array.dtype.kind not in kinds:
+                raise DataError(
+                    f"{where}: the column {name!r} holds {array.dtype}; it must hold numbers: turn categories and texts "
+                    "into numbers (`Ragged.of_texts` keeps texts), and times into their distance from some moment"
+                )
+            if not array.dtype.isnative:
+                raise DataError(
+                    f"{where}: the column {name!r} is in the byte order of other machines ({array.dtype.str}); "
+                    "convert it: `column.astype(column.dtype.newbyteorder('='))`"
+                )
+
+
+def check_json(what: str, value: Any) -> None:
+    """Raises DataError if a value is not JSON."""
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{what} cannot be kept as JSON ({error}): say plain numbers, texts, lists and mappings (`array.tolist()`, "
+            "`float(number)`), none of them NaN or infinite; of data with gaps, fill these first"
+        ) from error
 
 
 def rows_digest(columns: Columns, content: Sequence[str]) -> str:

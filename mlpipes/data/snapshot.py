@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlpipes.data.dataset import Columns, Dataset, digest_splits, rows_digest
+from mlpipes.data.dataset import Columns, Dataset, check_columns, check_json, digest_splits, rows_digest
 from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.data.splits import SplitPlan, content_columns, content_hashes, split_dataset
 from mlpipes.errors import CorruptionError, FormatError
@@ -156,9 +156,12 @@ def make_snapshot(
 ) -> Snapshot:
     """Write the snapshot of columns that are already split, or open the equal one that is there.
 
-    `rows` is the `rows_digest` of each split before its preparation.
+    `rows` is the `rows_digest` of each split before its preparation. Raises DataError for what a model cannot read.
     """
     splits = prepared.splits
+    for split, columns in splits.items():
+        check_columns(f"{dataset.provenance.name}, {split}, as prepared", columns, kinds="biuf")
+    check_json(f"{dataset.provenance.name}: facts and statistics", [dict(prepared.facts), dict(statistics)])
     identity = {
         "format": VERSION,
         "plan": plan.as_dict(),

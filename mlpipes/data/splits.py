@@ -50,7 +50,8 @@ def content_hashes(columns: Columns, names: tuple[str, ...]) -> list[bytes]:
     for row in range(len(arrays[0])):
         sha = hashlib.sha256()
         for array in arrays:
-            sha.update(array[row].tobytes())
+            content = array[row].tobytes()
+            sha.update(len(content).to_bytes(8, "big") + content)  # else the texts "ab", "c" would be "a", "bc"
         hashes.append(sha.digest())
     return hashes
 

@@ -8,8 +8,8 @@ from mlpipes.errors import ConfigError
 from mlpipes.evaluation.records import Evaluation, evaluations_of
 from mlpipes.reporting.report import Table
 from mlpipes.reporting.statistics import Difference, paired, unpaired
-from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.status import find_training, trained_scales
 from mlpipes.workloads.catalog import Entry, entry_named
@@ -52,7 +52,7 @@ def evaluation_named(store: Store, entries: Iterable[Entry], name: str) -> Evalu
         named = [e for e in found if e.name.startswith(which)]
         if not named:
             fingerprint = find_training(store, workload, key, which).fingerprint
-            named = [e for e in found if e.meta["fingerprint"] == fingerprint]
+            named = [e for e in found if e.meta.fingerprint == fingerprint]
         found = named
     if not found:
         raise ConfigError(f"{name} has not been evaluated; materialize {workload}/eval_report for {key}")
@@ -62,10 +62,10 @@ def evaluation_named(store: Store, entries: Iterable[Entry], name: str) -> Evalu
 def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) -> ModelComparison:
     """Compare two evaluations; on the same test samples pairwise, otherwise from their intervals."""
     differences = _differing(_described(store, first), _described(store, second))
-    same = first.meta["split"] == second.meta["split"] and first.same_rows(second)
+    same = first.meta.split == second.meta.split and first.same_rows(second)
     metrics = {}
-    for name in first.meta["estimates"]:
-        if name in second.meta["estimates"]:
+    for name in first.meta.estimates:
+        if second.has(name):
             a, b = first.estimate(name), second.estimate(name)
             metrics[name] = (str(a), str(b), unpaired(a, b))
     notes = ["Differences of whole figures are from their intervals, as if on different samples: wider than need be."]
@@ -81,9 +81,9 @@ def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) ->
             "The two were tested on different data, so their samples cannot be paired. Test used: none; what is shown is "
             "the interval of the difference, from the two intervals (Zou and Donner)."
         )
-    if first.meta["weights"] == second.meta["weights"]:
-        notes.append(f"It is the same model, bit for bit (weights {first.meta['weights'][:12]}).")
-    names = tuple(f"{e.meta['workload']}/{e.meta['scale']}@{e.meta['fingerprint'][:8]}" for e in (first, second))
+    if first.meta.weights == second.meta.weights:
+        notes.append(f"It is the same model, bit for bit (weights {first.meta.weights[:12]}).")
+    names = tuple(f"{e.meta.workload}/{e.meta.scale}@{e.meta.fingerprint[:8]}" for e in (first, second))
     if names[0] == names[1]:
         names = tuple(f"{n} ({e.when})" for n, e in zip(names, (first, second), strict=True))
     return ModelComparison((names[0], names[1]), differences, metrics, notes)
@@ -92,12 +92,12 @@ def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) ->
 def _described(store: Store, evaluation: Evaluation) -> dict[str, Any]:
     from mlpipes.data.snapshot import open_snapshot
 
-    folder = store.training(evaluation.meta["fingerprint"])
-    recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+    folder = store.training(evaluation.meta.fingerprint)
+    recipe, outcome = Recipe.read(folder.recipe), Outcome.read(folder.result)
     described: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
-        "environment": outcome["environment"],
-        "precision": outcome["precision"],
+        "environment": outcome.environment,
+        "precision": outcome.precision,
     }
     try:
         meta = open_snapshot(store.snapshots / recipe.snapshot).meta

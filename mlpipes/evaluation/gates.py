@@ -43,7 +43,7 @@ def floor(current: Evaluation, metric: Metric, limits: Limits) -> Finding:
         passed = metric.score(found.value) >= metric.score(limits.floor)
         limit = "floor" if metric.higher_is_better else "ceiling"
         return Finding(passed, f"{name} {found}, {limit} {limits.floor}", {name: found.value})
-    baseline = current.meta["quantities"].get(BASELINE)
+    baseline = current.meta.quantities.get(BASELINE)
     if baseline is None:
         return Finding(
             True, f"{name} {found}; not compared, for the task has no baseline: set `floor`", {name: found.value}
@@ -66,7 +66,7 @@ def regression(current: Evaluation, before: Sequence[Evaluation], limits: Limits
         return Finding(
             True,
             f"not comparable with the last good one ({good[-1].when}): that was on other test samples, of snapshot "
-            f"{good[-1].meta['snapshot'][:12]}",
+            f"{good[-1].meta.snapshot[:12]}",
         )
     return _compared(current, same[-1], f"the last good one ({same[-1].when})", limits)
 
@@ -82,7 +82,7 @@ def drift(current: Evaluation, before: Sequence[Evaluation], metric: Metric, lim
 
 def calibration(current: Evaluation, limits: Limits) -> Finding:
     """Confidence says how often the model is right; passes where a task has no confidence."""
-    error = current.meta["quantities"].get(CALIBRATION)
+    error = current.meta.quantities.get(CALIBRATION)
     if error is None:
         return Finding(True, "this task has no confidence to calibrate")
     text = f"expected calibration error {error:.4f}, limit {limits.calibration_error}"
@@ -97,7 +97,7 @@ def _compared(current: Evaluation, other: Evaluation, name: str, limits: Limits)
 
 
 def _same_weights(first: Evaluation, second: Evaluation) -> bool:
-    return first.meta["weights"] == second.meta["weights"]
+    return first.meta.weights == second.meta.weights
 
 
 def summary(verdict: Mapping[str, Any] | None) -> str:

@@ -35,7 +35,7 @@ def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: 
     explains, sample by sample. Training rows may differ: neither model has trained on rows that it is evaluated on.
     """
     name = workload.metric.name
-    mine = _validation(store, workload, candidate.meta["fingerprint"])
+    mine = _validation(store, workload, candidate.meta.fingerprint)
     value = "" if mine is None else f"; validation {name} {mine[1]:.4f}"
     if champion is None:
         return Decision(True, f"the first to pass the gates{value}")
@@ -44,17 +44,17 @@ def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: 
         return Decision(
             False,
             f"a person made {who} champion ({champion.by_hand}), and automation leaves it{value}; "
-            f"`mlpipes release {candidate.meta['workload']}` lets it choose again",
+            f"`mlpipes release {candidate.meta.workload}` lets it choose again",
         )
-    found = evaluations_of(store, candidate.meta["workload"], champion.scale)
-    theirs = next((e for e in reversed(found) if e.meta["fingerprint"] == champion.fingerprint), None)
+    found = evaluations_of(store, candidate.meta.workload, champion.scale)
+    theirs = next((e for e in reversed(found) if e.meta.fingerprint == champion.fingerprint), None)
 
     def alike(split: str) -> bool:
-        same = champion.snapshot == candidate.meta["snapshot"]
+        same = champion.snapshot == candidate.meta.snapshot
         return same or (theirs is not None and candidate.same_rows(theirs, split))
 
     other = _validation(store, workload, champion.fingerprint)
-    if theirs is not None and not alike(candidate.meta["split"]):
+    if theirs is not None and not alike(candidate.meta.split):
         return Decision(True, f"passed the gates on newer data; {who} was tested on other samples")
     if mine is not None and other is not None and alike(VALIDATION):
         better, text = mine[0] > other[0], f"validation {name} {mine[1]:.4f} against {other[1]:.4f} of {who}"

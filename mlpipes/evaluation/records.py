@@ -10,17 +10,56 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlpipes.data.snapshot import KIND as SNAPSHOT
 from mlpipes.data.snapshot import Snapshot
 from mlpipes.errors import ConfigError, CorruptionError, FormatError
 from mlpipes.reporting.report import Estimate, Report
+from mlpipes.settings import problems
 from mlpipes.store.files import canonical_json, open_published, publishing, read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.references import EvaluationReference
 
 KIND, VERSION = "evaluation", 2
 NIGHT_TAG = "mlpipes/night"
 """Dagster tag of a nightly run: the date that it stands for."""
+
+
+class Subject(BaseModel):
+    """What was evaluated, on what, and by whom."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    workload: str
+    scale: str
+    seed: int
+    fingerprint: str
+    """Of the training."""
+    weights: str
+    """Digest."""
+    snapshot: str
+    """Digest."""
+    rows: dict[str, str] = {}
+    """`rows_digest` of splits; an older evaluation does not note it."""
+    split: str
+    n: int
+    """Samples of the split."""
+    data: str
+    """Their fidelity: real, synthetic, …"""
+    night: str | None
+    """The date that a nightly run stands for."""
+    dagster_run_id: str
+
+
+class EvaluationMeta(Subject):
+    """What was evaluated and what was found, as the manifest keeps it."""
+
+    time: str
+    """ISO 8601, UTC."""
+    estimates: dict[str, Estimate]
+    quantities: dict[str, float]
+    """Figures without an interval."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +67,7 @@ class Evaluation:
     """One evaluation of one model on one split."""
 
     path: Path
-    meta: Mapping[str, Any]
-    """`workload`, `scale`, `fingerprint`, `snapshot`, `rows`, `weights`, `seed`, `split`, `time`, `night`, `estimates`, …"""
+    meta: EvaluationMeta
 
     @property
     def name(self) -> str:
@@ -39,27 +77,27 @@ class Evaluation:
     @property
     def when(self) -> str:
         """The night that it stands for, or the moment at which it was made."""
-        return self.meta["night"] or self.meta["time"]
+        return self.meta.night or self.meta.time
 
     def estimate(self, metric: str) -> Estimate:
         """A figure with its interval. Raises KeyError."""
-        return Estimate(**self.meta["estimates"][metric])
+        return self.meta.estimates[metric]
 
     def has(self, metric: str) -> bool:
         """Whether it says a figure: an older one may be of when the workload had another metric."""
-        return metric in self.meta["estimates"]
+        return metric in self.meta.estimates
 
     def same_rows(self, other: "Evaluation", split: str | None = None) -> bool:
         """Whether both models met the same samples in a split (default: the one that they were evaluated on).
 
         Snapshots may differ all the same, in statistics, tokens or other splits.
         """
-        name = split or str(self.meta["split"])
-        return self.meta["snapshot"] == other.meta["snapshot"] or self._rows(name) == other._rows(name)
+        name = split or self.meta.split
+        return self.meta.snapshot == other.meta.snapshot or self._rows(name) == other._rows(name)
 
     def _rows(self, split: str) -> str:
-        noted = self.meta.get("rows", {}).get(split)
-        return noted or _rows_of(Store(self.path.parents[3]).snapshots / self.meta["snapshot"], split)
+        noted = self.meta.rows.get(split)
+        return noted or _rows_of(Store(self.path.parents[3]).snapshots / self.meta.snapshot, split)
 
     def scores(self) -> np.ndarray:
         """How well the model did on each sample, float32 (N,), greater is better. Raises CorruptionError."""
@@ -98,38 +136,36 @@ def _rows_of(snapshot: Path, split: str) -> str:
 
 
 def publish_evaluation(
-    folder: TrainingFolder, report: Report, scores: np.ndarray, title: str, meta: Mapping[str, Any]
+    folder: TrainingFolder, report: Report, scores: np.ndarray, title: str, subject: Subject
 ) -> Evaluation:
-    """Write a report with its pictures and each sample's score; `meta` says what was evaluated, by which Dagster run."""
+    """Write a report with its pictures and each sample's score."""
     now = datetime.now(UTC)
-    target = folder.evaluation(f"{now:%Y%m%dT%H%M%S%f}-{meta['dagster_run_id'][:8]}")
-    described = dict(meta) | {
-        "time": now.isoformat(timespec="seconds"),
-        "estimates": report.as_dict()["estimates"],
-        "quantities": dict(report.quantities),
-    }
+    target = folder.evaluation(f"{now:%Y%m%dT%H%M%S%f}-{subject.dagster_run_id[:8]}")
+    found = {"time": now.isoformat(timespec="seconds"), "estimates": report.estimates, "quantities": report.quantities}
+    meta = EvaluationMeta.model_validate(dict(subject) | found)
+    described = meta.model_dump(mode="json")
     array = io.BytesIO()
     np.save(array, scores.astype(np.float32), allow_pickle=False)
     with publishing(target, kind=KIND, version=VERSION) as draft:
         (draft.path / "report.json").write_bytes(canonical_json(report.as_dict() | {"measured_on": described}))
-        (draft.path / "report.md").write_text(report.markdown(title, measured_on(meta)), encoding="utf-8")
+        (draft.path / "report.md").write_text(report.markdown(title, measured_on(subject)), encoding="utf-8")
         (draft.path / "scores.npy").write_bytes(array.getvalue())
         for name, png in report.figures.items():
             (draft.path / f"{name}.png").write_bytes(png)
         draft.meta.update(described)
-    return Evaluation(target, described)
+    return Evaluation(target, meta)
 
 
-def measured_on(meta: Mapping[str, Any]) -> dict[str, Any]:
+def measured_on(subject: Subject) -> dict[str, Any]:
     """What the figures of an evaluation were measured on, for people."""
     return {
-        "split": meta["split"],
-        "n": f"{meta['n']:,}",
-        "data": meta["data"],
-        "snapshot": meta["snapshot"][:12],
-        "scale": meta["scale"],
-        "seed": meta["seed"],
-        "weights": meta["weights"][:12],
+        "split": subject.split,
+        "n": f"{subject.n:,}",
+        "data": subject.data,
+        "snapshot": subject.snapshot[:12],
+        "scale": subject.scale,
+        "seed": subject.seed,
+        "weights": subject.weights[:12],
     }
 
 
@@ -139,11 +175,19 @@ def history_points(history: Sequence[Evaluation], metric: str) -> list[tuple[str
     return [(e.when[:10], e.estimate(metric), (e.verdict or {"passed": None})["passed"]) for e in known]
 
 
-def open_evaluation(store: Store, reference: Mapping[str, Any]) -> Evaluation:
-    """The evaluation that an `eval_report` reference points to. Raises ConfigError if it is gone, CorruptionError."""
-    path = store.training(reference["fingerprint"]).evaluation(reference["evaluation"])
+def _opened(path: Path, *, verify: bool) -> Evaluation:
+    meta = open_published(path, kind=KIND, versions=frozenset({VERSION}), verify=verify).meta
     try:
-        return Evaluation(path, open_published(path, kind=KIND, versions=frozenset({VERSION})).meta)
+        return Evaluation(path, EvaluationMeta.model_validate(meta))
+    except ValidationError as error:
+        raise FormatError(f"{path} was written by another version of mlpipes ({problems(error)})") from error
+
+
+def open_evaluation(store: Store, reference: EvaluationReference) -> Evaluation:
+    """The evaluation that a reference points to. Raises ConfigError if it is gone, CorruptionError, or FormatError."""
+    path = store.training(reference.fingerprint).evaluation(reference.evaluation)
+    try:
+        return _opened(path, verify=True)
     except FileNotFoundError as error:
         raise ConfigError(f"the evaluation {path} is gone; materialize `eval_report` again") from error
 
@@ -156,9 +200,9 @@ def evaluations_of(store: Store, workload: str, scale: str) -> list[Evaluation]:
     found = []
     for path in store.root.glob("trainings/*/evaluations/*/"):
         try:
-            meta = open_published(path, kind=KIND, versions=frozenset({VERSION}), verify=False).meta
+            evaluation = _opened(path, verify=False)
         except (CorruptionError, FormatError, FileNotFoundError):
             continue
-        if (meta["workload"], meta["scale"]) == (workload, scale):
-            found.append(Evaluation(path, meta))
+        if (evaluation.meta.workload, evaluation.meta.scale) == (workload, scale):
+            found.append(evaluation)
     return sorted(found, key=lambda evaluation: evaluation.name)

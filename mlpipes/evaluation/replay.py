@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlpipes.errors import ConfigError, TrainingFailedError
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import Checkpointing, TrainingJob
 from mlpipes.training.code_version import code_version
@@ -81,7 +81,7 @@ def replay(
 
     began = time.monotonic()
     try:
-        recipe, first = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+        recipe, first = Recipe.read(folder.recipe), Outcome.read(folder.result)
     except FileNotFoundError as error:
         raise ConfigError(
             f"the training {folder.fingerprint[:12]} has not finished; there is nothing to compare"
@@ -92,14 +92,14 @@ def replay(
     with _scratch(store) as scratch:
         workload = load_workload(recipe.implementation)
         snapshot, _ = snapshot_of(scratch, workload.source.load().digest(), workload)
-        found.digests = {"snapshot": (recipe.snapshot, snapshot.digest)} | {k: (first[k], "") for k in DIGESTS}
+        found.digests = {"snapshot": (recipe.snapshot, snapshot.digest)} | {k: (getattr(first, k), "") for k in DIGESTS}
         if snapshot.digest != recipe.snapshot:
             found.first_difference = "the snapshot built from the source is another one, so nothing was trained"
         else:
             job = TrainingJob(
                 recipe=recipe, store=str(scratch.root), attempt=1, checkpointing=Checkpointing(every_seconds=None)
             )
-            write_record(job.folder.recipe, recipe.model_dump(mode="json"))
+            recipe.write_to(job.folder.recipe)
             jobs = connect(recipe.scale)
             handle = jobs.attach_or_submit(job, f"replay-{folder.fingerprint[:16]}-{secrets.token_hex(4)}")
             try:
@@ -109,12 +109,12 @@ def replay(
                 jobs.stop(handle)
                 raise
             try:
-                second = read_record(job.folder.result)
+                second = Outcome.read(job.folder.result)
             except FileNotFoundError as error:
                 raise TrainingFailedError(
                     f"the replay ended without a result. Its log:\n{jobs.logs(handle, job.folder)[-3000:]}"
                 ) from error
-            found.digests |= {name: (first[name], second[name]) for name in DIGESTS}
+            found.digests |= {name: (getattr(first, name), getattr(second, name)) for name in DIGESTS}
             found.first_difference = _first_difference(first, second)
             found.differences |= _differences(_environment(first), _environment(second))
     found.seconds = time.monotonic() - began
@@ -131,28 +131,26 @@ def _scratch(store: Store) -> Iterator[Store]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _first_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+def _first_difference(first: Outcome, second: Outcome) -> str:
     """Where two outcomes part: a step, or the few steps between two logged points; empty if nowhere."""
-    if all(first[name] == second[name] for name in DIGESTS):
+    if all(getattr(first, name) == getattr(second, name) for name in DIGESTS):
         return ""
-    trails, before = [outcome.get("trail", []) for outcome in (first, second)], 0
-    for (step, order, loss), (_, other_order, other_loss) in zip(*trails, strict=False):
+    before = 0
+    for (step, order, loss), (_, other_order, other_loss) in zip(first.trail, second.trail, strict=False):
         if (order, loss) != (other_order, other_loss):
             where = f"step {step}" if step == before + 1 else f"a step from {before + 1} to {step}"
             return f"{where}: {_which(order != other_order, first, second, step)}"
         before = step
-    if len(trails[0]) != len(trails[1]):
-        return (
-            f"{first['steps']} steps were done, and {second['steps']} now; or the first training kept no trail of them"
-        )
-    return f"the last update, after {first['steps']} steps of equal data and losses"
+    if len(first.trail) != len(second.trail):
+        return f"{first.steps} steps were done, and {second.steps} now; or the first training kept no trail of them"
+    return f"the last update, after {first.steps} steps of equal data and losses"
 
 
-def _which(order: bool, first: Mapping[str, Any], second: Mapping[str, Any], step: int) -> str:
+def _which(order: bool, first: Outcome, second: Outcome, step: int) -> str:
     if order:
         return "other rows were read, or in another order"
     was, now = (
-        next((row[1] for row in outcome["history"] if row[0] == "train/loss" and row[2] == step), None)
+        next((row[1] for row in outcome.history if row[0] == "train/loss" and row[2] == step), None)
         for outcome in (first, second)
     )
     return (
@@ -162,8 +160,8 @@ def _which(order: bool, first: Mapping[str, Any], second: Mapping[str, Any], ste
     )
 
 
-def _environment(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    return {**outcome["environment"], "precision": outcome["precision"]}
+def _environment(outcome: Outcome) -> dict[str, Any]:
+    return {**outcome.environment, "precision": outcome.precision}
 
 
 def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

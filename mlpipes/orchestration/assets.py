@@ -13,6 +13,13 @@ from mlpipes.orchestration.model import materialize_champion, materialize_evalua
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.orchestration.scaling_report import scaling_report_asset
 from mlpipes.orchestration.training import TrainingConfig, materialize_training
+from mlpipes.store.references import (
+    DatasetReference,
+    EvaluationReference,
+    ModelReference,
+    SnapshotReference,
+    TrainingReference,
+)
 from mlpipes.training.code_version import code_version, preparation_version
 from mlpipes.workloads.catalog import Entry
 
@@ -58,7 +65,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
             loaded = entry.load().source.load()
         digest = loaded.digest()
         return dg.MaterializeResult(
-            value={"digest": digest, "provenance": loaded.provenance.as_dict(), "counts": loaded.counts},
+            value=DatasetReference(digest=digest, provenance=loaded.provenance.as_dict(), counts=loaded.counts),
             data_version=dg.DataVersion(digest),
             metadata={
                 "provenance": mapping_table(loaded.provenance.as_dict()),
@@ -78,16 +85,16 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         code_version=preparing,
     )
     def snapshot(
-        context: dg.AssetExecutionContext, source: dict[str, Any], store: StoreResource
+        context: dg.AssetExecutionContext, source: DatasetReference, store: StoreResource
     ) -> dg.MaterializeResult:
         from mlpipes.data.snapshot import snapshot_of
 
         with user_errors():
-            made, warnings = snapshot_of(store.store, source["digest"], entry.load(), preparing)
+            made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing)
         for warning in warnings:
             context.log.warning(warning)
         return dg.MaterializeResult(
-            value={"digest": made.digest},
+            value=SnapshotReference(digest=made.digest),
             data_version=dg.DataVersion(made.digest),
             metadata={
                 "digest": made.digest,
@@ -113,7 +120,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     )
     def checkpoints(
         context: dg.AssetExecutionContext,
-        snapshot: dict[str, Any],
+        snapshot: SnapshotReference,
         config: TrainingConfig,
         store: StoreResource,
         ray: RayResource,
@@ -131,7 +138,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         ins={"checkpoints": upstream("checkpoints")},
     )
     def model(
-        context: dg.AssetExecutionContext, checkpoints: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+        context: dg.AssetExecutionContext, checkpoints: TrainingReference, store: StoreResource, mlflow: MlflowResource
     ) -> dg.MaterializeResult:
         with user_errors():
             return materialize_model(context, entry, checkpoints, store, mlflow)
@@ -146,7 +153,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         pool=EVALUATION_POOL,
     )
     def eval_report(
-        context: dg.AssetExecutionContext, model: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+        context: dg.AssetExecutionContext, model: ModelReference, store: StoreResource, mlflow: MlflowResource
     ) -> dg.MaterializeResult:
         with user_errors():
             return materialize_evaluation(context, entry, model, store, mlflow)
@@ -162,7 +169,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         pool=PROMOTION_POOL,
     )
     def champion(
-        context: dg.AssetExecutionContext, evaluation: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+        context: dg.AssetExecutionContext, evaluation: EvaluationReference, store: StoreResource, mlflow: MlflowResource
     ) -> dg.MaterializeResult:
         with user_errors():
             return materialize_champion(entry, evaluation, store, mlflow)

@@ -11,11 +11,18 @@ from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.launchpad import is_trained, run_config
 from mlpipes.orchestration.resources import STORE
-from mlpipes.orchestration.store_identity import CHAIN
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE, TrainingConfig
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.identity import identity_of, is_empty
 from mlpipes.store.layout import Store
+from mlpipes.store.references import (
+    CHAIN,
+    REFERENCES,
+    EvaluationReference,
+    ModelReference,
+    SnapshotReference,
+    TrainingReference,
+)
 from mlpipes.workloads.catalog import Entry
 
 DEFAULT_UI = "http://127.0.0.1:3000"
@@ -122,16 +129,17 @@ class DagsterUi:
 
 def _is_there(store: Store, workload: str, asset: str, scale: str) -> bool:
     """Whether the store has an asset's reference, and the place that it points to."""
-    if (reference := store.read_reference(workload, asset, scale)) is None:
-        return False
-    if asset == "dataset":
-        return True
-    if asset == "snapshot":
-        return (store.snapshots / reference["digest"]).is_dir()
-    training = store.training(reference["fingerprint"])
-    if asset == "checkpoints":
-        return training.result.is_file()
-    return training.model.is_dir() if asset == "model" else training.evaluation(reference["evaluation"]).is_dir()
+    match reference := store.read_reference(REFERENCES[asset], workload, scale):
+        case EvaluationReference():
+            return store.training(reference.fingerprint).evaluation(reference.evaluation).is_dir()
+        case ModelReference():
+            return store.training(reference.fingerprint).model.is_dir()
+        case TrainingReference():
+            return store.training(reference.fingerprint).result.is_file()
+        case SnapshotReference():
+            return (store.snapshots / reference.digest).is_dir()
+        case _:
+            return reference is not None
 
 
 def _patiently(call: Callable[[], Any], seconds: float) -> Any:

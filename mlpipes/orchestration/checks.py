@@ -8,10 +8,12 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from mlpipes.errors import ConfigError, CorruptionError
+from mlpipes.errors import CorruptionError
 from mlpipes.evaluation import gates
 from mlpipes.orchestration.metadata import user_errors
-from mlpipes.orchestration.resources import RayResource, StoreResource
+from mlpipes.orchestration.resources import RayResource, StoreResource, materialized
+from mlpipes.store.outcome import Outcome
+from mlpipes.store.references import EvaluationReference, SnapshotReference, TrainingReference
 from mlpipes.workloads.catalog import Entry
 
 REPLAY = "replay"
@@ -73,13 +75,6 @@ def workload_checks(entry: Entry, partitions: Partitions) -> list[dg.AssetChecks
     ]
 
 
-def _reference(store: StoreResource, key: dg.AssetKey, partition: str) -> dict[str, Any]:
-    reference = store.store.read_reference(key.path[0], key.path[1], partition)
-    if reference is None:
-        raise ConfigError(f"{key.to_user_string()} was never materialized for {partition}; materialize it first")
-    return reference
-
-
 def _snapshot_checks(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
     asset = dg.AssetKey([entry.name, "snapshot"])
     descriptions = {
@@ -92,7 +87,8 @@ def _snapshot_checks(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefi
         from mlpipes.data.snapshot import open_snapshot, shared_between_splits
 
         with user_errors():
-            path = store.store.snapshots / _reference(store, asset, context.partition_key)["digest"]
+            reference = materialized(SnapshotReference, store.store, entry.name, context.partition_key)
+            path = store.store.snapshots / reference.digest
             selected = {key.name for key in context.selected_asset_check_keys}
             try:
                 snapshot = open_snapshot(path)
@@ -128,11 +124,9 @@ def _loss_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinitio
         blocking=["loss_finite"],
     )
     def check(context: dg.AssetCheckExecutionContext, store: StoreResource) -> Iterator[dg.AssetCheckResult]:
-        from mlpipes.store.files import read_record
-
         with user_errors():
-            reference = _reference(store, asset, context.partition_key)
-            history = read_record(store.store.training(reference["fingerprint"]).result)["history"]
+            reference = materialized(TrainingReference, store.store, entry.name, context.partition_key)
+            history = Outcome.read(store.store.training(reference.fingerprint).result).history
         losses = [value for name, value, *_ in history if name == "train/loss"]
         yield dg.AssetCheckResult(
             passed=all(math.isfinite(value) for name, value, *_ in history if name.endswith("loss")),
@@ -160,7 +154,8 @@ def _gates(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
         from mlpipes.evaluation.records import evaluations_of, open_evaluation
 
         with user_errors():
-            current = open_evaluation(store.store, _reference(store, asset, context.partition_key))
+            reference = materialized(EvaluationReference, store.store, entry.name, context.partition_key)
+            current = open_evaluation(store.store, reference)
             before = [
                 e for e in evaluations_of(store.store, entry.name, context.partition_key) if e.name < current.name
             ]

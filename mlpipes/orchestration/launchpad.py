@@ -12,10 +12,16 @@ from mlpipes.errors import ConfigError
 from mlpipes.orchestration.training import TrainingConfig, make_recipe
 from mlpipes.settings import load_mapping, problems
 from mlpipes.store.layout import Store
+from mlpipes.store.references import (
+    ChampionReference,
+    EvaluationReference,
+    ModelReference,
+    SnapshotReference,
+    TrainingReference,
+)
 from mlpipes.workloads.catalog import Entry
 
-_CHAIN = ("checkpoints", "model", "eval_report", "champion")
-"""The assets whose references name a training."""
+_OF_A_TRAINING = (TrainingReference, ModelReference, EvaluationReference, ChampionReference)
 
 
 def settings_of(
@@ -112,8 +118,8 @@ def is_trained(entry: Entry, scale: str, config: TrainingConfig, store: Store) -
 
     Dagster's freshness says nothing of settings.
     """
-    if config.fresh or (snapshot := store.read_reference(entry.name, "snapshot", scale)) is None:
+    if config.fresh or (snapshot := store.read_reference(SnapshotReference, entry.name, scale)) is None:
         return False
-    fingerprint = make_recipe(entry, scale, snapshot["digest"], config, "").fingerprint
-    found = [store.read_reference(entry.name, asset, scale) for asset in _CHAIN]
-    return all(reference is not None and reference["fingerprint"] == fingerprint for reference in found)
+    fingerprint = make_recipe(entry, scale, snapshot.digest, config, "").fingerprint
+    found = [store.read_reference(kind, entry.name, scale) for kind in _OF_A_TRAINING]
+    return all(reference is not None and reference.fingerprint == fingerprint for reference in found)

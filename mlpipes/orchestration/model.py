@@ -1,13 +1,12 @@
 """The assets `model`, `eval_report` and `champion`: export and registration, evaluation on test, promotion."""
 
-from typing import Any
-
 import dagster as dg
 
 from mlpipes.data.snapshot import Snapshot, open_snapshot
 from mlpipes.errors import ConfigError
 from mlpipes.evaluation.records import (
     NIGHT_TAG,
+    Subject,
     evaluations_of,
     history_points,
     measured_on,
@@ -17,18 +16,24 @@ from mlpipes.evaluation.records import (
 from mlpipes.orchestration.metadata import link, mapping_table, picture, report_metadata
 from mlpipes.orchestration.resources import MlflowResource, StoreResource
 from mlpipes.reporting.model_card import model_card
-from mlpipes.store.files import read_record
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import (
+    ChampionReference,
+    EvaluationReference,
+    ModelReference,
+    TrainingReference,
+)
 from mlpipes.workloads.catalog import Entry
 
 SPLIT = "test"
 
 
-def _open(store: StoreResource, reference: dict[str, Any]) -> tuple[TrainingFolder, Recipe, Snapshot, dict[str, Any]]:
-    folder = store.store.training(reference["fingerprint"])
+def _open(store: StoreResource, reference: TrainingReference) -> tuple[TrainingFolder, Recipe, Snapshot, Outcome]:
+    folder = store.store.training(reference.fingerprint)
     try:
-        recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+        recipe, outcome = Recipe.read(folder.recipe), Outcome.read(folder.result)
         return folder, recipe, open_snapshot(store.store.snapshots / recipe.snapshot), outcome
     except FileNotFoundError as error:
         raise ConfigError(
@@ -39,7 +44,7 @@ def _open(store: StoreResource, reference: dict[str, Any]) -> tuple[TrainingFold
 def materialize_model(
     context: dg.AssetExecutionContext,
     entry: Entry,
-    reference: dict[str, Any],
+    reference: TrainingReference,
     store: StoreResource,
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
@@ -55,7 +60,7 @@ def materialize_model(
     name = registered_name(entry.name)
     version = register(
         tracker,
-        reference["mlflow_run_id"],
+        reference.mlflow_run_id,
         name,
         deployable(trained, snapshot),
         tags={
@@ -68,7 +73,7 @@ def materialize_model(
     )
     metric = trained.workload.metric.name
     return dg.MaterializeResult(
-        value={**reference, "registered_model": name, "version": version},
+        value=ModelReference(**dict(reference), registered_model=name, version=version),
         data_version=dg.DataVersion(trained.meta["weights_digest"]),
         metadata={
             "card": dg.MetadataValue.md(card.read_text(encoding="utf-8")),
@@ -78,7 +83,7 @@ def materialize_model(
             "epoch": trained.meta["epoch"],
             "weights_digest": trained.meta["weights_digest"],
             "folder": dg.MetadataValue.path(str(folder.model)),
-            "mlflow": link(tracker.link(reference["mlflow_run_id"]), tracker.command(reference["mlflow_run_id"])),
+            "mlflow": link(tracker.link(reference.mlflow_run_id), tracker.command(reference.mlflow_run_id)),
         },
     )
 
@@ -86,7 +91,7 @@ def materialize_model(
 def materialize_evaluation(
     context: dg.AssetExecutionContext,
     entry: Entry,
-    reference: dict[str, Any],
+    reference: ModelReference,
     store: StoreResource,
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
@@ -97,37 +102,37 @@ def materialize_evaluation(
     folder, recipe, snapshot, outcome = _open(store, reference)
     trained = load_model(folder.model, snapshot)
     report, scores = evaluate(trained, snapshot, SPLIT)
-    meta = {
-        "workload": entry.name,
-        "scale": recipe.scale.key,
-        "seed": recipe.seed,
-        "fingerprint": recipe.fingerprint,
-        "snapshot": snapshot.digest,
-        "rows": {split: snapshot.rows(split) for split in ("validation", SPLIT)},
-        "weights": trained.meta["weights_digest"],
-        "split": SPLIT,
-        "n": snapshot.counts[SPLIT],
-        "data": snapshot.meta["provenance"]["fidelity"],
-        "night": context.run.tags.get(NIGHT_TAG),
-        "dagster_run_id": context.run.run_id,
-    }
+    subject = Subject(
+        workload=entry.name,
+        scale=recipe.scale.key,
+        seed=recipe.seed,
+        fingerprint=recipe.fingerprint,
+        snapshot=snapshot.digest,
+        rows={split: snapshot.rows(split) for split in ("validation", SPLIT)},
+        weights=trained.meta["weights_digest"],
+        split=SPLIT,
+        n=snapshot.counts[SPLIT],
+        data=snapshot.meta["provenance"]["fidelity"],
+        night=context.run.tags.get(NIGHT_TAG),
+        dagster_run_id=context.run.run_id,
+    )
     title = f"{entry.name} {recipe.scale.key}: evaluation"
-    evaluation = publish_evaluation(folder, report, scores, title, meta)
-    tracker, run_id = mlflow.tracker(), reference["mlflow_run_id"]
+    evaluation = publish_evaluation(folder, report, scores, title, subject)
+    tracker, run_id = mlflow.tracker(), reference.mlflow_run_id
     estimates = {f"{SPLIT}/{name}": estimate.value for name, estimate in report.estimates.items()}
-    tracker.log_values(run_id, estimates, step=outcome["steps"])
+    tracker.log_values(run_id, estimates, step=outcome.steps)
     tracker.log_files(run_id, f"evaluation/{evaluation.name}", sorted(evaluation.path.iterdir()))
     metric = trained.workload.metric.name
     history = evaluations_of(store.store, entry.name, recipe.scale.key)
     return dg.MaterializeResult(
-        value={**reference, "evaluation": evaluation.name, "estimates": evaluation.meta["estimates"]},
+        value=EvaluationReference(**dict(reference), evaluation=evaluation.name, estimates=evaluation.meta.estimates),
         data_version=dg.DataVersion(trained.meta["weights_digest"]),
         metadata=report_metadata(report)
         | {
             "history": picture(
                 figures.history(history_points(history, metric), metric), f"{metric} of each evaluation"
             ),
-            "measured_on": mapping_table(measured_on(meta)),
+            "measured_on": mapping_table(measured_on(subject)),
             "report": dg.MetadataValue.path(str(evaluation.path / "report.md")),
             "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
         },
@@ -135,7 +140,7 @@ def materialize_evaluation(
 
 
 def materialize_champion(
-    entry: Entry, reference: dict[str, Any], store: StoreResource, mlflow: MlflowResource
+    entry: Entry, reference: EvaluationReference, store: StoreResource, mlflow: MlflowResource
 ) -> dg.MaterializeResult:
     """Make the model champion if it passed the gates and is better than the one that is."""
     from mlpipes.evaluation.promotion import Decision, decide
@@ -146,19 +151,19 @@ def materialize_champion(
     if verdict is None or not verdict["passed"]:
         failed = [f"{n}: {g['text']}" for n, g in (verdict or {"gates": {}})["gates"].items() if not g["passed"]]
         why = "; ".join(failed) or "they were not asked: execute the checks of `eval_report`"
-        raise ConfigError(f"the gates did not let {reference['registered_model']} {reference['version']} pass: {why}")
-    champions = Champions(mlflow.tracker(), reference["registered_model"])
+        raise ConfigError(f"the gates did not let {reference.registered_model} {reference.version} pass: {why}")
+    champions = Champions(mlflow.tracker(), reference.registered_model)
     current = champions.current()
-    if current is not None and current.version == reference["version"]:
+    if current is not None and current.version == reference.version:
         decision = Decision(False, "it is champion already, and still passes the gates")
     else:
         decision = decide(store.store, entry.load(), evaluation, current)
     if decision.promoted:
-        champions.promote(reference["version"], decision.reason)
+        champions.promote(reference.version, decision.reason)
     chosen = champions.current()
     assert chosen is not None  # noqa: S101 - promoted, or there before
     return dg.MaterializeResult(
-        value={**reference, "champion": chosen.version},
+        value=ChampionReference(**dict(reference), champion=chosen.version),
         metadata={
             "promoted": decision.promoted,
             "reason": decision.reason,

@@ -1,7 +1,7 @@
 """Dagster resources: they hold configuration and hand out objects of the layers below."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
@@ -10,7 +10,8 @@ from mlpipes.errors import ConfigError
 from mlpipes.orchestration.metadata import user_errors
 from mlpipes.orchestration.store_identity import check_store
 from mlpipes.store.identity import identify
-from mlpipes.store.layout import Store, default_store
+from mlpipes.store.layout import R, Store, default_store
+from mlpipes.store.references import REFERENCES, Reference
 
 if TYPE_CHECKING:
     from mlpipes.compute.jobs import Jobs
@@ -75,25 +76,27 @@ class MlflowResource(dg.ConfigurableResource):
 
 
 class ReferenceIOManager(dg.ConfigurableIOManager):
-    """Hands small JSON references from asset to asset; what they refer to lies in the store, verified when opened."""
+    """Hands references from asset to asset; what they refer to lies in the store, verified when opened."""
 
     store: StoreResource
 
-    def handle_output(self, context: dg.OutputContext, obj: dict[str, Any]) -> None:
+    def handle_output(self, context: dg.OutputContext, obj: Reference) -> None:
         """Record what this partition of the asset now points to."""
-        workload, asset = context.asset_key.path
         with user_errors():
             store = self.store.store
-        store.write_reference(workload, asset, context.partition_key, obj)
+        store.write_reference(obj, context.asset_key.path[0], context.partition_key)
         context.add_output_metadata({STORE: identify(store)})
 
-    def load_input(self, context: dg.InputContext) -> dict[str, Any]:
+    def load_input(self, context: dg.InputContext) -> Reference:
         """What the upstream asset's partition points to."""
         workload, asset = context.asset_key.path
         with user_errors():
-            reference = self.store.store.read_reference(workload, asset, context.partition_key)
-        if reference is None:
-            raise ConfigError(
-                f"{workload}/{asset} was never materialized for {context.partition_key}; materialize it first"
-            )
-        return reference
+            return materialized(REFERENCES[asset], self.store.store, workload, context.partition_key)
+
+
+def materialized(kind: type[R], store: Store, workload: str, scale: str) -> R:
+    """What the partition of an asset points to. Raises ConfigError if it was never materialized."""
+    reference = store.read_reference(kind, workload, scale)
+    if reference is None:
+        raise ConfigError(f"{workload}/{kind.asset} was never materialized for {scale}; materialize it first")
+    return reference

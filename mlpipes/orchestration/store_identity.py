@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 from mlpipes.errors import ConfigError
 from mlpipes.store.identity import identify, identity_of, is_empty
 from mlpipes.store.layout import Store, default_store
+from mlpipes.store.references import CHAIN
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
 KEY = "mlpipes/store"
 """In the instance's key-value storage, which every kind of storage has."""
-CHAIN = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion")
-"""The assets of a workload's scale, in order."""
 _REMEDY = (
     "If the right store lies elsewhere, set MLPIPES_HOME to its home folder; if Dagster's history lies elsewhere, set "
     "DAGSTER_HOME. If the old store is gone for good, say `mlpipes store --adopt`; then `mlpipes backfill --again` makes "

@@ -13,9 +13,11 @@ from mlpipes.orchestration.following import follow_training, is_cancelled
 from mlpipes.orchestration.metadata import link, mapping_table, picture
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.settings import problems
-from mlpipes.store.files import quarantine, read_record, write_record
+from mlpipes.store.files import quarantine
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import SnapshotReference, TrainingReference
 from mlpipes.store.training_job import Checkpointing, Tracking, TrainingJob
 from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import Entry
@@ -68,10 +70,10 @@ def make_recipe(entry: Entry, partition: str, snapshot_digest: str, config: Trai
     )
 
 
-def finished(folder: TrainingFolder) -> dict[str, Any] | None:
+def finished(folder: TrainingFolder) -> Outcome | None:
     """The outcome of a training that has one; a corrupt record is quarantined, and rebuilt from the checkpoints."""
     try:
-        return read_record(folder.result)
+        return Outcome.read(folder.result)
     except FileNotFoundError:
         return None
     except CorruptionError:
@@ -82,7 +84,7 @@ def finished(folder: TrainingFolder) -> dict[str, Any] | None:
 def materialize_training(
     context: dg.AssetExecutionContext,
     entry: Entry,
-    snapshot_reference: dict[str, Any],
+    snapshot_reference: SnapshotReference,
     config: TrainingConfig,
     store: StoreResource,
     ray: RayResource,
@@ -92,7 +94,7 @@ def materialize_training(
     from mlpipes.compute import preflight
 
     started = time.monotonic()
-    snapshot = open_snapshot(store.store.snapshots / snapshot_reference["digest"])
+    snapshot = open_snapshot(store.store.snapshots / snapshot_reference.digest)
     # Retries of a fresh start resume it, so it is named after the first run of the family.
     root_run = context.run.tags.get("dagster/root_run_id") or context.run.root_run_id or context.run.run_id
     recipe = make_recipe(entry, context.partition_key, snapshot.digest, config, generation=root_run)
@@ -105,7 +107,7 @@ def materialize_training(
     if outcome is None:  # before anything is written: what does not fit leaves no trace
         preflight.check_disk(store.store.root)
         ray.jobs(recipe.scale).check(recipe.scale, snapshot.published.size, config.min_workers)
-    write_record(folder.recipe, recipe.model_dump(mode="json"))
+    recipe.write_to(folder.recipe)
     tracker = mlflow.tracker()
     run_id = tracker.run_of(
         f"mlpipes/{entry.name}",
@@ -150,13 +152,12 @@ def materialize_training(
     else:
         context.log.info(f"Training {recipe.fingerprint} has finished before; nothing to do.")
     # The driver may have died between the last checkpoint and the last request to MLflow; a row sent twice stays single.
-    tracker.log_history(run_id, outcome["history"])
-    tracker.log_values(run_id, {"train/seconds": outcome["train_seconds"]}, step=outcome["steps"])
+    tracker.log_history(run_id, outcome.history)
+    tracker.log_values(run_id, {"train/seconds": outcome.train_seconds}, step=outcome.steps)
     tracker.set_status(run_id, "FINISHED")
-    reference = {"fingerprint": recipe.fingerprint, "mlflow_run_id": run_id, "snapshot": snapshot.digest}
     return dg.MaterializeResult(
-        value=reference,
-        data_version=dg.DataVersion(outcome["weights_digest"]),
+        value=TrainingReference(fingerprint=recipe.fingerprint, mlflow_run_id=run_id, snapshot=snapshot.digest),
+        data_version=dg.DataVersion(outcome.weights_digest),
         metadata=_metadata(entry, recipe, outcome, folder)
         | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},
     )
@@ -178,23 +179,23 @@ def _tags(context: dg.AssetExecutionContext, entry: Entry, recipe: Recipe) -> di
     return tags
 
 
-def _metadata(entry: Entry, recipe: Recipe, outcome: dict[str, Any], folder: TrainingFolder) -> dict[str, Any]:
+def _metadata(entry: Entry, recipe: Recipe, outcome: Outcome, folder: TrainingFolder) -> dict[str, Any]:
     from mlpipes.reporting import figures
 
-    best, metric = outcome["best"], entry.load().metric.name
-    curves = figures.training_curves(outcome["history"], outcome["steps_per_epoch"], best["step"], metric)
+    best, metric = outcome.best, entry.load().metric.name
+    curves = figures.training_curves(outcome.history, outcome.steps_per_epoch, best.step, metric)
     return {
         "curves": picture(curves, "loss and validation curves"),
-        f"validation_{metric}": best["metrics"][metric],
-        "best_epoch": best["epoch"],
-        "train_seconds": outcome["train_seconds"],
-        "samples_per_second": outcome["samples_per_second"],
-        "precision": outcome["precision"],
-        "steps": outcome["steps"],
-        "parameters": outcome["parameters"],
-        "weights_digest": outcome["weights_digest"],
+        f"validation_{metric}": best.metrics[metric],
+        "best_epoch": best.epoch,
+        "train_seconds": outcome.train_seconds,
+        "samples_per_second": outcome.samples_per_second,
+        "precision": outcome.precision,
+        "steps": outcome.steps,
+        "parameters": outcome.parameters,
+        "weights_digest": outcome.weights_digest,
         "fingerprint": recipe.fingerprint,
         "folder": dg.MetadataValue.path(str(folder.path)),
-        "environment": mapping_table(outcome["environment"]),
+        "environment": mapping_table(outcome.environment),
         "recipe": dg.MetadataValue.json(recipe.model_dump(mode="json")),
     }

@@ -7,6 +7,7 @@ from mlpipes.reporting.report import escaped
 
 if TYPE_CHECKING:
     from mlpipes.data.snapshot import Snapshot
+    from mlpipes.store.outcome import Outcome
     from mlpipes.store.recipe import Recipe
 
 
@@ -15,7 +16,7 @@ def _rows(content: Mapping[str, Any]) -> str:
 
 
 def model_card(
-    summary: str, recipe: "Recipe", snapshot: "Snapshot", outcome: Mapping[str, Any], model: Mapping[str, Any]
+    summary: str, recipe: "Recipe", snapshot: "Snapshot", outcome: "Outcome", model: Mapping[str, Any]
 ) -> str:
     """A model card (Mitchell et al. 2019, arXiv:1810.03993): what, on which data, how good, what not to use it for."""
     provenance = snapshot.meta["provenance"]
@@ -29,9 +30,9 @@ def model_card(
         _rows(
             {
                 "weights": model["weights_digest"],
-                "parameters": f"{outcome['parameters']:,}",
+                "parameters": f"{outcome.parameters:,}",
                 "chosen": f"epoch {model['epoch']} of {recipe.scale.epochs}, the best by validation",
-                "precision of training": outcome["precision"],
+                "precision of training": outcome.precision,
                 "seed": recipe.seed,
                 "fingerprint of training": recipe.fingerprint,
                 "code version": recipe.code,
@@ -55,8 +56,8 @@ unbiased figures, with intervals, are in the evaluation report on the test split
                 "workers": recipe.scale.workers,
                 "global batch size": recipe.scale.batch_size,
                 "epochs": recipe.scale.epochs,
-                "seconds in steps (no start-up, evaluation or checkpoints)": f"{outcome['train_seconds']:.1f}",
-                "device": outcome["environment"]["device"],
+                "seconds in steps (no start-up, evaluation or checkpoints)": f"{outcome.train_seconds:.1f}",
+                "device": outcome.environment["device"],
                 **{f"hyperparameter {k}": v for k, v in recipe.hyperparameters.items()},
             }
         )

@@ -20,9 +20,11 @@ from mlpipes.scaling.table import (
     scaling_rows,
     scaling_table,
 )
-from mlpipes.store.files import digest_of, read_record, write_atomic, write_record
+from mlpipes.store.files import digest_of, write_atomic, write_record
 from mlpipes.store.layout import Store
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import EvaluationReference, SnapshotReference, TrainingReference
 from mlpipes.store.status import all_statuses
 from mlpipes.training.code_version import code_version
 from mlpipes.workloads.catalog import Entry
@@ -123,7 +125,7 @@ def make_report(
     metric = entry.load().metric
     results, missing, stale, not_run = [], [], [], []
     for scale in entry.scales:
-        reference = store.read_reference(entry.name, "eval_report", scale.key)
+        reference = store.read_reference(EvaluationReference, entry.name, scale.key)
         if reference is None:
             not_run.append(scale)
             missing.append(f"{scale.key} ({_why_missing(store, entry, scale.key)})")
@@ -151,17 +153,17 @@ def make_report(
     )
 
 
-def _why_unreadable(store: Store, reference: dict[str, Any], metric: Metric) -> str | None:
+def _why_unreadable(store: Store, reference: EvaluationReference, metric: Metric) -> str | None:
     """Why an evaluation cannot be in the report, where it is of a time when the workload had another metric."""
-    best = read_record(store.training(reference["fingerprint"]).result)["best"]["metrics"]
-    if metric.name in best and metric.name in reference["estimates"]:
+    best = Outcome.read(store.training(reference.fingerprint).result).best.metrics
+    if metric.name in best and metric.name in reference.estimates:
         return None
     return f"trained before {metric.name} was its metric; materialize it again"
 
 
-def _result(store: Store, reference: dict[str, Any], metric: Metric) -> tuple[ScaleResult, Recipe]:
-    folder = store.training(reference["fingerprint"])
-    recipe, outcome = Recipe.model_validate(read_record(folder.recipe)), read_record(folder.result)
+def _result(store: Store, reference: EvaluationReference, metric: Metric) -> tuple[ScaleResult, Recipe]:
+    folder = store.training(reference.fingerprint)
+    recipe, outcome = Recipe.read(folder.recipe), Outcome.read(folder.result)
     shared = recipe.model_dump(mode="json")
     for field in ("workers", "gpus_per_worker", "cpus_per_worker"):
         del shared["scale"][field]
@@ -169,16 +171,16 @@ def _result(store: Store, reference: dict[str, Any], metric: Metric) -> tuple[Sc
         scale=recipe.scale,
         snapshot=recipe.snapshot,
         code=recipe.code,
-        validation=outcome["best"]["metrics"][metric.name],
-        test=reference["estimates"][metric.name],
+        validation=outcome.best.metrics[metric.name],
+        test=reference.estimates[metric.name],
         metric=metric,
-        train_seconds=outcome["train_seconds"],
-        samples_per_second=outcome["samples_per_second"],
-        weights_digest=outcome["weights_digest"],
+        train_seconds=outcome.train_seconds,
+        samples_per_second=outcome.samples_per_second,
+        weights_digest=outcome.weights_digest,
         # Seconds on different hardware do not compare either.
-        comparable=digest_of(shared | {"device": outcome["environment"]["device"]}),
-        samples=outcome["samples"],
-        usage=outcome.get("usage"),
+        comparable=digest_of(shared | {"device": outcome.environment["device"]}),
+        samples=outcome.samples,
+        usage=outcome.usage,
     ), recipe
 
 
@@ -189,18 +191,18 @@ def _why_missing(store: Store, entry: Entry, scale: str) -> str:
     return "never trained"
 
 
-def _why_stale(store: Store, entry: Entry, recipe: Recipe, reference: dict[str, Any]) -> list[str]:
-    trained = store.read_reference(entry.name, "checkpoints", recipe.scale.key) or {}
-    data = store.read_reference(entry.name, "snapshot", recipe.scale.key) or {}
+def _why_stale(store: Store, entry: Entry, recipe: Recipe, reference: EvaluationReference) -> list[str]:
+    trained = store.read_reference(TrainingReference, entry.name, recipe.scale.key)
+    data = store.read_reference(SnapshotReference, entry.name, recipe.scale.key)
     return [
         reason
         for reason, found in (
             ("trained by older code", recipe.code != code_version(entry.implementation)),
             (
                 "trained again since, and not evaluated",
-                trained.get("fingerprint", recipe.fingerprint) != reference["fingerprint"],
+                trained is not None and trained.fingerprint != reference.fingerprint,
             ),
-            ("the data have changed since", data.get("digest", recipe.snapshot) != recipe.snapshot),
+            ("the data have changed since", data is not None and data.digest != recipe.snapshot),
         )
         if found
     ]
@@ -211,7 +213,7 @@ def _nights(store: Store, entry: Entry, metric: str) -> Table | None:
     cells: dict[str, dict[str, str]] = {}
     for scale in entry.scales:
         for evaluation in evaluations_of(store, entry.name, scale.key):
-            if (night := evaluation.meta["night"]) is None or not evaluation.has(metric):
+            if (night := evaluation.meta.night) is None or not evaluation.has(metric):
                 continue
             text = f"{evaluation.estimate(metric).value:.4f} {summary(evaluation.verdict)}"
             cells.setdefault(night, {})[scale.key] = text

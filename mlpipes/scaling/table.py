@@ -1,13 +1,14 @@
 """Scaling: what more workers bought and cost, what the law behind it forecasts, and which scale to take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlpipes.reporting.metric import Metric
-from mlpipes.reporting.report import Table
+from mlpipes.reporting.report import Estimate, Table
 from mlpipes.scales import RayScaleConfig
 from mlpipes.scaling.law import ScalingLaw, fit_scaling_law
+from mlpipes.store.outcome import Usage
 
 ACCURACY = Metric("accuracy")
 
@@ -20,16 +21,14 @@ class ScaleResult:
     snapshot: str
     code: str
     validation: float
-    test: Mapping[str, Any]
-    """An `Estimate` as JSON."""
+    test: Estimate
     train_seconds: float
     samples_per_second: float
     weights_digest: str
     comparable: str
     """What must be equal for two trainings to be the same work: all of the recipe but the workers."""
     samples: int = 0
-    usage: Mapping[str, float | None] | None = None
-    """CPU seconds per second of all workers, peak memory of the greatest one, as the training measured them."""
+    usage: Usage | None = None
     metric: Metric = ACCURACY
     """What `validation` and `test` are."""
 
@@ -62,8 +61,7 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
     for result in results:
         same = [other for other in results if other.comparable == result.comparable]
         baseline = min(same, key=lambda other: other.scale.workers)
-        alone, usage = len(same) == 1, result.usage or {}
-        busy = usage.get("cpu_seconds_per_second")
+        alone, usage = len(same) == 1, result.usage
         speed_up = result.samples_per_second / baseline.samples_per_second
         rows.append(
             {
@@ -71,7 +69,7 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
                 "workers": result.scale.workers,
                 "epochs": result.scale.epochs,
                 "validation": result.validation,
-                **{key: result.test[key] for key in ("value", "low", "high", "n")},
+                **asdict(result.test),
                 "train_seconds": result.train_seconds,
                 "samples_per_second": result.samples_per_second,
                 "baseline": None if alone else baseline.scale.key,
@@ -79,17 +77,17 @@ def scaling_rows(results: Sequence[ScaleResult], prices: Prices | None = None) -
                 "efficiency": None if alone else speed_up * baseline.scale.workers / result.scale.workers,
                 "device_hours": device_hours(result.scale, result.train_seconds),
                 "cost": (prices or Prices()).cost(result.scale, result.train_seconds),
-                "cpu_utilisation": None if busy is None else busy / result.scale.workers,
-                "gpu_utilisation": usage.get("gpu_utilisation"),
-                "peak_memory_bytes": usage.get("peak_memory_bytes"),
-                "peak_gpu_memory_bytes": usage.get("peak_gpu_memory_bytes"),
+                "cpu_utilisation": usage and usage.cpu_seconds_per_second / result.scale.workers,
+                "gpu_utilisation": usage and usage.gpu_utilisation,
+                "peak_memory_bytes": usage and usage.peak_memory_bytes,
+                "peak_gpu_memory_bytes": usage and usage.peak_gpu_memory_bytes,
                 "weights_digest": result.weights_digest,
                 "snapshot": result.snapshot,
                 "code": result.code,
                 "comparable": result.comparable,
                 "pareto": False,
                 # The greater the better, whatever the metric: what scales are ranked by.
-                "score": result.metric.score(result.test["value"]),
+                "score": result.metric.score(result.test.value),
                 "validation_score": result.metric.score(result.validation),
             }
         )

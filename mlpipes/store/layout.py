@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from mlpipes.environment import path_in
-from mlpipes.store.files import read_record, write_record
+from mlpipes.store.references import Reference
 
 HOME_VARIABLE = "MLPIPES_HOME"
+R = TypeVar("R", bound=Reference)
 
 
 def home() -> Path:
@@ -98,17 +99,20 @@ class Store:
         """The folder of a workload's scaling report."""
         return self.root / "reports" / workload
 
-    def _reference(self, workload: str, asset: str, partition: str) -> Path:
-        return self.root / "assets" / workload / asset / f"{partition}.json"
+    def _reference(self, kind: type[Reference], workload: str, scale: str) -> Path:
+        return self.root / "assets" / workload / kind.asset / f"{scale}.json"
 
-    def write_reference(self, workload: str, asset: str, partition: str, content: dict[str, Any]) -> None:
-        """Record what an asset's partition now points to."""
-        write_record(self._reference(workload, asset, partition), content)
+    def write_reference(self, reference: Reference, workload: str, scale: str) -> None:
+        """Record what the partition of its asset now points to."""
+        reference.write_to(self._reference(type(reference), workload, scale))
 
-    def read_reference(self, workload: str, asset: str, partition: str) -> dict[str, Any] | None:
-        """What an asset's partition points to, or None if it was never materialized."""
+    def read_reference(self, kind: type[R], workload: str, scale: str) -> R | None:
+        """What the partition of an asset points to, or None if it was never materialized.
+
+        Raises CorruptionError, or FormatError if another version of mlpipes has written it.
+        """
         try:
-            return read_record(self._reference(workload, asset, partition))
+            return kind.read(self._reference(kind, workload, scale))
         except FileNotFoundError:
             return None
 

@@ -4,11 +4,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mlpipes.redaction import redact
+from mlpipes.store.outcome import Best
 
 
 class _Message(BaseModel):
@@ -128,7 +129,7 @@ class Finished(_Message):
     kind: Literal["finished"] = "finished"
     step: int
     total_steps: int
-    best: dict[str, Any]
+    best: Best
 
 
 Message = Annotated[

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.files import digest_of
+from mlpipes.store.record import Record
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """The inputs of a training's fingerprint. Two trainings with equal recipes end in the same model, bit for bit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from mlpipes.errors import ConfigError, CorruptionError
+from mlpipes.errors import ConfigError, CorruptionError, FormatError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store, TrainingFolder
@@ -23,6 +23,7 @@ from mlpipes.store.messages import (
     read_messages,
 )
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import TrainingReference
 from mlpipes.store.training_job import TrainingJob
 
 _SILENT_SECONDS = 60
@@ -146,14 +147,14 @@ def find_training(store: Store, workload: str, scale: str, run: str | None = Non
     is none, or more than one.
     """
     if run is None:
-        reference = store.read_reference(workload, "checkpoints", scale)
+        reference = store.read_reference(TrainingReference, workload, scale)
         if reference is None:
             raise ConfigError(f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first")
-        return store.training(reference["fingerprint"])
+        return store.training(reference.fingerprint)
     found = []
     for path in sorted(store.root.glob("trainings/*/recipe.json")):
         folder = TrainingFolder(path.parent)
-        recipe = Recipe.model_validate(read_record(path))
+        recipe = Recipe.read(path)
         if (recipe.workload, recipe.scale.key) == (workload, scale) and any(
             name.startswith(run) for name in _names(folder)
         ):
@@ -169,7 +170,7 @@ def _names(folder: TrainingFolder) -> Iterator[str]:
     for path in folder.specification(0).parent.glob("a*.json"):
         try:
             job = TrainingJob.read(path)
-        except CorruptionError:
+        except (CorruptionError, FormatError):
             continue
         yield job.requested_by
         if job.tracking is not None:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +11,7 @@ from mlpipes.redaction import redact
 from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.record import Record
 
 
 class Checkpointing(BaseModel):
@@ -39,7 +40,7 @@ def forget_handovers(folder: TrainingFolder) -> None:
         path.unlink(missing_ok=True)
 
 
-class TrainingJob(BaseModel):
+class TrainingJob(Record):
     """One attempt at a training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,20 +75,21 @@ class TrainingJob(BaseModel):
         What reaches MLflow (an address with a password, credentials of this process) goes into a file beside it that
         nobody else may read: specifications are looked at, copied and kept.
         """
-        path, stored = self.folder.specification(self.attempt), self.model_dump(mode="json")
+        path, stored = self.folder.specification(self.attempt), self
         if self.tracking is not None:
+            public = self.tracking.model_copy(update={"uri": redact(self.tracking.uri)})
             credentials = {name: os.environ[name] for name in CREDENTIALS if os.environ.get(name)}
-            stored["tracking"]["uri"] = redact(self.tracking.uri)
-            if credentials or stored["tracking"]["uri"] != self.tracking.uri:
+            if credentials or public != self.tracking:
                 secrets = {"uri": self.tracking.uri, "environment": credentials}
                 write_record(self.folder.handover(self.attempt), secrets, mode=0o600)
-        write_record(path, stored)
+            stored = self.model_copy(update={"tracking": public})
+        stored.write_to(path)
         return path
 
     @classmethod
-    def read(cls, path: Path) -> "TrainingJob":
-        """What `write` stored. Raises CorruptionError or FileNotFoundError."""
-        job = cls.model_validate(read_record(path))
+    def read(cls, path: Path) -> Self:
+        """What `write` stored, with what was handed over. Raises FileNotFoundError, CorruptionError or FormatError."""
+        job = super().read(path)
         if job.tracking is None or (secrets := job._handed_over()) is None:
             return job
         return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": secrets["uri"]})})

@@ -9,17 +9,19 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import Published, open_published, publishing, quarantine
 from mlpipes.store.layout import Store
+from mlpipes.store.outcome import Best
 from mlpipes.store.status import all_statuses
 
 KIND = "checkpoint"
@@ -27,29 +29,29 @@ VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
 
 
-@dataclass
-class Progress:
+class Progress(BaseModel):
     """Where a training is and what it has seen; JSON, so that it can be read without torch."""
+
+    model_config = ConfigDict(extra="forbid")
 
     step: int = 0
     """Optimizer steps done."""
     seed: int = 0
     precision: str = "fp32"
-    history: list[list[Any]] = field(default_factory=list)
+    history: list[list[Any]] = []
     """Rows of (key, value, step, Unix time in ms): every curve so far, and so all metrics still to be tracked."""
-    interval_losses: list[float] = field(default_factory=list)
+    interval_losses: list[float] = []
     """Losses since the last logged point."""
     epoch_loss: float = 0.0
     """Sum of the losses of the current epoch's steps so far."""
-    best: dict[str, Any] | None = None
-    """Step and metrics of the best checkpoint by validation."""
+    best: Best | None = None
     train_seconds: float = 0.0
     """Seconds spent in steps: no start-up, no evaluation, no checkpoints."""
     order_digest: str = ""
     """Chained SHA-256 of the rows that every step read."""
     loss_digest: str = ""
     """Chained SHA-256 of the loss of every step."""
-    trail: list[list[Any]] = field(default_factory=list)
+    trail: list[list[Any]] = []
     """Rows of (step, order digest, loss digest), shortened, at each logged point: where two trainings part."""
 
 
@@ -62,12 +64,15 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """The number of optimizer steps that it has behind it."""
-        return self.published.meta["progress"]["step"]
+        return self.progress.step
 
     @property
     def progress(self) -> Progress:
-        """Where the training was."""
-        return Progress(**self.published.meta["progress"])
+        """Where the training was. Raises CorruptionError if its manifest does not say it."""
+        try:
+            return Progress.model_validate(self.published.meta["progress"])
+        except (KeyError, ValidationError) as error:
+            raise CorruptionError(f"{self.published.path} has no usable progress in its manifest: {error}") from error
 
     def model_state(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
@@ -100,10 +105,9 @@ class Checkpoints:
         """Publish a checkpoint of a model's state and prune: the last `keep_last` and the best stay. Returns its folder."""
         target = self.path(progress.step)
         with publishing(target, kind=KIND, version=VERSION) as draft:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-            save_file(weights, draft.path / "model.safetensors")
+            save_file(_apart(state), draft.path / "model.safetensors")
             torch.save([optimizer.state_dict() for optimizer in optimizers], draft.path / "optimizers.pt")
-            draft.meta["progress"] = asdict(progress)
+            draft.meta["progress"] = progress.model_dump()
         self.prune(progress)
         return target
 
@@ -112,11 +116,11 @@ class Checkpoints:
 
         A checkpoint is of use only together with the best one up to then, should a later one turn out to be corrupt.
         """
-        keep = set(self.steps()[-self.keep_last :]) | ({progress.best["step"]} if progress.best else set())
+        keep = set(self.steps()[-self.keep_last :]) | ({progress.best.step} if progress.best else set())
         for step in keep - {progress.step}:
-            with suppress(CorruptionError, FileNotFoundError, KeyError, TypeError):
-                best = open_published(self.path(step), kind=KIND, verify=False).meta["progress"]["best"]
-                keep |= {best["step"]}
+            with suppress(CorruptionError, FileNotFoundError):
+                best = Checkpoint(open_published(self.path(step), kind=KIND, verify=False)).progress.best
+                keep |= {best.step} if best else set()
         for step in self.steps():
             if step not in keep:
                 shutil.rmtree(self.path(step), ignore_errors=True)
@@ -124,12 +128,8 @@ class Checkpoints:
     def load(self, step: int) -> Checkpoint:
         """The verified checkpoint after a step. Raises FileNotFoundError, FormatError or CorruptionError."""
         checkpoint = Checkpoint(open_published(self.path(step), kind=KIND, versions=frozenset({VERSION})))
-        try:
-            progress = checkpoint.progress
-        except (KeyError, TypeError) as error:
-            raise CorruptionError(f"{self.path(step)} has no usable progress in its manifest: {error}") from error
-        if progress.step != step:
-            raise CorruptionError(f"{self.path(step)} says that it is of step {progress.step}: it was renamed")
+        if checkpoint.step != step:
+            raise CorruptionError(f"{self.path(step)} says that it is of step {checkpoint.step}: it was renamed")
         return checkpoint
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
@@ -148,9 +148,9 @@ class Checkpoints:
                 messages.append(f"{error}; quarantined as {quarantine(self.path(step)).name}")
                 continue
             best = checkpoint.progress.best
-            if best is not None and best["step"] != step:
+            if best is not None and best.step != step:
                 try:
-                    self.load(best["step"])
+                    self.load(best.step)
                 except (CorruptionError, FileNotFoundError) as error:
                     messages.append(f"step {step} is passed over, because its best checkpoint is unusable: {error}")
                     continue
@@ -162,6 +162,17 @@ class Checkpoints:
                 "as evidence. To train from the beginning, materialize `checkpoints` with the config `fresh: true`."
             )
         return None, messages
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state's tensors on the CPU, none in the memory of another: tied weights are written once under each name."""
+    taken, found = set[int](), {}
+    for name, tensor in state.items():
+        moved = tensor.detach().cpu().contiguous()
+        memory = moved.untyped_storage().data_ptr()
+        found[name] = moved.clone() if memory in taken else moved
+        taken.add(memory)
+    return found
 
 
 def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:
@@ -186,7 +197,7 @@ def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[st
                 best = found.progress.best
                 row |= {
                     "MiB": f"{found.published.size / 2**20:.1f}",
-                    "best": "yes" if best and best["step"] == step else "",
+                    "best": "yes" if best and best.step == step else "",
                 }
             yield row
 

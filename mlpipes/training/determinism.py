@@ -3,8 +3,10 @@
 import hashlib
 import os
 import platform
+import random
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,29 @@ def mixed_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(canonical_json(parts)).digest()[:8], "big") >> 1
 
 
+def seed_random_numbers(seed: int) -> None:
+    """Seed all that draws random numbers without a generator of its own: torch, NumPy and Python.
+
+    A workload had better draw from torch; but one that does not must not give other bits each time, without a word.
+    """
+    torch.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextmanager
+def random_numbers_from(seed: int) -> Iterator[None]:
+    """Seeded in here, and as before afterwards."""
+    numpys, pythons = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        seed_random_numbers(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)
+            random.setstate(pythons)
+
+
 def prepare_process(threads: int, seed: int, deterministic_kernels: bool = True) -> None:
     """Make this process compute the same bits every time: fixed threads, deterministic kernels, seeded RNG.
 
@@ -34,7 +59,7 @@ def prepare_process(threads: int, seed: int, deterministic_kernels: bool = True)
     # A debugging aid that comes with deterministic algorithms and costs 7 % here: no kernel in use reads fresh memory.
     cast(Any, deterministic).fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
-    torch.manual_seed(mixed_seed(seed, "model"))
+    seed_random_numbers(mixed_seed(seed, "model"))
 
 
 POOL_BATCHES = 64

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mlpipes.errors import TrainingFailedError
 from mlpipes.training.embedding import SparseReadEmbedding, TableGradient
 from mlpipes.training.parallel import Workers, shares
 from mlpipes.training.reduction import TreeReduction, TreeSum
@@ -84,11 +85,23 @@ class ShardedGradient:
         reduction: Literal["ordered", "allreduce"],
         weighted: bool = False,
     ) -> None:
-        """`weighted`: that samples may count other than 1. Raises ValueError for more workers than shards."""
+        """`weighted`: that samples may count other than 1.
+
+        Raises ValueError for more workers than shards, TrainingFailedError for a model without weights to train, or with
+        such in another precision than float32.
+        """
         if workers.size > shards:
             raise ValueError(f"{workers.size} workers cannot share {shards} logical shards; raise logical_shards")
         self.workers, self.shards, self.reduction, self.weighted = workers, shards, reduction, weighted
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise TrainingFailedError("the model has no weights to train: none has requires_grad")
+        if other := [f"{name!r} is {p.dtype}" for name, p in trained.items() if p.dtype != torch.float32]:
+            raise TrainingFailedError(
+                f"weights that are trained must be float32, but {other[0]}. Gradients travel as float32; for faster steps "
+                "set `precision: bf16`, which keeps the weights as they are. Frozen weights may be of any type."
+            )
+        self.parameters = list(trained.values())
         self._share = shares(shards, workers.size)[workers.rank]
         self._statistics = RunningStatistics(model)
         self._embeddings = [m for m in model.modules() if isinstance(m, SparseReadEmbedding)]

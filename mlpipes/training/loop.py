@@ -26,9 +26,16 @@ from mlpipes.store.messages import (
     Stopping,
     Warned,
 )
+from mlpipes.store.outcome import Best, TrainingResult, Usage
 from mlpipes.store.training_job import Checkpointing
 from mlpipes.training.checkpoints import Checkpoints, Progress
-from mlpipes.training.determinism import DataOrder, mixed_seed, resolve_precision, weights_digest
+from mlpipes.training.determinism import (
+    DataOrder,
+    mixed_seed,
+    resolve_precision,
+    seed_random_numbers,
+    weights_digest,
+)
 from mlpipes.training.disk_full import write_with_patience
 from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.gradient import ShardedGradient
@@ -81,7 +88,7 @@ class Trainer:
             )
         self.total_steps = self.order.steps_per_epoch * scale.epochs
         self.log_every = max(1, self.total_steps // LOGGED_POINTS)
-        torch.manual_seed(mixed_seed(seed, "model"))
+        seed_random_numbers(mixed_seed(seed, "model"))
         self.model: nn.Module = workload.build_model(hp, info)
         workload.initialize(self.model, hp, train)
         self.model.to(device)
@@ -122,8 +129,9 @@ class Trainer:
         self._tell_metrics(self.progress.history)
         self._told = len(self.progress.history)
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end; returns the outcome (the same on every worker but for timings), all JSON."""
+    def run(self) -> TrainingResult:
+        """Train to the end; returns what it came to (the same on every worker but for timings)."""
+        self._assert_equal_models()
         first_step = self.progress.step
         self._last_save = time.perf_counter()
         self.stopwatch.begin()
@@ -155,28 +163,42 @@ class Trainer:
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
         samples = self.total_steps * self.scale.batch_size
         used = torch.stack(self.workers.gather(self.stopwatch.usage())).cpu()
-        return {
-            "steps": self.total_steps,
-            "steps_per_epoch": self.order.steps_per_epoch,
-            "best": progress.best,
-            "weights_digest": digest,
-            "order_digest": progress.order_digest,
-            "loss_digest": progress.loss_digest,
-            "history": progress.history,
-            "trail": progress.trail,
-            "precision": progress.precision,
-            "train_seconds": progress.train_seconds,
-            "samples": samples,
-            "samples_per_second": samples / progress.train_seconds,
-            "usage": {
-                "cpu_seconds_per_second": float(used[:, 0].sum()),
-                "peak_memory_bytes": int(used[:, 1].max()),
-                "peak_gpu_memory_bytes": int(used[:, 2].max()),
-                "gpu_utilisation": None if used[:, 3].isnan().any() else float(used[:, 3].mean()),
-            },
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "resumed_from_step": first_step,
-        }
+        return TrainingResult(
+            steps=self.total_steps,
+            steps_per_epoch=self.order.steps_per_epoch,
+            best=progress.best,
+            weights_digest=digest,
+            order_digest=progress.order_digest,
+            loss_digest=progress.loss_digest,
+            history=[tuple(row) for row in progress.history],
+            trail=[tuple(row) for row in progress.trail],
+            precision=progress.precision,
+            train_seconds=progress.train_seconds,
+            samples=samples,
+            samples_per_second=samples / progress.train_seconds,
+            usage=Usage(
+                cpu_seconds_per_second=float(used[:, 0].sum()),
+                peak_memory_bytes=int(used[:, 1].max()),
+                peak_gpu_memory_bytes=int(used[:, 2].max()),
+                gpu_utilisation=None if used[:, 3].isnan().any() else float(used[:, 3].mean()),
+            ),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            resumed_from_step=first_step,
+        )
+
+    def _assert_equal_models(self) -> None:
+        """Raises TrainingFailedError if the workers begin with different models: each would train another one."""
+        if self.workers.size == 1:
+            return
+        whole = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        number = int(weights_digest(whole)[:15], 16)
+        numbers = self.workers.gather(torch.tensor(number, device=self.device))
+        if any(int(other) != int(numbers[0]) for other in numbers):
+            raise TrainingFailedError(
+                "the workers have built different models from the same seed. `build_model` and `initialize` must depend on "
+                "their arguments alone, and draw random numbers from torch (or the global generators of NumPy and Python), "
+                "which are seeded, never from a generator that is not."
+            )
 
     # -- one step -----------------------------------------------------------------------------------------------------
     def _step(self) -> None:
@@ -198,8 +220,8 @@ class Trainer:
         self.progress.step += 1
 
     def _shard_losses(self, shard: int, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | float]]:
-        # Augmentation and dropout draw from a generator that only the position determines.
-        torch.manual_seed(mixed_seed(self.progress.seed, "shard", self.progress.step, shard))
+        # Augmentation and dropout draw from generators that only the position determines.
+        seed_random_numbers(mixed_seed(self.progress.seed, "shard", self.progress.step, shard))
         for part in self.workload.micro_batches(self.train_columns, rows, self.hp):
             with autocast(self.device, "fp32"):
                 batch = self.workload.batch(self.train_columns, part, self.hp, augment=True)
@@ -258,18 +280,36 @@ class Trainer:
         predictions = predictions_of(
             self.workload, self.model, self.validation, self.hp, self.workers, progress.precision
         )
-        metrics = self.workload.validate(predictions, self.validation_columns)
+        metrics = self._validated(self.workload.validate(predictions, self.validation_columns), epoch)
         self._record(
             {f"validation/{name}": value for name, value in metrics.items()}
             | {"train/epoch_loss": progress.epoch_loss / self.order.steps_per_epoch, "train/epoch": float(epoch)}
         )
         progress.epoch_loss = 0.0
         if progress.best is None or self.workload.selection_key(metrics) > self.workload.selection_key(
-            progress.best["metrics"]
+            progress.best.metrics
         ):
-            progress.best = {"step": progress.step, "epoch": epoch, "metrics": metrics}
+            progress.best = Best(step=progress.step, epoch=epoch, metrics=metrics)
         self._tell(EpochEnded(epoch=epoch, epochs=self.scale.epochs, step=progress.step, metrics=metrics))
         self._save()
+
+    def _validated(self, metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
+        """Validation metrics as plain numbers. Raises TrainingFailedError if one is missing, or is not finite."""
+        metric = self.workload.metric.name
+        if missing := [name for name in (metric, "loss") if name not in metrics]:
+            raise TrainingFailedError(
+                f"`validate` gives {', '.join(metrics) or 'nothing'}, but no {missing[0]!r}; it must give `loss` and the "
+                f"workload's metric, {metric!r}"
+            )
+        numbers = {name: float(value) for name, value in metrics.items()}
+        if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+            # It compares with nothing, so it would decide without a word which checkpoint is the best.
+            raise TrainingFailedError(
+                f"after epoch {epoch}, the validation metric {wrong[0]}. Either the model's predictions are not finite, or "
+                "the figure is not defined for this validation split (one with a single class, say): have `validate` give "
+                "a number then, or leave it out."
+            )
+        return numbers
 
     def _checkpoint_is_due(self) -> bool:
         policy = self.policy

@@ -15,9 +15,10 @@ from mlpipes.errors import ConfigError
 from mlpipes.reporting.report import Report
 from mlpipes.store.files import open_published, publishing
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.training.checkpoints import Checkpoints
-from mlpipes.training.determinism import mixed_seed, weights_digest
+from mlpipes.training.determinism import mixed_seed, random_numbers_from, weights_digest
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Deployable, Workload
@@ -44,22 +45,20 @@ def _info(snapshot: Snapshot) -> DataInfo:
     return DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
 
 
-def export_best(folder: TrainingFolder, recipe: Recipe, outcome: dict[str, Any]) -> Path:
+def export_best(folder: TrainingFolder, recipe: Recipe, outcome: Outcome) -> Path:
     """Publish the weights of the best checkpoint by validation as `model/`; returns the folder.
 
     Raises CorruptionError if the checkpoint does not verify.
     """
-    best = outcome["best"]
-    state = Checkpoints(folder.checkpoints).load(best["step"]).model_state()
+    best = outcome.best
+    state = Checkpoints(folder.checkpoints).load(best.step).model_state()
     with publishing(folder.model, kind=KIND, version=VERSION) as draft:
         save_file(state, draft.path / "model.safetensors")
         draft.meta.update(
             recipe=recipe.model_dump(mode="json"),
-            step=best["step"],
-            epoch=best["epoch"],
-            metrics=best["metrics"],
+            **best.model_dump(),
             weights_digest=weights_digest(state),
-            precision=outcome["precision"],
+            precision=outcome.precision,
         )
     return folder.model
 
@@ -75,9 +74,8 @@ def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
     recipe = Recipe.model_validate(published.meta["recipe"])
     workload = load_workload(recipe.implementation)
     hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
-    with torch.random.fork_rng():
-        # As when training began: a workload may keep only what training changes.
-        torch.manual_seed(mixed_seed(recipe.seed, "model"))
+    # As when training began: a workload may keep only what training changes.
+    with random_numbers_from(mixed_seed(recipe.seed, "model")):
         network = workload.build_model(hp, _info(snapshot))
     workload.load_state(network, load_file(folder / "model.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +91,8 @@ def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Repor
     predictions = predictions_of(workload, network, moved, hp, SingleWorker(), precision)
 
     def look(rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        return outputs_of(workload, network, moved, torch.from_numpy(rows), hp, precision)
+        numbers = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))  # torch has no negative strides
+        return outputs_of(workload, network, moved, numbers, hp, precision)
 
     report = workload.report(predictions, columns, _info(snapshot), look)
     return report, workload.scores(predictions, columns)

@@ -11,9 +11,9 @@ import torch
 
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
-from mlpipes.store.files import write_record
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import Failed, Finished, MessageWriter
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import environment, prepare_process
@@ -87,6 +87,11 @@ def explained(error: Exception) -> str:
             f"{what[0]} has no deterministic kernel on this device. Build the model from other operations, or set the "
             "hyperparameter `deterministic: false`, with which an interrupted training may end in other bits."
         )
+    if str(error).startswith("Expected more than 1 value per channel"):
+        return (
+            "batch normalisation got a single sample. It sees one part of a batch at a time: use a larger batch size, fewer "
+            f"`logical_shards`, or a larger `micro_batch` that leaves no remainder of 1. ({error})"
+        )
     return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
 
 
@@ -121,17 +126,14 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
         stop_is_asked=job.folder.stop_request(job.attempt).exists,
     )
     trainer.resume()
-    outcome = trainer.run()
+    result = trainer.run()
     if workers.rank == 0:
-        outcome |= {
-            "fingerprint": recipe.fingerprint,
-            "attempt": job.attempt,
-            "environment": environment(device),
-        }
+        where = {"fingerprint": recipe.fingerprint, "attempt": job.attempt, "environment": environment(device)}
+        outcome = Outcome(**dict(result), **where)
 
         def publish() -> None:
             with may_write():
-                write_record(job.folder.result, outcome)
+                outcome.write_to(job.folder.result)
 
         write_with_patience(publish, job.folder.path, RESULT_BYTES, notify)
-        notify(Finished(step=outcome["steps"], total_steps=outcome["steps"], best=outcome["best"]))
+        notify(Finished(step=outcome.steps, total_steps=outcome.steps, best=outcome.best))

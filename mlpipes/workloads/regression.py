@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlpipes.data.dataset import Columns
+from mlpipes.errors import DataError, TrainingFailedError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.regression import regression_report
 from mlpipes.reporting.report import Report, Table
@@ -24,12 +25,23 @@ class Regression(Workload):
     def statistics(self, train: Columns) -> dict[str, Any]:
         """Mean and standard deviation of the labels, in which a model had better think."""
         labels = np.asarray(train["label"], dtype=np.float64)
-        return {"label_mean": float(labels.mean()), "label_std": float(labels.std()) or 1.0}
+        if labels.ndim != 1 or not np.isfinite(labels).all():
+            raise DataError(
+                f"the labels of a regression are numbers (N,), without gaps; these are of shape {labels.shape}, with "
+                f"{int((~np.isfinite(labels)).sum()):,} that are not finite"
+            )
+        # Of equal labels, the deviation is 0 but for rounding.
+        constant = np.ptp(labels) == 0
+        return {"label_mean": float(labels.mean()), "label_std": 1.0 if constant else float(labels.std())}
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Root mean squared error, Pearson's correlation, and the mean squared error as the loss."""
         values, labels = predictions["value"].astype(np.float64), np.asarray(columns["label"])
-        constant, loss = values.std() == 0 or labels.std() == 0, float(((values - labels) ** 2).mean())
+        if values.shape != labels.shape:  # NumPy would compare each with each
+            raise TrainingFailedError(
+                f"the predictions `value` are of shape {values.shape}, the labels of {labels.shape}; both must be (N,)"
+            )
+        constant, loss = np.ptp(values) == 0 or np.ptp(labels) == 0, float(((values - labels) ** 2).mean())
         return {
             "root_mean_squared_error": loss**0.5,
             "pearson": 0.0 if constant else float(np.corrcoef(values, labels)[0, 1]),

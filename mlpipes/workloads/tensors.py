@@ -38,7 +38,7 @@ class RaggedTensor:
         rows = rows.to(self.offsets.device)
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
-        along = torch.arange(max(int(lengths.max()), 1), device=starts.device)
+        along = torch.arange(max([1, *lengths.tolist()]), device=starts.device)  # also of no rows
         real = along < lengths[:, None]
         picked = self.values[torch.where(real, starts[:, None] + along, 0)] if len(self.values) else real.long()
         return picked.long().masked_fill(~real, 0), real

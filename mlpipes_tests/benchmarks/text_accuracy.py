@@ -52,11 +52,11 @@ def main(sentences: int, seed: int, options: str) -> int:
         seconds = time.process_time() - began
         test = snapshot.columns("test")
         judged = on_device(test, torch.device("cpu"))
-        found = predictions_of(workload, trainer.model, judged, hp, SingleWorker(), outcome["precision"])
+        found = predictions_of(workload, trainer.model, judged, hp, SingleWorker(), outcome.precision)
         metrics = workload.validate(found, test)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     rows = f"{snapshot.counts['train']:,} sentences, dev split of {snapshot.counts['test']}"
-    print(f"{options} seed {seed}: {rows}: {figures}; {seconds:.0f} CPU-s, {outcome['precision']}", flush=True)
+    print(f"{options} seed {seed}: {rows}: {figures}; {seconds:.0f} CPU-s, {outcome.precision}", flush=True)
     return 0
 
 

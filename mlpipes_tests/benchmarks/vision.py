@@ -177,9 +177,9 @@ def time_to_accuracy(device: torch.device, epochs: int) -> None:
         outcome = trainer.run()
         seconds = clock() - began
     last: nn.Module = trainer.model
-    accuracy = [value for name, value, _, _ in outcome["history"] if name == "validation/accuracy"][-1]
+    accuracy = [value for name, value, _, _ in outcome.history if name == "validation/accuracy"][-1]
     print(
-        f"{device}: {dataset.provenance.fidelity}; {epochs} epochs, batch {BATCH}, {outcome['precision']}, "
+        f"{device}: {dataset.provenance.fidelity}; {epochs} epochs, batch {BATCH}, {outcome.precision}, "
         f"{sum(p.numel() for p in last.parameters()):,} parameters: test accuracy {accuracy:.4f} "
         f"(n={len(test['label'])}, last epoch, no selection) after {seconds:.1f} {'s' if device.type == 'cuda' else 'CPU-s'}"
     )

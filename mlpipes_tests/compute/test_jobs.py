@@ -12,6 +12,7 @@ from mlpipes.compute.jobs import Ended, JobHandle, Jobs, JobState, JobStatus, Re
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import CheckpointSaved, DriverStarted, Finished, MessageWriter, Started, Stopping
+from mlpipes.store.outcome import Best
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import TrainingJob
 from mlpipes_tests.sandbox import CHECKOUT
@@ -183,7 +184,9 @@ class Clock:
             self.then()
 
 
-@pytest.mark.parametrize("last", [Stopping(step=1), Finished(step=1, total_steps=1, best={})])
+@pytest.mark.parametrize(
+    "last", [Stopping(step=1), Finished(step=1, total_steps=1, best=Best(step=1, epoch=1, metrics={}))]
+)
 def test_a_last_checkpoint_is_waited_for(
     job: TrainingJob, monkeypatch: pytest.MonkeyPatch, last: Stopping | Finished
 ) -> None:

@@ -13,7 +13,7 @@ from mlpipes.data.dataset import Dataset
 from mlpipes.data.snapshot import Prepared, Snapshot, open_snapshot, snapshot_of
 from mlpipes.data.sources import Cifar10Source, DigitsSource
 from mlpipes.data.splits import SplitPlan, content_hashes, split_dataset
-from mlpipes.errors import CorruptionError, DataError
+from mlpipes.errors import CorruptionError, DataError, FormatError
 from mlpipes.store.layout import Store
 from mlpipes_tests.conftest import tiny_dataset
 
@@ -81,6 +81,30 @@ def test_statistics_count_in_the_digest(tmp_path: Path) -> None:
     assert [snapshot.meta["statistics"]["std"] for snapshot in found] == [1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"statistics": {"mean": float("nan")}}, "facts and statistics cannot be kept as JSON"),
+        ({"statistics": {"mean": np.zeros(3)}}, "facts and statistics cannot be kept as JSON"),
+        ({"column": np.array(["a"] * 1000)}, "train, as prepared: the column 'name' holds <U1; it must hold numbers"),
+        ({"column": np.zeros(3)}, "train, as prepared: each column must have one row a sample"),
+    ],
+)
+def test_what_a_model_cannot_read_is_no_snapshot(tmp_path: Path, wrong: Any, said: str) -> None:
+    class Wrong(TinyWorkload):
+        def prepare(self, splits: Any, facts: Any, scratch: Path) -> Prepared:
+            column = {"name": wrong["column"][: len(splits["train"]["label"])]} if "column" in wrong else {}
+            return Prepared(splits | {"train": splits["train"] | column}, facts)
+
+        def statistics(self, train: Any) -> dict[str, Any]:
+            return wrong.get("statistics", {})
+
+    workload = Wrong(tiny_dataset())
+    with pytest.raises(DataError, match=said):
+        snapshot_of(Store(tmp_path), workload.source.load().digest(), workload)
+    assert not list((tmp_path / "snapshots").glob("*"))
+
+
 def test_another_code_prepares_again_and_equal_bytes_are_the_same_snapshot(tmp_path: Path) -> None:
     store, workload = Store(tmp_path), Counted()
 
@@ -106,7 +130,7 @@ def test_snapshots_of_the_version_before_are_read(
     if readable:
         assert open_snapshot(path).counts["train"] == 84
     else:
-        with pytest.raises(CorruptionError, match=rf"format version {version}; this program reads \[2, 3\]"):
+        with pytest.raises(FormatError, match=f"a snapshot of format {version}, and this version reads 2, 3"):
             open_snapshot(path)
 
 

@@ -1,13 +1,16 @@
 """Splits of texts: rare classes, groups, caps, and a thousand classes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes.data.ragged import Ragged
 from mlpipes.data.splits import SplitPlan, split_dataset
 from mlpipes.data.tables import TableSource
+from mlpipes.errors import DataError
 from mlpipes_tests.texts import PLAN, write_jsonl
 
 
@@ -38,3 +41,47 @@ def test_a_thousand_classes_are_all_in_every_split(tmp_path: Path) -> None:
     splits, _ = split_dataset(dataset, PLAN)
     assert len(splits["test"]["label"]) == 600
     assert len(np.unique(splits["train"]["label"])) == 1000
+
+
+NOWHERE = Provenance("Mine", "", "", "")
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (
+            {"train": {"x": np.zeros(9), "label": np.zeros(10)}},
+            "one row a sample, but their rows are 'x' 9, 'label' 10",
+        ),
+        ({"train": {"x": np.zeros(9)}, "validation": {"x": np.zeros(9)}}, "the splits 'train', 'validation'; it must"),
+        ({"test": {"x": np.zeros(9)}}, "the splits 'test'; it must bring 'train'"),
+        ({"train": {}}, "Mine, train: there is no column"),
+        (
+            {"train": {"x": np.array(["a", "b"], dtype=object)}},
+            "Mine, train: the column 'x' holds object; it must hold",
+        ),
+        (
+            {"train": {"x": np.zeros(2, dtype="datetime64[s]")}},
+            r"'x' holds datetime64\[s\]; .* times into their distance",
+        ),
+        ({"train": {"x": np.zeros(2, dtype=">f4")}}, "'x' is in the byte order of other machines"),
+        ({"train": {"x": [1, 2]}}, "the column 'x' is of type list; make a NumPy array of it"),
+    ],
+)
+def test_columns_that_would_be_misread_are_errors(splits: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Dataset(splits, NOWHERE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.zeros(2), {"a": {1, 2}}])
+def test_facts_that_are_no_json_are_errors(value: Any) -> None:
+    with pytest.raises(DataError, match=r"Mine: facts cannot be kept as JSON .*fill these first"):
+        Dataset({"train": {"x": np.zeros(9)}}, NOWHERE, {"mean": value})
+
+
+def test_pairs_of_texts_that_are_glued_alike_are_different_samples() -> None:
+    pairs = [("ab", "c"), ("a", "bc"), ("", "abc"), *((f"{n}", "x") for n in range(40))]
+    columns = {"text": Ragged.of_texts(a for a, _ in pairs), "text_pair": Ragged.of_texts(b for _, b in pairs)}
+    dataset = Dataset({"train": columns}, NOWHERE)
+    _, duplicates = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text", "text_pair")))
+    assert duplicates["train_rows_dropped_because_repeated"] == 0

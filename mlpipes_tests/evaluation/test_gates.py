@@ -8,11 +8,12 @@ import pytest
 
 from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.evaluation.gates import Limits, pass_through
-from mlpipes.evaluation.records import Evaluation, evaluations_of, open_evaluation, publish_evaluation
+from mlpipes.evaluation.records import Evaluation, Subject, evaluations_of, open_evaluation, publish_evaluation
 from mlpipes.reporting.classification import wilson
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 from mlpipes.store.layout import Store
+from mlpipes.store.references import EvaluationReference
 from mlpipes_tests.conftest import tiny_dataset
 from mlpipes_tests.data.test_snapshot import make
 
@@ -41,13 +42,12 @@ class Partition:
         scores = np.roll((np.arange(N) < right).astype(np.float32), shift)
         quantities = {"expected_calibration_error": ece} | ({} if baseline is None else {"baseline": baseline})
         report = Report({"accuracy": wilson(right, N), "error": wilson(N - right, N)}, quantities=quantities)
-        meta = {
-            "workload": "w", "scale": "w1-b8-e1-g0", "seed": 0, "fingerprint": "f" * 64, "snapshot": snapshot,
-            "weights": f"{self.count:064d}", "split": "test", "n": N, "data": "made up", "night": None,
-            "dagster_run_id": f"{self.count:08d}",
-        }  # fmt: skip
-        meta |= {} if rows is None else {"rows": {"test": rows}}
-        return publish_evaluation(self.store.training("f" * 64), report, scores, "title", meta)
+        subject = Subject(
+            workload="w", scale="w1-b8-e1-g0", seed=0, fingerprint="f" * 64, snapshot=snapshot,
+            weights=f"{self.count:064d}", split="test", n=N, data="made up", night=None,
+            rows={} if rows is None else {"test": rows}, dagster_run_id=f"{self.count:08d}",
+        )  # fmt: skip
+        return publish_evaluation(self.store.training("f" * 64), report, scores, "title", subject)
 
     def judge(self, current: Evaluation, **limits: float) -> dict[str, bool]:
         before = [e for e in evaluations_of(self.store, "w", "w1-b8-e1-g0") if e.name < current.name]
@@ -181,5 +181,9 @@ def test_changed_scores_are_noticed(partition: Partition) -> None:
     path.write_bytes(data)
     with pytest.raises(CorruptionError, match=r"scores\.npy does not match"):
         found.scores()
+    gone = EvaluationReference(
+        fingerprint="0" * 64, mlflow_run_id="r", snapshot="s", registered_model="m", version="1", evaluation="gone",
+        estimates={},
+    )  # fmt: skip
     with pytest.raises(ConfigError, match="materialize `eval_report` again"):
-        open_evaluation(partition.store, {"fingerprint": "0" * 64, "evaluation": "gone"})
+        open_evaluation(partition.store, gone)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlpipes.evaluation.promotion import decide
-from mlpipes.evaluation.records import Evaluation, publish_evaluation
+from mlpipes.evaluation.records import Evaluation, Subject, publish_evaluation
 from mlpipes.reporting.classification import wilson
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
@@ -43,13 +43,13 @@ class Desk:
         metrics = {"loss": 1.0} | ({"error": 0.5} if accuracy is None else {"accuracy": accuracy})
         with publishing(folder.model, kind=KIND, version=VERSION) as draft:
             draft.meta["metrics"] = metrics
-        meta = {
-            "workload": "w", "scale": SCALE, "seed": 0, "fingerprint": folder.fingerprint, "snapshot": snapshot,
-            "rows": {"test": "t", "validation": "v"} | rows, "weights": name * 64, "split": "test", "n": N,
-            "data": "made up", "night": None, "dagster_run_id": name * 8,
-        }  # fmt: skip
+        subject = Subject(
+            workload="w", scale=SCALE, seed=0, fingerprint=folder.fingerprint, snapshot=snapshot,
+            rows={"test": "t", "validation": "v"} | rows, weights=name * 64, split="test", n=N,
+            data="made up", night=None, dagster_run_id=name * 8,
+        )  # fmt: skip
         scores = (np.arange(N) < right).astype(np.float32)
-        evaluation = publish_evaluation(folder, Report({"accuracy": wilson(right, N)}), scores, "title", meta)
+        evaluation = publish_evaluation(folder, Report({"accuracy": wilson(right, N)}), scores, "title", subject)
         return evaluation, Version(name, folder.fingerprint, SCALE, snapshot, None)
 
     def decided(self, candidate: tuple[Evaluation, Any], champion: Version | None) -> tuple[bool, str]:

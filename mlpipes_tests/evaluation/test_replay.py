@@ -10,6 +10,7 @@ from mlpipes.errors import ConfigError
 from mlpipes.evaluation.replay import Comparison, replay
 from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.references import TrainingReference
 from mlpipes.store.status import find_training
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.determinism import DataOrder
@@ -46,7 +47,8 @@ def trained(tmp_path: Path) -> TrainingJob:
     job = job.model_copy(update={"requested_by": "dagster-run-1"})
     write_record(job.folder.recipe, job.recipe.model_dump(mode="json"))
     run_here(job)
-    Store(Path(job.store)).write_reference("digits", "checkpoints", SCALE, {"fingerprint": job.recipe.fingerprint})
+    reference = TrainingReference(fingerprint=job.recipe.fingerprint, mlflow_run_id="r", snapshot=job.recipe.snapshot)
+    Store(Path(job.store)).write_reference(reference, "digits", SCALE)
     return job
 
 

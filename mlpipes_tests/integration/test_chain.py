@@ -17,6 +17,7 @@ from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
+from mlpipes.store.references import EvaluationReference, ModelReference, TrainingReference
 from mlpipes.tracking.runs import Tracker, default_uri
 from mlpipes.workloads.catalog import CATALOG, Entry
 
@@ -138,11 +139,9 @@ def test_one_mlflow_run_per_fingerprint_with_a_whole_curve(pipeline: Pipeline) -
     experiment = client.get_experiment_by_name("mlpipes/digits")
     assert experiment is not None
     for partition in SCALES:
-        reference = pipeline.store.read_reference("digits", "eval_report", partition)
+        reference = pipeline.store.read_reference(EvaluationReference, "digits", partition)
         assert reference is not None
-        runs = client.search_runs(
-            [experiment.experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{reference['fingerprint']}'"
-        )
+        runs = client.search_runs([experiment.experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{reference.fingerprint}'")
         assert len(runs) == 1
         run = runs[0]
         assert run.info.status == "FINISHED"
@@ -151,7 +150,7 @@ def test_one_mlflow_run_per_fingerprint_with_a_whole_curve(pipeline: Pipeline) -
         assert run.data.tags["dagster.partition"] == partition
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
         assert steps == list(range(1, 28)), "one point a step, none missing, none double"
-        artifacts = {a.path for a in client.list_artifacts(run.info.run_id, f"evaluation/{reference['evaluation']}")}
+        artifacts = {a.path for a in client.list_artifacts(run.info.run_id, f"evaluation/{reference.evaluation}")}
         assert any(path.endswith("confusion.png") for path in artifacts)
 
 
@@ -161,20 +160,20 @@ def test_the_registered_model_answers_like_the_trained_one(pipeline: Pipeline) -
     from mlpipes.data.snapshot import open_snapshot
     from mlpipes.tracking.runs import default_uri
 
-    reference = pipeline.store.read_reference("digits", "model", SCALES[0])
+    reference = pipeline.store.read_reference(ModelReference, "digits", SCALES[0])
     assert reference is not None
     mlflow.set_tracking_uri(default_uri())
-    model = mlflow.pyfunc.load_model(f"models:/{reference['registered_model']}/{reference['version']}")
-    test = open_snapshot(pipeline.store.snapshots / reference["snapshot"]).columns("test")
+    model = mlflow.pyfunc.load_model(f"models:/{reference.registered_model}/{reference.version}")
+    test = open_snapshot(pipeline.store.snapshots / reference.snapshot).columns("test")
     answers = np.asarray(model.predict(np.array(test["image"][:77])))  # another batch size than the example's
     accuracy = float((answers.argmax(axis=1) == test["label"][:77]).mean())
     assert accuracy > 0.8
 
 
 def test_a_finished_training_is_found_again_and_not_repeated(pipeline: Pipeline) -> None:
-    reference = pipeline.store.read_reference("digits", "checkpoints", SCALES[0])
+    reference = pipeline.store.read_reference(TrainingReference, "digits", SCALES[0])
     assert reference is not None
-    folder = pipeline.store.training(reference["fingerprint"])
+    folder = pipeline.store.training(reference.fingerprint)
     before = folder.result.stat().st_mtime_ns
     assert pipeline.chain(SCALES[0]).success
     assert folder.result.stat().st_mtime_ns == before
@@ -183,9 +182,9 @@ def test_a_finished_training_is_found_again_and_not_repeated(pipeline: Pipeline)
 
 
 def test_a_lost_result_comes_back_the_same_from_the_last_checkpoint(pipeline: Pipeline) -> None:
-    reference = pipeline.store.read_reference("digits", "checkpoints", SCALES[1])
+    reference = pipeline.store.read_reference(TrainingReference, "digits", SCALES[1])
     assert reference is not None
-    folder = pipeline.store.training(reference["fingerprint"])
+    folder = pipeline.store.training(reference.fingerprint)
     digest = json.loads(folder.result.read_text())["content"]["weights_digest"]
     folder.result.unlink()
     result = pipeline.run(dg.AssetSelection.assets(["digits", "checkpoints"]), SCALES[1])
@@ -285,10 +284,10 @@ def test_cifar10_on_real_data_at_one_and_two_workers(
         for scale in scales:
             result = job.execute_in_process(instance=instance, partition_key=scale, raise_on_error=False)
             assert result.success, failure(result)
-            reference = Store(home / "store").read_reference("cifar10", "eval_report", scale)
+            reference = Store(home / "store").read_reference(EvaluationReference, "cifar10", scale)
             assert reference is not None
-            assert reference["estimates"]["accuracy"]["value"] > 0.4
-            assert reference["estimates"]["accuracy"]["n"] == 1017
-            folder = Store(home / "store").training(reference["fingerprint"])
+            assert reference.estimates["accuracy"].value > 0.4
+            assert reference.estimates["accuracy"].n == 1017
+            folder = Store(home / "store").training(reference.fingerprint)
             digests.add(json.loads(folder.result.read_text())["content"]["weights_digest"])
     assert len(digests) == 1

@@ -83,15 +83,15 @@ def test_a_fortnight_with_one_bad_model(home: Path) -> None:
         assert desk.tick(night) == [], "a night is judged once"
         assert desk.champion() == champion, "the bad model must not take the alias, and the good one keeps it"
 
-    nights = [e for e in evaluations_of(desk.store, "nights", SCALE) if e.meta["night"]]
-    assert [e.meta["night"] for e in nights] == [f"2026-11-{day:02d}" for day in range(1, 15)]
+    nights = [e for e in evaluations_of(desk.store, "nights", SCALE) if e.meta.night]
+    assert [e.meta.night for e in nights] == [f"2026-11-{day:02d}" for day in range(1, 15)]
     assert [e.is_good for e in nights] == [number != BAD_NIGHT for number in range(14)]
     verdict = nights[BAD_NIGHT].verdict
     assert verdict is not None
     assert not verdict["gates"]["regression"]["passed"]
     assert "against the last good one" in verdict["gates"]["regression"]["text"]
 
-    bad = evaluation_named(desk.store, [desk.entry], f"nights/{SCALE}@{nights[BAD_NIGHT].meta['fingerprint'][:12]}")
+    bad = evaluation_named(desk.store, [desk.entry], f"nights/{SCALE}@{nights[BAD_NIGHT].meta.fingerprint[:12]}")
     assert bad.name == nights[BAD_NIGHT].name
     comparison = compare(desk.store, nights[0], bad, "accuracy")
     assert comparison.differences["recipe.hyperparameters.learning_rate"] == (0.02, 1e-7)

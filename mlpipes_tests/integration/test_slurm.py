@@ -21,6 +21,7 @@ from mlpipes.scales import scales_of
 from mlpipes.scaling.report import make_report, prices_from_environment
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
+from mlpipes.store.references import EvaluationReference
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
 from mlpipes_tests.barriers import Barriers
@@ -163,9 +164,9 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
             chain = definitions.resolve_job_def("digits_chain")
             result = chain.execute_in_process(instance=instance, partition_key=scale)
             assert result.success
-            reference = training.store.read_reference("digits", "eval_report", scale)
+            reference = training.store.read_reference(EvaluationReference, "digits", scale)
             assert reference is not None
-            folder = training.store.training(reference["fingerprint"])
+            folder = training.store.training(reference.fingerprint)
             assert_equal(json.loads(folder.result.read_text())["content"], local)
             (job,) = {
                 path.read_text().split('slurm_job": "')[1].split('"')[0] for path in folder.path.glob("messages/*")

@@ -15,6 +15,7 @@ from mlpipes.cli.app import app
 from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
 from mlpipes.store.layout import Store
+from mlpipes.store.references import ModelReference
 from mlpipes.workloads.catalog import Entry
 from mlpipes_tests.texts import FOLDER, WORDS
 
@@ -22,7 +23,7 @@ SCALES = ["w1-b16-e12-g0", "w2-b16-e12-g0"]
 
 
 @pytest.fixture(scope="module")
-def chain(ray_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def chain(ray_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ModelReference | None]]:
     """References to the models of two scales of a small workload on words."""
     folder = tmp_path_factory.mktemp("tables")
     rows = [
@@ -43,7 +44,7 @@ def chain(ray_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with dg.DagsterInstance.ephemeral() as instance:
             for scale in SCALES:
                 assert job.execute_in_process(instance=instance, partition_key=scale, run_config=config).success
-        yield {scale: Store(ray_home / "store").read_reference("words", "model", scale) for scale in SCALES}
+        yield {scale: Store(ray_home / "store").read_reference(ModelReference, "words", scale) for scale in SCALES}
     finally:
         patch.undo()
 
@@ -53,27 +54,29 @@ def _in_home(ray_home: Path, chain: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MLPIPES_HOME", str(ray_home))
 
 
-def test_both_scales_end_in_the_same_model(chain: dict[str, Any], ray_home: Path) -> None:
+def test_both_scales_end_in_the_same_model(chain: dict[str, ModelReference], ray_home: Path) -> None:
     store = Store(ray_home / "store")
-    folders = [store.training(chain[scale]["fingerprint"]) for scale in SCALES]
+    folders = [store.training(chain[scale].fingerprint) for scale in SCALES]
     digests = {json.loads(folder.result.read_text())["content"]["weights_digest"] for folder in folders}
     assert len(digests) == 1
 
 
-def test_the_registered_model_takes_texts_and_gives_labels_and_probabilities(chain: dict[str, Any]) -> None:
+def test_the_registered_model_takes_texts_and_gives_labels_and_probabilities(chain: dict[str, ModelReference]) -> None:
     import mlflow
 
     from mlpipes.tracking.runs import default_uri
 
     mlflow.set_tracking_uri(default_uri())
     reference = chain[SCALES[0]]
-    model = mlflow.pyfunc.load_model(f"models:/{reference['registered_model']}/{reference['version']}")
+    model = mlflow.pyfunc.load_model(f"models:/{reference.registered_model}/{reference.version}")
     answers: Any = model.predict(pd.DataFrame({"text": ["bark bark bark", "purr purr item"]}))
     assert answers["label"].tolist() == ["dog", "cat"]
     assert (answers[["p(cat)", "p(dog)"]].sum(axis=1) - 1).abs().max() < 1e-6
 
 
-def test_predict_answers_new_texts(chain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_answers_new_texts(
+    chain: dict[str, ModelReference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlpipes.cli import models
 
     monkeypatch.setattr(models, "scale_named", lambda workload, scale: scale)

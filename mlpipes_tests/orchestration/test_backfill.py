@@ -10,10 +10,18 @@ from mlpipes.errors import ConfigError
 from mlpipes.orchestration import backfill
 from mlpipes.orchestration.backfill import Backfill, DagsterUi, launch
 from mlpipes.orchestration.resources import STORE
-from mlpipes.orchestration.store_identity import CHAIN
 from mlpipes.scales import scales_of
 from mlpipes.store.identity import identify, identity_of
 from mlpipes.store.layout import Store
+from mlpipes.store.references import (
+    CHAIN,
+    ChampionReference,
+    DatasetReference,
+    EvaluationReference,
+    ModelReference,
+    SnapshotReference,
+    TrainingReference,
+)
 from mlpipes.workloads.catalog import Entry
 
 
@@ -128,16 +136,18 @@ def store(tmp_path: Path) -> Store:
     for folder in (store.snapshots / "d", training.model, training.evaluation("e")):
         folder.mkdir(parents=True)
     training.result.touch()
-    trained, evaluated = {"fingerprint": "f"}, {"fingerprint": "f", "evaluation": "e"}
-    references = {
-        "dataset": {"digest": "source"},
-        "snapshot": {"digest": "d"},
-        "checkpoints": trained,
-        "model": trained,
-    }
-    references |= {"eval_report": evaluated, "champion": evaluated}
-    for asset, reference in references.items():
-        store.write_reference("w", asset, SCALE, reference)
+    trained = {"fingerprint": "f", "mlflow_run_id": "r", "snapshot": "d"}
+    registered = trained | {"registered_model": "m", "version": "1"}
+    evaluated = registered | {"evaluation": "e", "estimates": {}}
+    for reference in (
+        DatasetReference(digest="source", provenance={}, counts={}),
+        SnapshotReference(digest="d"),
+        TrainingReference.model_validate(trained),
+        ModelReference.model_validate(registered),
+        EvaluationReference.model_validate(evaluated),
+        ChampionReference.model_validate(evaluated | {"champion": "1"}),
+    ):
+        store.write_reference(reference, "w", SCALE)
     return store
 
 

@@ -3,7 +3,6 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pytest
@@ -13,18 +12,20 @@ from mlpipes.orchestration.resources import STORE, ReferenceIOManager, StoreReso
 from mlpipes.orchestration.store_identity import adopt, check_store, remembered_store, store_of_this_dagster
 from mlpipes.store.identity import identify, identity_of
 from mlpipes.store.layout import Store, default_store
+from mlpipes.store.references import DatasetReference
 
 PARTITION = "w1-b1-e1-g0"
+REFERENCE = DatasetReference(digest="d", provenance={}, counts={})
 
 
 def materialize(instance: dg.DagsterInstance, root: Path, seen: list[str] | None = None) -> dg.ExecuteInProcessResult:
     """Materialize an asset of a chain into the store, and read another store's path in the step, as checks do."""
 
     @dg.asset(key=["w", "dataset"], partitions_def=dg.StaticPartitionsDefinition([PARTITION]))
-    def dataset(store: StoreResource) -> dict[str, Any]:
+    def dataset(store: StoreResource) -> DatasetReference:
         if seen is not None:
             seen.append(str(store.store.root))
-        return {"digest": "d"}
+        return REFERENCE
 
     store = StoreResource(root=str(root))
     return dg.materialize(
@@ -68,7 +69,9 @@ def test_a_fresh_instance_adopts_the_store_and_refuses_another(tmp_path: Path) -
         message = failure(materialize(instance, second.root))
         for part in (str(identity_of(first)), str(first.root), str(identity_of(second)), str(second.root), "--adopt"):
             assert part in message
-        assert second.read_reference("w", "dataset", PARTITION) is None, "nothing was written into the wrong store"
+        assert second.read_reference(DatasetReference, "w", PARTITION) is None, (
+            "nothing was written into the wrong store"
+        )
         assert materialize(instance, first.root).success, "the right one is still the right one"
 
 
@@ -97,7 +100,7 @@ def test_a_store_that_was_deleted_is_not_taken_for_the_old_one(tmp_path: Path) -
 
 def test_history_of_before_there_were_ids_is_adopted_unless_the_store_is_empty(tmp_path: Path) -> None:
     full, empty = Store(tmp_path / "full"), Store(tmp_path / "empty")
-    full.write_reference("w", "dataset", PARTITION, {"digest": "d"})
+    full.write_reference(REFERENCE, "w", PARTITION)
     with dg.DagsterInstance.ephemeral() as instance:
         instance.report_runless_asset_event(dg.AssetMaterialization(["w", "dataset"], partition=PARTITION))
         with pytest.raises(ConfigError, match=r"w/dataset is materialized, but the store .*empty is empty"):

@@ -6,20 +6,17 @@ import numpy as np
 import pytest
 
 from mlpipes.reporting.metric import Metric
+from mlpipes.reporting.report import Estimate
 from mlpipes.scales import RayScaleConfig
 from mlpipes.scaling import figure
 from mlpipes.scaling.law import fit_scaling_law
 from mlpipes.scaling.table import Prices, ScaleResult, cost_table, forecast_table, laws_of, recommend, scaling_rows
+from mlpipes.store.outcome import Usage
 
 
 def result(key: str, speed: float, comparable: str = "same", value: float = 0.9, seconds: float = 10.0) -> ScaleResult:
-    test = {"value": value, "low": value - 0.1, "high": value + 0.05, "n": 100}
-    usage = {
-        "cpu_seconds_per_second": 1.5,
-        "peak_memory_bytes": 2**30,
-        "peak_gpu_memory_bytes": 0,
-        "gpu_utilisation": 0.5,
-    }
+    test = Estimate(value, value - 0.1, value + 0.05, 100)
+    usage = Usage(cpu_seconds_per_second=1.5, peak_memory_bytes=2**30, peak_gpu_memory_bytes=0, gpu_utilisation=0.5)
     return ScaleResult(
         RayScaleConfig.from_key(key), "s", "c", value, test, seconds, speed, "w" * 64, comparable, 3600, usage
     )

@@ -9,6 +9,7 @@ from torch import nn
 
 from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import MANIFEST
+from mlpipes.store.outcome import Best
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import weights_digest
 
@@ -74,7 +75,9 @@ def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best
     optimizer = torch.optim.SGD(model.parameters())
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
-        checkpoints.save(model.state_dict(), [optimizer], Progress(step=step, best={"step": best, "metrics": {}}))
+        checkpoints.save(
+            model.state_dict(), [optimizer], Progress(step=step, best=Best(step=best, epoch=best, metrics={}))
+        )
     assert checkpoints.steps() == [1, 3, 4]
     (checkpoints.path(4) / "optimizers.pt").write_bytes(b"x")
     found, messages = checkpoints.latest()

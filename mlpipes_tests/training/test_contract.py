@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlpipes.data.snapshot import open_snapshot
-from mlpipes.store.files import read_record
+from mlpipes.store.outcome import Outcome
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.model import evaluate, export_best, load_model
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
@@ -23,13 +23,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[s
 
 
 def test_only_the_adapter_is_kept_and_the_model_comes_back_whole(uninterrupted: Any) -> None:
-    job, outcome = uninterrupted
-    kept = Checkpoints(job.folder.checkpoints).load(outcome["best"]["step"]).model_state()
+    job, _ = uninterrupted
+    outcome = Outcome.read(job.folder.result)
+    kept = Checkpoints(job.folder.checkpoints).load(outcome.best.step).model_state()
     assert sorted(kept) == ["adapter.bias", "adapter.weight"]
     snapshot = open_snapshot(job.snapshot)
     model = load_model(export_best(job.folder, job.recipe, outcome), snapshot)
     report, scores = evaluate(model, snapshot, "validation")
-    assert report.estimates["mean_squared_error"].value == pytest.approx(outcome["best"]["metrics"]["loss"], rel=1e-6)
+    assert report.estimates["mean_squared_error"].value == pytest.approx(outcome.best.metrics["loss"], rel=1e-6)
     # What the report saw of the model's pictures is what was measured.
     assert report.quantities["worst"] == pytest.approx(-float(scores.min()), rel=1e-5)
 
@@ -58,7 +59,7 @@ def test_the_program_that_is_stored_answers_as_the_model(uninterrupted: Any, tmp
 
     job, _ = uninterrupted
     snapshot = open_snapshot(job.snapshot)
-    outcome = read_record(job.folder.result)
+    outcome = Outcome.read(job.folder.result)
     found = deployable(load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     mlflow.set_experiment(experiment_id=mlflow.create_experiment("clips", str(tmp_path / "artifacts")))

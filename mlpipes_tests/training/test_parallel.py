@@ -274,11 +274,39 @@ def test_only_running_statistics_are_averaged() -> None:
     assert int(model.get_buffer("norm.num_batches_tracked")) == 1
 
 
-def test_a_state_that_workers_would_not_share_is_refused() -> None:
-    model, data = _Phased(counts=True), torch.randn(12, 3)
+@pytest.mark.parametrize("how", ["in place", "by another"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_state_that_workers_would_not_share_is_refused(how: str, first: int) -> None:
+    model, data = _Phased(counts=how == "in place"), torch.randn(12, 3)
     gradient = ShardedGradient(model, SingleWorker(), 3, "ordered")
+
+    def losses(counts: bool) -> Any:
+        def of(_: int, rows: Tensor) -> list[tuple[Tensor, int]]:
+            model.counts = counts and how == "in place"
+            if counts and how == "by another":
+                model.frequencies = model.frequencies + 1
+            return [(model(data[rows]).sum(), len(rows))]
+
+        return of
+
+    for _ in range(first):
+        gradient.compute(torch.arange(12), losses(counts=False))
     with pytest.raises(TrainingFailedError, match="changes the buffer 'frequencies'"):
-        gradient.compute(torch.arange(12), lambda _, rows: [(model(data[rows]).sum(), len(rows))])
+        gradient.compute(torch.arange(12), losses(counts=True))
+
+
+def test_a_buffer_that_is_written_anew_with_what_it_holds_is_no_state() -> None:
+    model, data = _Phased(counts=False), torch.randn(12, 3)
+    model.register_buffer("nothing", torch.tensor(float("nan")))
+    gradient = ShardedGradient(model, SingleWorker(), 3, "ordered")
+
+    def losses(_: int, rows: Tensor) -> list[tuple[Tensor, int]]:
+        model.frequencies = model.get_buffer("frequencies").clone()
+        model.register_buffer("made_now", torch.ones(len(rows)))
+        return [(model(data[rows]).sum(), len(rows))]
+
+    for _ in range(3):
+        gradient.compute(torch.arange(12), losses)
 
 
 def test_more_workers_than_shards_are_refused() -> None:

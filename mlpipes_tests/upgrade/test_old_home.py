@@ -23,7 +23,9 @@ from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store, TrainingFolder, default_store
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import read_messages
+from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.references import REFERENCES, EvaluationReference
 from mlpipes.store.status import all_statuses, find_training
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.tracking.champion import Champions
@@ -58,14 +60,14 @@ def entry(name: str) -> Entry:
 
 def opened(store: Store, workload: str, scale: str) -> tuple[TrainingFolder, Recipe]:
     folder = find_training(store, workload, scale)
-    return folder, Recipe.model_validate(read_record(folder.recipe))
+    return folder, Recipe.read(folder.recipe)
 
 
 def test_what_describes_trainings_parses(store: Store) -> None:
     folders = [TrainingFolder(path) for path in store.root.glob("trainings/*/")]
     assert len(folders) == 3
     for folder in folders:
-        recipe = Recipe.model_validate(read_record(folder.recipe))
+        recipe = Recipe.read(folder.recipe)
         assert recipe.fingerprint == folder.fingerprint, "its name is what it was"
         job = TrainingJob.read(folder.specification(1))
         assert job.recipe == recipe
@@ -80,6 +82,21 @@ def test_what_describes_trainings_parses(store: Store) -> None:
         assert latest.step == latest.progress.step
         assert latest.model_state()
         assert latest.optimizer_states()
+
+
+def test_outcomes_and_references_of_every_asset_parse(store: Store) -> None:
+    for name, scale in (("shapes", SHAPES), ("counts", COUNTS)):
+        folder, recipe = opened(store, name, scale)
+        outcome = Outcome.read(folder.result)
+        assert outcome.fingerprint == folder.fingerprint
+        assert outcome.best.metrics
+        for asset, kind in REFERENCES.items():
+            written = store.root / "assets" / name / asset / f"{scale}.json"
+            reference = store.read_reference(kind, name, scale)
+            assert reference is not None
+            assert reference.model_dump(mode="json") == read_record(written), "nothing is lost"
+        assert outcome.model_dump(mode="json") == read_record(folder.result)
+        assert recipe.workload == name
 
 
 def test_status_tells_what_became_of_them(store: Store) -> None:
@@ -167,17 +184,19 @@ def test_new_texts_are_predicted(store: Store, monkeypatch: pytest.MonkeyPatch) 
 
 def newer(store: Store, name: str, old: Evaluation, change: float, scores: np.ndarray | None = None) -> Evaluation:
     """An evaluation as it is written now: of the same weights, but from another training on a snapshot of another digest."""
-    old_folder, recipe = opened(store, name, old.meta["scale"])
+    old_folder, recipe = opened(store, name, old.meta.scale)
     snapshot, folder = open_snapshot(store.snapshots / recipe.snapshot), store.training("e" * 64)
     shutil.copytree(old_folder.path, folder.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evaluations"))
     report, found = evaluate(load_model(folder.model, snapshot), snapshot, "test")
-    meta = dict(old.meta) | {
-        "fingerprint": folder.fingerprint,
-        "snapshot": "f" * 64,
-        "rows": {split: snapshot.rows(split) for split in ("validation", "test")},
-        "dagster_run_id": "of-now",
-    }
-    return publish_evaluation(folder, report, found + change if scores is None else scores, "title", meta)
+    subject = old.meta.model_copy(
+        update={
+            "fingerprint": folder.fingerprint,
+            "snapshot": "f" * 64,
+            "rows": {split: snapshot.rows(split) for split in ("validation", "test")},
+            "dagster_run_id": "of-now",
+        }
+    )
+    return publish_evaluation(folder, report, found + change if scores is None else scores, "title", subject)
 
 
 def test_the_gates_compare_with_old_evaluations_across_snapshots(store: Store) -> None:
@@ -191,7 +210,7 @@ def test_the_gates_compare_with_old_evaluations_across_snapshots(store: Store) -
 
 
 def test_an_old_champion_of_another_metric_is_beaten_by_test_scores_only(store: Store) -> None:
-    reference = store.read_reference("counts", "eval_report", COUNTS)
+    reference = store.read_reference(EvaluationReference, "counts", COUNTS)
     assert reference is not None
     old = open_evaluation(store, reference)
     champion = Champions(Tracker(default_uri()), "mlpipes-counts").current()
@@ -209,7 +228,7 @@ def test_what_a_later_version_does_not_read_is_left_as_it_is(store: Store, monke
 
     folder, recipe = opened(store, "shapes", SHAPES)
     workload = entry("shapes").load()
-    reference = store.read_reference("shapes", "eval_report", SHAPES)
+    reference = store.read_reference(EvaluationReference, "shapes", SHAPES)
     assert reference is not None
     for module in (snapshot, records, checkpoints, model):
         monkeypatch.setattr(module, "VERSION", 99)

@@ -12,6 +12,7 @@ from mlpipes.data.ragged import Ragged
 from mlpipes.data.splits import split_dataset
 from mlpipes.data.tables import TableSource
 from mlpipes.errors import ConfigError, DataError
+from mlpipes.store.outcome import Outcome
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
 from mlpipes.training.model import evaluate, export_best, load_model
@@ -150,7 +151,8 @@ def test_padding_says_nothing_and_the_served_model_computes_the_same(tables: Pat
 def judged(job: Any) -> Any:
     from mlpipes.data.snapshot import open_snapshot
 
-    outcome, snapshot = run_here(job), open_snapshot(job.snapshot)
+    run_here(job)
+    outcome, snapshot = Outcome.read(job.folder.result), open_snapshot(job.snapshot)
     return evaluate(load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot, "test")[0], snapshot
 
 
