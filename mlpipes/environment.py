@@ -79,19 +79,24 @@ def _file(text: str) -> None:
         raise ValueError("the file cannot be read; change its permissions, or name another")
 
 
+def _is_address(text: str, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(text)  # of a bracket that is not closed: ValueError
+        _ = parts.port  # not a number, or beyond 65535: ValueError
+    except ValueError:
+        return False
+    return parts.scheme.startswith(schemes) and bool(parts.hostname) and not re.search(r"\s", text)
+
+
 def _address(text: str) -> None:
     """`http://host[:port]`, with or without a path."""
-    parts = urlsplit(text)  # of a bracket that is not closed: ValueError
-    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", text):
+    if not _is_address(text, ("http",)):
         raise ValueError("write an address such as http://host:8265")
-    _ = parts.port  # not a number, or beyond 65535: ValueError
 
 
 def _proxy(text: str) -> None:
-    parts = urlsplit(text if "://" in text else f"http://{text}")
-    if not parts.scheme.startswith(("http", "socks")) or not parts.hostname:
+    if not _is_address(text if "://" in text else f"http://{text}", ("http", "socks")):
         raise ValueError("write an address such as http://proxy:3128")
-    _ = parts.port
 
 
 def _tracking(text: str) -> None:
@@ -108,8 +113,8 @@ def _tracking(text: str) -> None:
             raise ValueError("a database in memory is gone with each process; use sqlite:///folder/mlflow.db")
         if _path(place).is_dir():
             raise ValueError("that is a folder; name a file in it, such as sqlite:///folder/mlflow.db")
-    elif not urlsplit(text).hostname:
-        raise ValueError("the address of the database's server is missing")
+    elif not _is_address(text, (scheme,)):
+        raise ValueError(f"the database's server is missing; write {scheme}://user@host/database")
 
 
 def _cron(text: str) -> None:
@@ -233,9 +238,13 @@ TABLE: Mapping[str, Variable] = {
     )
 }
 CREDENTIALS = (
-    *(f"MLFLOW_TRACKING_{name}" for name in ("USERNAME", "PASSWORD", "TOKEN")),
-    *(f"AWS_{name}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")),
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
 )
 """What a driver needs besides the address of MLflow to reach it, and its artifacts."""
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mlpipes.environment import TABLE
 
@@ -62,7 +62,7 @@ def _known() -> set[str]:
         if is_secret(name):
             found.add(value)
             if "://" in value:  # a webhook: its path alone would do
-                found.add(urlsplit(value).path)
-        elif "://" in value and "@" in value:
+                found.add("/" + value.partition("://")[2].partition("/")[2])
+        elif "://" in value and "@" in value and not re.search(r"\s", value):
             found.add(value.partition("://")[2].rpartition("@")[0].partition(":")[2])
     return {form for text in found for form in (text, unquote(text)) if len(form.strip("/")) >= _SHORTEST}
