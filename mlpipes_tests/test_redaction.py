@@ -178,7 +178,7 @@ def test_a_planted_password_is_in_nothing_that_was_written(
         with user_errors():
             try:
                 raise SecretiveError(f"refused: {URI}")
-            except Secretive as error:
+            except SecretiveError as error:
                 raise ValueError("the run is not there") from error
 
     @dg.asset
@@ -186,7 +186,7 @@ def test_a_planted_password_is_in_nothing_that_was_written(
         with user_errors():
             try:
                 raise SecretiveError(f"refused: {PLANTED}/aws")
-            except Secretive as error:
+            except SecretiveError as error:
                 raise ConfigError("not there") from error
 
     with dg.DagsterInstance.from_config(str(everything / "dagster")) as instance:
