@@ -133,7 +133,7 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
             try:
                 rows.append(_parsed(line, path, number))
             except DataError:
-                if rows or path.suffixes[0].lower() in (".jsonl", ".ndjson"):
+                if rows or {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}:
                     raise
                 rows = [_parsed(text, path, None)]  # one object over several lines
                 break

@@ -38,6 +38,8 @@ def test_the_delimiter_is_the_one_that_fits(tmp_path: Path, delimiter: str, suff
     path = write(tmp_path / f"x.{suffix}", delimited(GOOD, delimiter))
     assert loaded(path) == GOOD
     assert loaded(path, delimiter=delimiter) == GOOD
+    excel = write(tmp_path / f"excel.{suffix}", f"sep={delimiter}\n{delimited(GOOD, delimiter)}")
+    assert loaded(excel) == GOOD
     with pytest.raises(DataError, match=r"line 1, the header, has one column only.*delimiter=…"):
         loaded(path, delimiter="^")
 

@@ -6,6 +6,7 @@
 import gzip
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def short(label: str) -> str:
     return whole if point and not rest.strip("0") and whole == str(int(whole)) else label
 
 
-def meaning(rows: Rows) -> list[tuple[str, str | float]] | None:
+def meaning(rows: Rows) -> Sequence[tuple[str, str | float]] | None:
     """Texts and labels of the rows that have both; None if there is nothing to learn."""
     header = [name.strip() for name in rows[0]]
     pairs = [(row[header.index("text")], row[header.index("label")].strip()) for row in rows[1:]]
@@ -196,7 +197,11 @@ def test_no_file_is_read_otherwise_than_it_stands(tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(
-        max_examples=FILES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=FILES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(files())
     def fuzz(file: File) -> None:
@@ -204,7 +209,7 @@ def test_no_file_is_read_otherwise_than_it_stands(tmp_path: Path) -> None:
 
     fuzz()
     assert outcomes["loaded"] > 0.4 * outcomes.total(), outcomes
-    assert min(outcomes["no reading"], outcomes["several readings"]) > 0, outcomes
+    assert outcomes["no reading"] > 0.05 * outcomes.total(), outcomes
     assert outcomes["to be confirmed"] < 0.02 * outcomes.total(), outcomes
 
 
