@@ -5,12 +5,12 @@ class UserError(Exception):
     """Base of all errors whose message is meant for the user; shown without a traceback by the CLI."""
 
 
-class ScaleError(UserError):
-    """A Ray scale is invalid, unknown or declared twice."""
-
-
 class ConfigError(UserError):
     """A setting, hyperparameter or environment variable has an unusable value."""
+
+
+class ScaleError(ConfigError):
+    """A Ray scale is invalid, unknown or declared twice."""
 
 
 class DataError(UserError):

@@ -12,11 +12,11 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlpipes.errors import ScaleError
-from mlpipes.settings import load_mapping, problems
+from mlpipes.settings import load_mapping, problems, shown
 
 SCALES_VARIABLE = "MLPIPES_SCALES"
-_NUMBER = r"(?:0|[1-9]\d*)(?:\.\d{1,4})?"
-_KEY = re.compile(rf"w([1-9]\d*)-b([1-9]\d*)-e([1-9]\d*)-g({_NUMBER})(?:-c({_NUMBER}))?", re.ASCII)
+_NUMBER, _COUNT = r"(?:0|[1-9]\d{0,8})(?:\.\d{1,4})?", r"([1-9]\d{0,8})"
+_KEY = re.compile(rf"w{_COUNT}-b{_COUNT}-e{_COUNT}-g({_NUMBER})(?:-c({_NUMBER}))?", re.ASCII)
 
 
 def _short(number: float) -> str:
@@ -73,7 +73,7 @@ class RayScaleConfig(BaseModel):
         match = _KEY.fullmatch(key)
         if match is None:
             raise ScaleError(
-                f"{key!r} is not a scale key. Write w<workers>-b<global batch>-e<epochs>-g<GPUs per worker>, "
+                f"{shown(key)} is not a scale key. Write w<workers>-b<global batch>-e<epochs>-g<GPUs per worker>, "
                 "for example w2-b256-e3-g0; append -c<CPUs per worker> where that is not 1."
             )
         workers, batch_size, epochs, gpus, cpus = match.groups()
@@ -112,7 +112,9 @@ def scales_of(entries: Iterable[str | Mapping[str, Any]], where: str) -> tuple[R
         elif isinstance(entry, Mapping):
             scale = _validated(entry, place)
         else:
-            raise ScaleError(f"{place}: expected a key such as w2-b256-e3-g0 or a mapping of fields, got {entry!r}")
+            raise ScaleError(
+                f"{place}: expected a key such as w2-b256-e3-g0 or a mapping of fields, got {shown(entry)}"
+            )
         if scale.key in scales:
             raise ScaleError(f"{place}: {scale.key} is declared twice")
         scales[scale.key] = scale
@@ -131,8 +133,10 @@ def load_scale_file(path: Path, workloads: Iterable[str]) -> dict[str, tuple[Ray
     scales = {}
     for workload, entries in content.items():
         if workload not in known:
-            raise ScaleError(f"scale file {path}: unknown workload {workload!r}; known are {', '.join(sorted(known))}")
+            raise ScaleError(
+                f"scale file {path}: unknown workload {shown(workload)}; known are {', '.join(sorted(known))}"
+            )
         if not isinstance(entries, list):
-            raise ScaleError(f"scale file {path}, workload {workload}: expected a list of scales, got {entries!r}")
+            raise ScaleError(f"scale file {path}, workload {workload}: expected a list of scales, got {shown(entries)}")
         scales[workload] = scales_of(entries, f"scale file {path}, workload {workload}")
     return scales

@@ -18,7 +18,8 @@ from mlpipes_tests.sandbox import CHECKOUT
 TWO_SCREENS = 110
 """Lines."""
 _VARIABLE = re.compile(
-    r"(?:MLPIPES|MLFLOW|DAGSTER|RAY|HF|SLURM|CUDA|CUBLAS|GLOO|NCCL)_[A-Z0-9_]+|PYTHON[A-Z]+|https?_proxy|HTTPS?_PROXY"
+    r"(?:MLPIPES|MLFLOW|DAGSTER|RAY|HF|SLURM|CUDA|CUBLAS|GLOO|NCCL|AWS)_[A-Z0-9_]+|PYTHON[A-Z]+|TMPDIR|"
+    r"https?_proxy|HTTPS?_PROXY|no_(?:grpc_)?proxy|NO_PROXY"
 )
 _LANGUAGES = {"bash", "console", "yaml", "python", "text"}
 
@@ -175,6 +176,7 @@ def test_every_environment_variable_is_in_the_table_and_nothing_else() -> None:
         "Environment variables of mlpipes",
         "Variables of other programs that matter",
         "Variables that mlpipes sets for its own processes",
+        "Variables that are dropped",
     )
     assert table == variables_in(*(CHECKOUT / "mlpipes").rglob("*.py"))
 

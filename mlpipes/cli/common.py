@@ -1,9 +1,13 @@
 """What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
 
 import errno
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,26 +16,43 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from mlpipes.environment import apply, check_all
 from mlpipes.errors import UserError
+from mlpipes.redaction import redact
 from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import entry_named, offered, problems
 
 console = Console()
-_OF_THE_MACHINE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
+_OF_THE_MACHINE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
+)
 """What a disk may say that is no defect of the program."""
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="a hyperparameter, or a setting of the launchpad"),
+]
+Seed = Annotated[int | None, typer.Option(help="of initialization, data order and augmentation")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="train again from the beginning, beside what is there")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.yaml", help="file with the launchpad's settings of `checkpoints`"),
+]
 _UNBOUNDED = 10_000
 """Columns of a terminal that cuts nothing."""
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a user's error, or what a disk says, as its message, without a traceback, and exit with 1."""
+    """Have this process be one of ours; show a user's error, or what a disk says, as its message, and exit with 1."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        sys.excepthook = _without_secrets
         try:
+            check_all()
+            apply()
             command(*args, **kwargs)
         except UserError as error:
-            text = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
+            text = f"[bold red]{type(error).__name__}:[/] {escape(redact(str(error)))}"
             Console(stderr=True).print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
         except OSError as error:
@@ -42,6 +63,11 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own report of an error that nobody expected, less the secrets in its text."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def scale_named(workload: str, scale: str) -> str:

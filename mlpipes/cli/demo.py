@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,21 +19,29 @@ from mlpipes.store.references import EvaluationReference
 from mlpipes.store.status import all_statuses
 from mlpipes.workloads.catalog import Entry
 
+if TYPE_CHECKING:
+    from mlpipes.orchestration.training import TrainingConfig
+
 WIDE = 150
 """Characters that the summary needs with one row a scale."""
 
 
-def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store) -> None:
-    """Materialize the chain of each scale and the scaling report; print the summary. Ends the Ray that it started.
+def run_demo(
+    console: Console, entry: Entry, scales: Sequence[str], store: Store, settings: "TrainingConfig | None" = None
+) -> None:
+    """Materialize the chain of each scale with its `settings`, and the scaling report; print the summary.
 
-    Raises UserError with the cause if a scale fails.
+    Ends the Ray that it started, unless somebody else uses it by then. Raises UserError with the cause if a scale fails.
     """
     import logging
     import warnings
 
     from mlpipes.compute.local import LocalRay
+    from mlpipes.compute.places import is_local
+    from mlpipes.compute.ray_jobs import RayJobs
     from mlpipes.definitions import build_defs
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.orchestration.launchpad import described, run_config
+    from mlpipes.tracking.runs import Tracker, answering_uri
 
     # One bar a scale is what people want to see.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -41,26 +49,31 @@ def run_demo(console: Console, entry: Entry, scales: Sequence[str], store: Store
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*Add type hints")
-    started = time.monotonic()
+    started, config = time.monotonic(), run_config(entry, settings)
+    if settings is not None:
+        console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)
     ray = LocalRay()
-    ours = ray.status() is None
-    definitions = build_defs(catalog=[entry])
     metric = entry.load().metric.name  # before anything is started, which a workload that does not load needs not
+    definitions, uri, local = build_defs(catalog=[entry]), answering_uri(), is_local()
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
-                for future in [pool.submit(ray.ensure), pool.submit(lambda: Tracker(default_uri()))]:
-                    future.result()
+                tracker = pool.submit(Tracker, uri)
+                if local:
+                    pool.submit(ray.ensure, passing=True).result()
+                tracker.result()
             console.print(f"Ray and MLflow are ready after {time.monotonic() - started:.0f} s.")
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
             with _bars(console) as bars:
                 for key in scales:
-                    _run_scale(bars, store, entry.name, metric, key, lambda key=key: execute(chain, instance, key))
+                    _run_scale(
+                        bars, store, entry.name, metric, key, lambda key=key: execute(chain, instance, key, config)
+                    )
             execute_report(definitions, instance)
     finally:
-        if ours:
+        if local:
             with console.status("Ending the Ray that was started …"):
-                ray.stop()
+                ray.release(RayJobs.submitted)
     _print_summary(console, entry, scales, store)
     console.print(f"Done in {time.monotonic() - started:.0f} s. `mlpipes dev` shows the same in the Dagster UI.")
 

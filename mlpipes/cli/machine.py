@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from mlpipes.cli.common import console, friendly, tell_problems
+from mlpipes.cli.common import Config, Fresh, Seed, Set, console, friendly, tell_problems
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import configured, entry_named, offered
@@ -22,23 +22,28 @@ app.add_typer(doctor_app, name="doctor")
 def demo(
     workload: Annotated[str, typer.Option(help="which workload")] = "digits",
     scale: Annotated[list[str] | None, typer.Option(help="scales to train; default: the first three")] = None,
+    changes: Set = None,
+    seed: Seed = None,
+    fresh: Fresh = False,
+    config: Config = None,
 ) -> None:
     """Train a workload at several scales on a private local Ray, and compare them."""
     from mlpipes.cli.demo import run_demo
+    from mlpipes.orchestration.launchpad import settings_of
 
     entry = entry_named(workload)
     scales = scale or [s.key for s in entry.scales][:3]
     for key in scales:
         entry.scale(key)
-    run_demo(console, entry, scales, default_store())
+    run_demo(console, entry, scales, default_store(), settings_of(entry, config, changes or (), seed=seed, fresh=fresh))
 
 
 @app.command()
 @friendly
 def dev(
-    port: Annotated[int, typer.Option(help="port of the Dagster UI")] = 3000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port of the Dagster UI")] = 3000,
     mlflow: Annotated[bool, typer.Option(help="also serve the MLflow UI")] = False,
-    mlflow_port: Annotated[int, typer.Option(help="port of the MLflow UI")] = 5000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="port of the MLflow UI")] = 5000,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the servers print, too")] = False,
 ) -> None:
     """Serve the Dagster UI (and, if asked for, the MLflow UI) on this machine."""

@@ -28,18 +28,32 @@ def promote(
     from mlpipes.evaluation.records import evaluations_of
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.tracking.runs import Tracker, answering_uri
 
     key = scale_named(workload, scale)
-    champions = Champions(Tracker(default_uri()), registered_name(workload))
+    champions = Champions(Tracker(answering_uri()), registered_name(workload))
     version = champions.of_scale(key)
     mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta.fingerprint == version.fingerprint]
     if not (mine and mine[-1].is_good) and not force:
         raise ConfigError(
             f"the gates did not let version {version.version} pass, or were not asked; --force promotes it all the same"
         )
-    champions.promote(version.version, f"by hand: {reason}")
+    champions.promote(version.version, reason, by_hand=True)
     console.print(f"{champions.name} version {version.version} ({key}) is champion.")
+    console.print(f"Automation leaves it that until you say `mlpipes release {workload}`.")
+
+
+@app.command()
+@friendly
+def release(workload: Annotated[str, typer.Argument(help="which workload")]) -> None:
+    """Let automation choose a workload's champion again, after one was chosen by hand."""
+    from mlpipes.tracking.champion import Champions
+    from mlpipes.tracking.models import registered_name
+    from mlpipes.tracking.runs import Tracker, answering_uri
+
+    entry_named(workload)
+    now = Champions(Tracker(answering_uri()), registered_name(workload)).release()
+    console.print(f"Version {now.version} is champion until a better one passes the gates.")
 
 
 @app.command()
@@ -51,10 +65,10 @@ def rollback(
     """Give the alias `champion` back to the model that had it before."""
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, default_uri
+    from mlpipes.tracking.runs import Tracker, answering_uri
 
     entry_named(workload)
-    lost, now = Champions(Tracker(default_uri()), registered_name(workload)).roll_back(reason)
+    lost, now = Champions(Tracker(answering_uri()), registered_name(workload)).roll_back(reason)
     console.print(f"Version {now} is champion again; version {lost} is not any more.")
 
 
@@ -73,6 +87,12 @@ def compare(
     entries = configured()
     a, b = evaluation_named(default_store(), entries, first), evaluation_named(default_store(), entries, second)
     metric = entry_named(a.meta.workload).load().metric.name
+    theirs = entry_named(b.meta.workload).load().metric.name
+    if a.meta.workload != b.meta.workload and (metric != theirs or not a.same_rows(b)):
+        raise ConfigError(
+            f"{first} and {second} are models of different tasks: {a.meta.workload} is measured by {metric}, "
+            f"{b.meta.workload} by {theirs}, on other test samples. Compare models of one workload"
+        )
     console.print(Markdown(compare_models(default_store(), a, b, metric).markdown()))
 
 
@@ -118,10 +138,19 @@ def predict(
     reference = default_store().read_reference(ModelReference, workload, key)
     if reference is None:
         raise ConfigError(f"{workload} {key} has no model yet; materialize {workload}/model first")
+    snapshot = open_snapshot(default_store().snapshots / reference.snapshot)
+    columns = snapshot.meta["columns"]
+    if ("types" in columns or "text_pair" in columns) and pair is None:
+        raise ConfigError(
+            f"{workload} reads pairs of texts: give the second text of each with --pair, for example mlpipes predict "
+            f'{workload} {key} "first text" --pair "second text"'
+        )
     asked = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not asked or (pair is not None and len(pair) != len(asked)):
-        raise ConfigError("give at least one text, and with --pair as many second texts as first ones")
-    snapshot = open_snapshot(default_store().snapshots / reference.snapshot)
+        raise ConfigError(
+            f"give at least one text, and with --pair as many second texts as first ones (got {len(asked)} and "
+            f"{len(pair or ())})"
+        )
     answers = predict_texts(
         load_model(default_store().training(reference.fingerprint).model, snapshot), snapshot, asked, pair
     )

@@ -96,7 +96,7 @@ def write_package(target: Path, name: str, kind: Kind) -> None:
     words = {
         "name": name,
         "kind": kind.value,
-        "variable": name.upper(),
+        "variable": f"{name.upper()}_IMAGES",  # not $HOME, $PATH or $LANG
     }
     words["more"] = Template(_MORE[kind]).substitute(words)
     try:

@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.progress import Progress
 
-from mlpipes.cli.common import console, fitting, friendly, scale_named, tell_problems
+from mlpipes.cli.common import Config, Fresh, Seed, Set, console, fitting, friendly, scale_named, tell_problems
 from mlpipes.compute.jobs import Event
 from mlpipes.store.layout import default_store
 from mlpipes.store.messages import Progressed
@@ -103,12 +103,12 @@ def replay(
 ) -> None:
     """Train again elsewhere, from the source data on, and compare data, order, every loss and the weights."""
     from mlpipes.compute.local import LocalRay
-    from mlpipes.compute.places import jobs_for
+    from mlpipes.compute.places import is_local, jobs_for
+    from mlpipes.compute.ray_jobs import RayJobs
     from mlpipes.evaluation.replay import replay as replay_training
     from mlpipes.store.status import find_training
 
     folder = find_training(default_store(), workload, scale_named(workload, scale), run)
-    ours = LocalRay().status() is None
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task(f"replaying {folder.fingerprint[:12]}", total=None)
 
@@ -116,11 +116,14 @@ def replay(
             if isinstance(event, Progressed):
                 bar.update(task, completed=event.step, total=event.total_steps)
 
+        local = is_local()
         try:
+            if local:
+                LocalRay().ensure(passing=True)
             found = replay_training(default_store(), folder, jobs_for, show)
         finally:
-            if ours:  # a private Ray that was started for this
-                LocalRay().stop()
+            if local:
+                LocalRay().release(RayJobs.submitted)
     console.print(Markdown(found.markdown()))
     if not found.equal:
         raise typer.Exit(1)
@@ -131,9 +134,9 @@ def replay(
 def report(
     workload: Annotated[str, typer.Argument(help="which workload")],
     deadline: Annotated[
-        float | None, typer.Option(help="seconds of training that the recommended scale may take")
+        float | None, typer.Option(min=0, help="seconds of training that the recommended scale may take")
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="what it may cost, at the price of a device-hour")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="what it may cost, at the price of a device-hour")] = None,
 ) -> None:
     """Make and print the scaling report of a workload, from what has been evaluated by now."""
     from mlpipes.scaling.report import make_report, prices_from_environment
@@ -157,20 +160,30 @@ def backfill(
     again: Annotated[bool, typer.Option(help="also scales that are fresh")] = False,
     detach: Annotated[bool, typer.Option(help="launch, and do not wait")] = False,
     ui: Annotated[str | None, typer.Option(help="address of the Dagster UI; default: that of `mlpipes dev`")] = None,
+    changes: Set = None,
+    seed: Seed = None,
+    fresh: Fresh = False,
+    config: Config = None,
 ) -> None:
     """Materialize a workload's whole chain for its scales in a running Dagster; resumes what is half done."""
     from mlpipes.orchestration.backfill import DagsterUi, launch
+    from mlpipes.orchestration.launchpad import described, settings_of
     from mlpipes.training.code_version import code_version
 
     entry = entry_named(workload)
     code_version(entry.implementation)  # Dagster would only say that it has no such asset
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
+    settings = settings_of(entry, config, changes or (), seed=seed, fresh=fresh)
     dagster = DagsterUi(ui)
     with console.status(f"Waiting for Dagster at {dagster.address} …"):
         dagster.wait_for(entry.name)
-    made, fresh = launch(dagster, entry, scales, default_store(), smallest_first=smallest_first, again=again)
-    if fresh:
-        console.print(f"Fresh, nothing to do: {', '.join(fresh)}")
+    if settings is not None:
+        console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)
+    made, done = launch(
+        dagster, entry, scales, default_store(), smallest_first=smallest_first, again=again, config=settings
+    )
+    if done:
+        console.print(f"Fresh, nothing to do: {', '.join(done)}")
     if made is None:
         return
     console.print(f"Launched: {', '.join(made.scales)} ({', '.join(made.ids)})")
@@ -179,9 +192,9 @@ def backfill(
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task("backfill", total=len(made.scales))
         for statuses in made.watch():
-            done = sum(status in ("SUCCESS", "FAILURE", "CANCELED") for status in statuses.values())
+            ended = sum(status in ("SUCCESS", "FAILURE", "CANCELED") for status in statuses.values())
             running = [key for key, status in statuses.items() if status == "STARTED"]
-            bar.update(task, completed=done, description=", ".join(running) or "waiting")
+            bar.update(task, completed=ended, description=", ".join(running) or "waiting")
     for key, status in made.scales.items():
         why = f"; why: {made.ui.address}/runs/{made.runs[key]}" if status == "FAILURE" else ""
         console.print(f"{key}: {status}{why}", soft_wrap=True)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlpipes.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class RayAddress:
@@ -13,22 +15,22 @@ class RayAddress:
     dashboard: str
     """`http://host:port` of the head's dashboard, which serves the Jobs API."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that every client of this cluster needs, such as where its token is."""
+    """Variables that every process of this cluster needs, where it is our own."""
     local: bool = False
     """Whether it is this machine's own private cluster."""
 
-    def enter(self) -> None:
-        """Make this process a client of the cluster."""
-        os.environ.update(self.environment)
-
     def headers(self) -> dict[str, str]:
-        """What each request to the dashboard must carry.
+        """What each request to the dashboard must carry: our own cluster's token, or the user's for one that was given.
 
-        Given explicitly, because Ray's own clients remember the first token, or its absence, for the whole process.
+        Given explicitly, because Ray's own clients remember the first token, or its absence, for the whole process. Raises
+        ConfigError if the user's file of it cannot be read.
         """
-        known = {**os.environ, **self.environment}
-        if path := known.get("RAY_AUTH_TOKEN_PATH"):
-            token = Path(path).read_text(encoding="utf-8").strip()
-        else:
-            token = known.get("RAY_AUTH_TOKEN", "")
+        known = self.environment if self.local else os.environ
+        token = known.get("RAY_AUTH_TOKEN", "").strip()
+        path = known.get("RAY_AUTH_TOKEN_PATH")
+        if path and not token:  # Ray has the same order
+            try:
+                token = Path(path).expanduser().read_text(encoding="utf-8").strip()
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"RAY_AUTH_TOKEN_PATH={path} cannot be read as a token: {error}") from error
         return {"Authorization": f"Bearer {token}"} if token else {}

@@ -10,14 +10,14 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
-from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip
+from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip, short_folder
+from mlpipes.environment import for_children
 from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Warned
 from mlpipes.store.training_job import TrainingJob
 
@@ -36,6 +36,7 @@ def main(path: Path) -> int:
     job, restarts = TrainingJob.read(path), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts:
         # An attempt of its own: on a node that Slurm gave up, the old one may still live, and write its messages.
+        job.take_over()
         job = job.model_copy(update={"attempt": job.attempt + restarts})
         path = job.write()
     job.folder.stop_request(job.attempt).unlink(missing_ok=True)
@@ -53,7 +54,7 @@ def main(path: Path) -> int:
     with ray_cluster() as cluster:
         notify(ClusterUp(address=cluster.address))
         driver = subprocess.Popen(
-            [sys.executable, "-m", "mlpipes.training.driver", str(path)], env=os.environ | cluster.environment
+            [sys.executable, "-m", "mlpipes.training.driver", str(path)], env=for_children() | cluster.environment
         )
         try:
             while driver.poll() is None and not time_is_up:
@@ -105,16 +106,17 @@ def ray_cluster() -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         **binding(ip),
     }
+    inherited = for_children(unproxied=ip)
     cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
-    temporary = tempfile.mkdtemp(prefix="mlpipes-ray-")  # on the node's own disk, and short: it holds Unix sockets
+    temporary = str(short_folder("mlpipes-ray-"))  # on the node's own disk
     node = ["-m", "mlpipes.compute.ray_node", f"{ip}:{port}", temporary, f"--cpus={cpus}"]
-    nodes = {"the head": subprocess.Popen([sys.executable, *node, "--is-head"], env=os.environ | environment)}
+    nodes = {"the head": subprocess.Popen([sys.executable, *node, "--is-head"], env=inherited | environment)}
     try:
         if others:
             step = ["srun", "--overlap", f"--nodes={len(others)}", f"--ntasks={len(others)}", "--ntasks-per-node=1"]
             step += [f"--nodelist={','.join(others)}", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"]
-            python = shlex.split(os.environ.get(PYTHON_VARIABLE, sys.executable))
-            nodes[", ".join(others)] = subprocess.Popen([*step, *python, *node], env=os.environ | environment)
+            python = shlex.split(os.environ.get(PYTHON_VARIABLE) or shlex.quote(sys.executable))
+            nodes[", ".join(others)] = subprocess.Popen([*step, *python, *node], env=inherited | environment)
         cluster, deadline = Cluster(f"{ip}:{port}", environment, nodes), time.monotonic() + _HEAD_SECONDS
         while not listens(ip, port):
             if cluster.lost() or time.monotonic() > deadline:

@@ -20,7 +20,7 @@ from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
-from mlpipes.store.training_job import TrainingJob
+from mlpipes.store.training_job import TrainingJob, forget_handovers
 
 
 class JobState(StrEnum):
@@ -177,6 +177,7 @@ class Jobs(ABC):
             }
             if self.shares_machine:
                 environment["PYTHONPATH"] = python_path()
+            forget_handovers(folder)
             specification = job.model_copy(update={"attempt": attempt}).write()
             about = f"{recipe.workload} {recipe.scale.key} Dagster run {job.requested_by}"
             return self.submit(name, specification, attempt, environment, about)

@@ -1,11 +1,13 @@
 """This machine's private Ray: on loopback, with its own ports, token and folder; it outlives the step that started it."""
 
+import fcntl
 import os
 import secrets
 import shutil
 import subprocess
-import tempfile
+import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,18 @@ from filelock import FileLock
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
-from mlpipes.compute.ray_node import LOOPBACK, end_marked, free_port, start_command, start_environment
-from mlpipes.errors import CorruptionError, PreflightError
+from mlpipes.compute.ray_node import LOOPBACK, end_marked, free_port, short_folder, start_command, start_environment
+from mlpipes.environment import for_children
+from mlpipes.errors import ConfigError, CorruptionError, PreflightError
 from mlpipes.store.files import read_record, write_atomic, write_record
 from mlpipes.store.layout import home
 
 _START_SECONDS = 90
+_USED: dict[Path, int] = {}
+"""Descriptors of the shared locks by which others see that this process uses a cluster, by the cluster's folder."""
+_PASSING: set[Path] = set()
+"""Folders of the clusters that this process wants for itself alone."""
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class LocalRay:
@@ -27,17 +35,27 @@ class LocalRay:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or home() / "ray"
-        self._state = self.folder / "head.json"
+        self._state, self._passing = self.folder / "head.json", self.folder / "passing"
 
-    def ensure(self) -> RayAddress:
-        """The address of the running cluster; starts it if it does not run. Raises PreflightError if it cannot start."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def ensure(self, *, passing: bool = False) -> RayAddress:
+        """The address of the running cluster; starts it if it does not run. Raises PreflightError if it cannot start.
+
+        From now on this process uses it, until it ends or `release`s it. With `passing`, it is only for this process, and
+        whoever else asks for it in that way meanwhile; once anybody has asked for it to stay, it does.
+        """
+        self._use()
+        if passing:
+            _PASSING.add(self.folder)
         with FileLock(str(self.folder / "lock"), timeout=2 * _START_SECONDS):
             state = self._read()
+            if self.folder not in _PASSING:
+                self._passing.unlink(missing_ok=True)
             if state is not None and self._answers(state):
                 return self._address(state)
             if state is not None:
                 self._end(state)
+            if self.folder in _PASSING:
+                self._passing.touch()
             return self._address(self._start())
 
     def status(self) -> dict[str, Any] | None:
@@ -50,6 +68,26 @@ class LocalRay:
         state = self._read()
         return state is not None and not _is_alive(state)
 
+    def release(self, mine: Collection[str] = ()) -> bool:
+        """End a passing cluster unless another process uses it, or a job runs in it that is not `mine`.
+
+        Returns whether it was ended.
+        """
+        descriptor = self._use()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        try:
+            # Who wants it now waits in `ensure`, and starts another.
+            state = self.status()
+            if state is None or not self._passing.exists() or self._jobs(state) - set(mine):
+                return False
+            return self.stop()
+        finally:
+            _PASSING.discard(self.folder)
+            os.close(_USED.pop(self.folder))
+
     def stop(self) -> bool:
         """End the cluster and everything that runs in it; returns whether there was one."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,21 +96,40 @@ class LocalRay:
             if state is None:
                 return False
             self._end(state)
+            self._passing.unlink(missing_ok=True)
             return True
+
+    def _use(self) -> int:
+        """Have others see that this process uses the cluster; returns the descriptor of the shared lock."""
+        with _ONE_AT_A_TIME:
+            if self.folder not in _USED:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                _USED[self.folder] = descriptor
+            return _USED[self.folder]
+
+    def _jobs(self, state: dict[str, Any]) -> set[str]:
+        """The jobs that wait or run."""
+        return {
+            job.get("submission_id") or job.get("job_id", "")
+            for job in self._ask(state).json()
+            if job.get("status") in ("PENDING", "RUNNING") and job.get("type") == "SUBMISSION"
+        }
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _start(self) -> dict[str, Any]:
         token = self.folder / "token"
         if not token.is_file():
-            write_atomic(token, secrets.token_hex(32).encode())
+            write_atomic(token, secrets.token_hex(32).encode(), mode=0o600)
         token.chmod(0o600)
-        # Ray puts Unix sockets in here, whose paths may have 107 characters: the home folder could be too deep.
-        temporary = Path(tempfile.mkdtemp(prefix="mlpipes-ray-"))
+        temporary = short_folder("mlpipes-ray-")  # the home folder could be too deep
         dashboard, mark = free_port(), secrets.token_hex(8)
         role = ["--head", f"--node-ip-address={LOOPBACK}", f"--port={free_port()}", f"--temp-dir={temporary}"]
         role += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
         command = start_command(role, os.cpu_count() or 1, head=True)
-        environment = os.environ | self._client_environment() | start_environment(mark, LOOPBACK)
+        # Without the user's token, which is another cluster's, and which Ray would prefer to ours.
+        environment = for_children("RAY_AUTH_TOKEN") | self._client_environment() | start_environment(mark, LOOPBACK)
         log = self.folder / "head.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -126,12 +183,18 @@ class LocalRay:
 
         if not _is_alive(state):
             return False
-        address = self._address(state)
         try:
-            reply = requests.get(f"{address.dashboard}/api/jobs/", headers=address.headers(), timeout=5)
-        except requests.RequestException:
+            return self._ask(state).ok
+        except (requests.RequestException, ConfigError):
             return False
-        return reply.ok
+
+    def _ask(self, state: dict[str, Any]) -> Any:
+        from requests import Session
+
+        address = self._address(state)
+        with Session() as session:
+            session.trust_env = False  # no proxy, and nothing of ~/.netrc: this is loopback
+            return session.get(f"{address.dashboard}/api/jobs/", headers=address.headers(), timeout=5)
 
     # -- end ----------------------------------------------------------------------------------------------------------
     def _end(self, state: dict[str, Any]) -> None:

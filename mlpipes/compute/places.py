@@ -1,12 +1,12 @@
 """Places: which of them trains a scale - this machine's private Ray, a Ray at an address, or Slurm."""
 
-import os
 from pathlib import Path
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.jobs import Jobs
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmJobs, SlurmSettings
+from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.scales import RayScaleConfig
 
@@ -18,7 +18,7 @@ def jobs_for(scale: RayScaleConfig, address: str | None = None, slurm: str | Non
 
     Raises ConfigError if both a Ray and Slurm are asked for, or if the settings of Slurm are unusable.
     """
-    address, slurm = address or os.environ.get(ADDRESS_VARIABLE), slurm or os.environ.get(SETTINGS_VARIABLE)
+    address, slurm = address or value_of(ADDRESS_VARIABLE), slurm or value_of(SETTINGS_VARIABLE)
     if slurm and address:
         raise ConfigError(
             f"{ADDRESS_VARIABLE}={address} and {SETTINGS_VARIABLE}={slurm} exclude each other: a Slurm job starts a Ray of "
@@ -29,9 +29,14 @@ def jobs_for(scale: RayScaleConfig, address: str | None = None, slurm: str | Non
     return RayJobs(resolve(address))
 
 
+def is_local() -> bool:
+    """Whether the environment has trainings run in this machine's private Ray."""
+    return not (value_of(ADDRESS_VARIABLE) or value_of(SETTINGS_VARIABLE))
+
+
 def resolve(address: str | None = None) -> RayAddress:
     """The cluster at an address (default `$MLPIPES_RAY_ADDRESS`), or this machine's private one, started if need be."""
-    address = address or os.environ.get(ADDRESS_VARIABLE)
+    address = address or value_of(ADDRESS_VARIABLE)
     if not address:
         from mlpipes.compute.local import LocalRay
 

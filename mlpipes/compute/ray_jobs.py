@@ -7,13 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
+from mlpipes.environment import apply
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import TrainingFolder
 
@@ -28,12 +29,14 @@ class RayJobs(Jobs):
 
     name = "Ray job"
     module = "mlpipes.training.driver"
+    submitted: ClassVar[set[str]] = set()
+    """The jobs that this process has submitted."""
 
     def __init__(self, address: RayAddress, patience_seconds: float | None = None) -> None:
-        address.enter()
+        apply()  # Ray's clients heed RAY_API_SERVER_ADDRESS and RAY_ADDRESS more than the address that they are given
         # A private head that is away will not come back by itself: better to start it again soon.
         self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
-        self.shares_machine, self.python = address.local, sys.executable if address.local else "python"
+        self.shares_machine, self.python = address.local, shlex.quote(sys.executable) if address.local else "python"
 
     def check(self, scale: RayScaleConfig, data_bytes: int, min_workers: int | None = None) -> None:
         """Raises PreflightError if the cluster's nodes cannot hold a scale's workers."""
@@ -67,6 +70,7 @@ class RayJobs(Jobs):
             if "already exists" not in str(error):
                 raise
             return JobHandle(submission_id, attempt, attached=True)
+        self.submitted.add(submission_id)
         return JobHandle(submission_id, attempt, attached=False)
 
     def status(self, handle: JobHandle) -> JobStatus:
@@ -100,19 +104,16 @@ class RayJobs(Jobs):
         from ray.job_submission import JobSubmissionClient
 
         try:
-            for attempt in Retrying(
+            return Retrying(
                 retry=retry_if_exception(_is_passing),
                 stop=stop_after_delay(self.patience_seconds),
                 wait=wait_exponential(multiplier=0.2, max=3),
                 reraise=True,
-            ):
-                with attempt:
-                    return call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers()))
+            )(lambda: call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers())))
         except Exception as error:
             if _is_passing(error):
                 raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
             raise
-        raise AssertionError("unreachable")
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -11,16 +11,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+from mlpipes.environment import for_children
+from mlpipes.errors import PreflightError
 
 MARK = "MLPIPES_RAY_HEAD"
 """Environment variable that every process of a node inherits, so that exactly these can be found and ended."""
 LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
 _HEAD_SECONDS = 90
+_FOLDER_CHARACTERS, _RANDOM_CHARACTERS = 38, 8
 
 
 def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
@@ -92,6 +99,23 @@ def _marked(mark: str, session: int | None) -> list[psutil.Process]:
     return list(found)
 
 
+def short_folder(prefix: str) -> Path:
+    """A new folder that nobody else may look into, whose path leaves room for the Unix sockets that Ray puts into it.
+
+    Their paths may have 107 characters, of which Ray takes some seventy; `$TMPDIR` may be longer than what is left. Raises
+    PreflightError if there is no place for one.
+    """
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - mkdtemp's are private
+        if len(str(Path(place, prefix))) + _RANDOM_CHARACTERS > _FOLDER_CHARACTERS:
+            continue
+        with suppress(OSError):
+            return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    raise PreflightError(
+        f"no temporary folder with a path of {_FOLDER_CHARACTERS} characters can be made, and Unix sockets need one. "
+        "Make /tmp writable, or set TMPDIR to a short folder"
+    )
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -139,7 +163,7 @@ def main(arguments: Sequence[str]) -> int:
     # Said explicitly, because Ray counts the machine's devices, not those of this job.
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name not in ("", "NoDevFiles")]
     mark = secrets.token_hex(8)
-    environment = os.environ | start_environment(mark, host)
+    environment = for_children(unproxied=host) | start_environment(mark, host)
     command = [*start_command(role, chosen.cpus, head=chosen.is_head), f"--num-gpus={len(devices)}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

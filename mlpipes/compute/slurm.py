@@ -4,6 +4,7 @@ Needs nothing but Slurm's own commands, here or behind a prefix such as `ssh log
 """
 
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from mlpipes.compute.allocation import PYTHON_VARIABLE
@@ -30,6 +31,7 @@ _NEVER += ("can't use this partition",)
 `sbatch --test-only` is no help: it refuses for that as well, and does not tell the two apart."""
 _PASSING = ("contact slurm controller", "connection", "timed out", "temporarily", "zero bytes", "endpoint", "try again")
 """Words, in lower case, by which Slurm's commands (or ssh) say that nobody answers just now."""
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.ASCII | re.IGNORECASE)
 _COLUMNS = {"JobID": 20, "Name": 130, "State": 20, "RestartCnt": 10, "Reason": 200}
 
 
@@ -48,11 +50,26 @@ class SlurmSettings(BaseModel):
     gpu_type: str | None = Field(default=None, description="such as a100, where a site tells them apart")
     options: list[str] = Field(default_factory=list, description="more options of sbatch, such as --exclusive")
     setup: list[str] = Field(default_factory=list, description="shell lines on the node, such as `module load cuda`")
-    python: str = Field(default=sys.executable, description="starts Python on a node, e.g. apptainer exec x.sif python")
+    python: str = Field(
+        default=shlex.quote(sys.executable), description="starts Python on a node, e.g. apptainer exec x.sif python"
+    )
     command_prefix: str = Field(default="", description="before each Slurm command, such as `ssh login-node`")
     poll_seconds: float = Field(default=5.0, gt=0, description="how often the controller is asked")
     resubmit_cancelled: bool = Field(default=False, description="submit again what an administrator has cancelled")
     scales: dict[str, dict[str, Any]] = Field(default_factory=dict, description="settings that differ, by scale key")
+
+    @field_validator("python", "command_prefix")
+    @classmethod
+    def _words(cls, value: str) -> str:
+        shlex.split(value)  # of a quotation mark that is not closed: ValueError
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _limit(cls, value: str) -> str:
+        if not _TIME.fullmatch(value):
+            raise ValueError("write a time limit as Slurm does: hours:minutes:seconds, or days-hours")
+        return value
 
     def of_scale(self, key: str) -> "SlurmSettings":
         """The settings of one scale. Raises ConfigError naming the setting that is unknown or unusable."""
@@ -99,7 +116,7 @@ class SlurmJobs(Jobs):
         self.python, self.patience_seconds = self.settings.python, patience_seconds
         self.poll_seconds = self.settings.poll_seconds
         # Another Python, in a container say, has its own packages, and ours could break it.
-        self.shares_machine = self.python == sys.executable
+        self.shares_machine = shlex.split(self.python) == [sys.executable]
         self._hurried: set[JobHandle] = set()
 
     def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
@@ -157,15 +174,12 @@ class SlurmJobs(Jobs):
 
     def _command(self, command: Sequence[str], stdin: str = "") -> str:
         """What a Slurm command prints. Tries again while nobody answers; raises ConnectionError when patience is out."""
-        for attempt in Retrying(
+        return Retrying(
             retry=retry_if_exception_type(ConnectionError),
             stop=stop_after_delay(self.patience_seconds),
             wait=wait_exponential(multiplier=0.5, max=10),
             reraise=True,
-        ):
-            with attempt:
-                return run_slurm(self.settings.command_prefix, command, stdin)
-        raise AssertionError("unreachable")
+        )(run_slurm, self.settings.command_prefix, command, stdin)
 
 
 def run_slurm(prefix: str, command: Sequence[str], stdin: str = "", timeout_seconds: float = 300) -> str:

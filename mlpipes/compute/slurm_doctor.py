@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlpipes.compute.jobs import python_path
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmSettings, run_slurm, shape
+from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError, PreflightError, UserError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import Store
@@ -31,8 +32,8 @@ def examine_slurm(scales: Mapping[str, Sequence[RayScaleConfig]], store: Store, 
 
     `probe` sends a job to a node. Nothing is left behind.
     """
-    path = os.environ.get(SETTINGS_VARIABLE, "")
     try:
+        path = value_of(SETTINGS_VARIABLE) or ""
         settings = SlurmSettings.load(Path(path)) if path else SlurmSettings()
     except UserError as error:
         yield Finding("settings", False, str(error))
@@ -80,7 +81,7 @@ def _probe(settings: SlurmSettings, store: Store) -> str:
         "import mlpipes, ray, platform, torch; print(platform.node(), platform.python_version(), torch.__version__)"
     )
     lines = list(settings.setup)
-    if settings.python == sys.executable:  # as for a training
+    if shlex.split(settings.python) == [sys.executable]:  # as for a training
         lines.append(f"export PYTHONPATH={shlex.quote(python_path())}")
     lines += [f"{settings.python} -c {shlex.quote(checks)} > {shlex.quote(str(witness))}"]
     options = shape(RayScaleConfig(workers=1, batch_size=1, epochs=1), settings)

@@ -135,6 +135,8 @@ def _parse(data: bytes, encoding: str, delimiter: str, quoted: bool, columns: Se
         if not row or (len(row) == 1 and not row[0].strip()):
             continue
         if header is None:
+            if row == ["sep=", ""]:
+                continue  # Excel's line for itself
             if len(row) < 2:
                 raise _MisfitError(
                     f"line {line}, the header, has one column only ({row[0][:80]!r}). Another delimiter? Say delimiter=…",

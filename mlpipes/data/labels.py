@@ -154,8 +154,10 @@ class Classes:
         self._numbers |= {label: self._numbers[name] for label, name in merged.items() if name in self._numbers}
         if names is not None and not everywhere & set(names):
             plain = {str(number): number for number in range(len(names))}
-            if by_number and set(train) <= set(plain):
-                self._numbers |= plain
+            forms = {label: match[1] for label in everywhere if (match := _WHOLE.fullmatch(label))}
+            numbered = {label: plain.get(forms.get(label, label)) for label in everywhere}
+            if by_number and all(numbered[label] is not None for label in train):
+                self._numbers |= {label: number for label, number in numbered.items() if number is not None}
         if unknown := Counter({label: n for label, n in train.items() if label not in self._numbers}):
             raise DataError(
                 f"{where}: column {column!r} has labels that are none of the classes {_listed(self.names)}: "

@@ -50,8 +50,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         {
             ("numpy", "ndarray"),
             ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
+            *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+            *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),  # of protocol 5
             ("_codecs", "encode"),
         }
     )
@@ -134,7 +134,10 @@ def _stack(folder: Path, batches: list[str], classes: int) -> dict[str, np.ndarr
     for name in batches:
         batch = _read_batch(folder / name)
         try:
-            pixels, targets = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
+            pixels, targets = np.asarray(batch["data"]), np.asarray(batch["labels"])
+            if len(targets) and targets.dtype.kind not in "iu":
+                raise ValueError(f"labels are {targets.dtype}, expected whole numbers")
+            targets = targets.astype(np.int64)
             if pixels.dtype != np.uint8 or pixels.shape != (len(targets), 3072):
                 raise ValueError(f"data is {pixels.dtype}{pixels.shape}, expected uint8({len(targets)}, 3072)")
             if len(targets) and not (targets.min() >= 0 and targets.max() < classes):
@@ -143,6 +146,10 @@ def _stack(folder: Path, batches: list[str], classes: int) -> dict[str, np.ndarr
             raise DataError(f"CIFAR-10: {folder / name} does not have the standard layout: {error}") from error
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(targets)
+    if not sum(map(len, labels)):
+        raise DataError(
+            f"CIFAR-10: {', '.join(batches)} in {folder} hold no image; at least one is needed in each split"
+        )
     return {"image": np.concatenate(images), "label": np.concatenate(labels)}
 
 

@@ -1,5 +1,6 @@
 """Files of tables, packed or not, as columns of text: csv, tsv, JSON and Parquet; encodings; what is no table is said."""
 
+import codecs
 import gzip
 import io
 import json
@@ -94,6 +95,13 @@ def _encoding(data: bytes, path: Path, named: str | None) -> str:
     try:
         if marked and named and _codec(named) not in _codec(marked):
             raise DataError(f"{path} begins with the mark of {marked}, but encoding={named!r} is given; leave it out")
+        if (
+            not marked
+            and named
+            and _codec(named) in ("utf-16", "utf-32")
+            and _codec(named) == codecs.lookup(named).name
+        ):
+            raise DataError(f"{path} has no mark of byte order; say encoding='{named}-le' or '{named}-be'")
         head = data.decode(encoding)[:4096]
     except LookupError as error:
         raise DataError(f"encoding={named!r} is no encoding that Python knows; cp1252 and utf-16-le are") from error
@@ -115,8 +123,6 @@ def _encoding(data: bytes, path: Path, named: str | None) -> str:
 
 def _codec(encoding: str) -> str:
     """The canonical name of an encoding, without its byte order."""
-    import codecs
-
     return codecs.lookup(encoding).name.removesuffix("-le").removesuffix("-be")
 
 
@@ -133,7 +139,7 @@ def _json_rows(text: str, path: Path) -> list[dict[str, Any]]:
             try:
                 rows.append(_parsed(line, path, number))
             except DataError:
-                if rows or path.suffixes[0].lower() in (".jsonl", ".ndjson"):
+                if rows or {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}:
                     raise
                 rows = [_parsed(text, path, None)]  # one object over several lines
                 break
@@ -235,7 +241,12 @@ def arrow_table(table: Any, classes: dict[str, list[str]], where: str) -> RawTab
         )
     if not table.num_rows:
         raise DataError(f"{where} has columns ({', '.join(map(repr, names))}), but no rows")
-    columns = {name: _arrow_cells(table.column(name)) for name in names}
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = _arrow_cells(table.column(name))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: column {name!r} holds texts that are not UTF-8: {error}") from error
     for name, known in classes.items():
         if name in columns:
             columns[name] = [_class_name(cell, known, name, where) for cell in columns[name]]

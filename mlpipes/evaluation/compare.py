@@ -74,10 +74,13 @@ def compare(store: Store, first: Evaluation, second: Evaluation, metric: str) ->
         metrics |= {"score per sample": (f"{first.scores().mean():.4f}", f"{second.scores().mean():.4f}", found)}
         notes.append(
             f"The score per sample (greater is better; for classes its mean is {metric}) is compared on the same "
-            f"{found.n:,} test samples."
+            f"{found.n:,} test samples. Test used: {found.method}, p={found.p_value:.3g}."
         )
     else:
-        notes.append("The two were tested on different data, so their samples cannot be paired.")
+        notes.append(
+            "The two were tested on different data, so their samples cannot be paired. Test used: none; what is shown is "
+            "the interval of the difference, from the two intervals (Zou and Donner)."
+        )
     if first.meta.weights == second.meta.weights:
         notes.append(f"It is the same model, bit for bit (weights {first.meta.weights[:12]}).")
     names = tuple(f"{e.meta.workload}/{e.meta.scale}@{e.meta.fingerprint[:8]}" for e in (first, second))

@@ -27,6 +27,8 @@ class Decision:
 def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: "Version | None") -> Decision:
     """Whether a model that passed the gates becomes champion, by the rows that both models met.
 
+    Not in the place of one that a person chose.
+
     Tested on other rows: it is on newer data, and takes the place. Tested and validated on the same rows: the better one
     by validation, so that test stays unseen by the choice. Tested on the same rows but validated on others (another
     split, another metric then): validation figures do not compare, so it must do the test rows better than chance
@@ -38,6 +40,12 @@ def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: 
     if champion is None:
         return Decision(True, f"the first to pass the gates{value}")
     who = f"version {champion.version} ({champion.scale})"
+    if champion.by_hand:
+        return Decision(
+            False,
+            f"a person made {who} champion ({champion.by_hand}), and automation leaves it{value}; "
+            f"`mlpipes release {candidate.meta.workload}` lets it choose again",
+        )
     found = evaluations_of(store, candidate.meta.workload, champion.scale)
     theirs = next((e for e in reversed(found) if e.meta.fingerprint == champion.fingerprint), None)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mlpipes.redaction import redact
 from mlpipes.store.layout import Store
 from mlpipes.store.status import all_statuses
 
@@ -25,7 +26,7 @@ def failure_text(workload: str, partition: str | None, run_id: str, causes: Sequ
             lines.append("There is no checkpoint yet.")
     if partition is not None:
         lines.append(f"To resume from there: mlpipes backfill {workload} --scale {partition}")
-    return "\n".join(lines)
+    return redact("\n".join(lines))
 
 
 def send(text: str, address: str) -> None:

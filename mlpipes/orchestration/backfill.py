@@ -1,6 +1,5 @@
 """Backfills from the command line: the scales that need it, launched in a Dagster that runs, and watched to the end."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +7,11 @@ from typing import Any
 
 import requests
 
+from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.launchpad import is_trained, run_config
 from mlpipes.orchestration.resources import STORE
-from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
+from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE, TrainingConfig
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.identity import identity_of, is_empty
 from mlpipes.store.layout import Store
@@ -50,7 +51,9 @@ class DagsterUi:
     """A Dagster webserver, asked over GraphQL."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = (address or os.environ.get(DAGSTER_UI_VARIABLE) or DEFAULT_UI).rstrip("/")
+        self.address = (address or value_of(DAGSTER_UI_VARIABLE) or DEFAULT_UI).rstrip("/")
+        if not self.address.startswith(("http://", "https://")):
+            raise ConfigError(f"--ui {address}: write the address of the Dagster UI, such as {DEFAULT_UI}")
 
     def ask(self, query: str, **variables: Any) -> Any:
         """The answer's data. Raises ConfigError if nobody answers or the answer is an error."""
@@ -107,13 +110,16 @@ class DagsterUi:
             "--adopt` where Dagster runs, and `mlpipes backfill --again` makes everything again."
         )
 
-    def launch(self, workload: str, scales: Sequence[str], priority: int, title: str) -> str:
-        """Launch a backfill of the chain for some scales; returns its id."""
+    def launch(
+        self, workload: str, scales: Sequence[str], priority: int, title: str, config: Mapping[str, Any] | None = None
+    ) -> str:
+        """Launch a backfill of the chain for some scales, with a run config; returns its id."""
         params = {
             "assetSelection": [{"path": [workload, asset]} for asset in CHAIN],
             "partitionNames": list(scales),
             "tags": [{"key": "dagster/priority", "value": str(priority)}],
             "title": title,
+            **({"runConfigData": dict(config)} if config else {}),
         }
         answer = self.ask(_LAUNCH, params=params)["launchPartitionBackfill"]
         if "backfillId" not in answer:
@@ -137,11 +143,11 @@ def _is_there(store: Store, workload: str, asset: str, scale: str) -> bool:
 
 
 def _patiently(call: Callable[[], Any], seconds: float) -> Any:
-    from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-    policy = {"retry": retry_if_exception_type(ConfigError), "stop": stop_after_delay(seconds), "wait": wait_fixed(1)}
-    asked: Callable[[], Any] = retry(**policy, reraise=True)(call)
-    return asked()
+    return Retrying(
+        retry=retry_if_exception_type(ConfigError), stop=stop_after_delay(seconds), wait=wait_fixed(1), reraise=True
+    )(call)
 
 
 @dataclass
@@ -212,24 +218,35 @@ def launch(
     *,
     smallest_first: bool,
     again: bool,
+    config: TrainingConfig | None = None,
 ) -> tuple[Backfill | None, list[str]]:
     """Launch what is not fresh (or all, with `again`); returns it, and the keys of the scales that are fresh.
 
+    With settings (`config`), fresh is what was trained with them, by its fingerprint.
     Raises ConfigError if Dagster's materializations lie in a store that cannot be seen from here.
 
     What is half done is resumed: a training is found by its fingerprint. With `smallest_first` each scale is a backfill of
     its own, with a priority.
     """
-    fresh = [] if again else [scale.key for scale in scales if ui.is_fresh(entry.name, scale.key, store)]
+
+    def is_fresh(key: str) -> bool:
+        if config is None:
+            return ui.is_fresh(entry.name, key, store)
+        there = all(_is_there(store, entry.name, asset, key) for asset in CHAIN)
+        return there and is_trained(entry, key, config, store)
+
+    fresh = [] if again else [scale.key for scale in scales if is_fresh(scale.key)]
+    settings = run_config(entry, config)
     wanted = [scale for scale in scales if scale.key not in fresh]
     if not wanted:
         return None, fresh
     if smallest_first:
         ordered = sorted(wanted, key=work)
         ids = [
-            ui.launch(entry.name, [scale.key], len(ordered) - rank, f"{entry.name} {scale.key}")
+            ui.launch(entry.name, [scale.key], len(ordered) - rank, f"{entry.name} {scale.key}", settings)
             for rank, scale in enumerate(ordered)
         ]
     else:
-        ids = [ui.launch(entry.name, [scale.key for scale in wanted], 0, f"{entry.name}: {len(wanted)} scales")]
+        title = f"{entry.name}: {len(wanted)} scales"
+        ids = [ui.launch(entry.name, [scale.key for scale in wanted], 0, title, settings)]
     return Backfill(ui, ids, {scale.key: "REQUESTED" for scale in wanted}), fresh

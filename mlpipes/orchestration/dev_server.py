@@ -1,29 +1,35 @@
 """`mlpipes dev`: the Dagster UI and, if asked for, the MLflow UI, kept alive by one process and ended with it."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mlpipes.compute.local import LocalRay
-from mlpipes.errors import ConfigError, UserError
+from mlpipes.compute.ray_node import short_folder
+from mlpipes.environment import for_children
+from mlpipes.errors import ConfigError, CorruptionError, UserError
 from mlpipes.orchestration.code_servers import code_servers, heal, is_loaded, option
 from mlpipes.orchestration.instance import check_run_launcher, dagster_home
 from mlpipes.orchestration.run_news import RunNews
+from mlpipes.orchestration.schedules import night_of_environment
 from mlpipes.orchestration.servers import Server, ServerError, ServerLog
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
+from mlpipes.redaction import redact
+from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import home
-from mlpipes.tracking.runs import UI_VARIABLE, default_uri
+from mlpipes.tracking.runs import UI_VARIABLE, default_uri, public_uri
 
 HOST = "127.0.0.1"
 CHECK_SECONDS = 1.0
@@ -39,8 +45,41 @@ def serve(console: Console, port: int, mlflow_port: int | None, verbose: bool = 
     Starts the code server, the daemon and the webserver that `dagster dev` would start, each by itself: `dagster dev` ends
     all of them when one dies, and every run with them, where starting that one again leaves the others undisturbed.
 
-    Raises ConfigError if a port is taken or the definitions do not load, ServerError if a server does not stay up.
+    Raises ConfigError if a port is taken, if another one serves this home folder or the definitions do not load, and
+    ServerError if a server does not stay up.
     """
+    cron, zone = night_of_environment()
+    dagster_home()
+    default_uri()
+    with _only_one(port):
+        _serve(console, port, mlflow_port, verbose, f"Nightly evaluations: {cron} ({zone})" if cron else "")
+
+
+@contextmanager
+def _only_one(port: int) -> Iterator[None]:
+    """Two on one home would share its log, and their daemons would launch everything twice. Raises ConfigError."""
+    home().mkdir(parents=True, exist_ok=True)
+    lock, note = FileLock(str(home() / "dev.lock"), blocking=False), home() / "dev.json"
+    try:
+        lock.acquire()
+    except Timeout:
+        try:
+            other = "Dagster UI: http://{}:{port}, process {pid}".format(HOST, **read_record(note))
+        except (OSError, CorruptionError, KeyError):
+            other = "it is starting"
+        raise ConfigError(
+            f"another `mlpipes dev` serves {home()} already ({other}). Use that one, end it, or set MLPIPES_HOME to another "
+            "folder"
+        ) from None
+    try:
+        write_record(note, {"port": port, "pid": os.getpid()})
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _serve(console: Console, port: int, mlflow_port: int | None, verbose: bool, night: str) -> None:
     for name, wanted in (("--port", port), ("--mlflow-port", mlflow_port)):
         if wanted is not None and not _is_free(wanted):
             raise ConfigError(f"port {wanted} is taken; choose another with {name}")
@@ -51,16 +90,18 @@ def serve(console: Console, port: int, mlflow_port: int | None, verbose: bool = 
         signal.signal(number, lambda *_: interrupted.set())
     log = ServerLog(home() / "logs" / "dev.log")
     session = _Session(console, port, mlflow_port, log, verbose)
+    if night:
+        session.say(night)
     session.say(
         f"Starting Dagster. What its servers print: {log.path}{'' if verbose else ' (--verbose shows it here)'}"
     )
     try:
-        # Short, for it holds Unix sockets (their paths may have 107 characters), and nobody else's: a socket runs code.
-        with (
-            dg.DagsterInstance.from_config(session.environment["DAGSTER_HOME"]) as instance,
-            tempfile.TemporaryDirectory(prefix="mlpipes-dev-") as folder,
-        ):
-            session.run(instance, Path(folder), interrupted)
+        with dg.DagsterInstance.from_config(session.environment["DAGSTER_HOME"]) as instance:
+            folder = short_folder("mlpipes-dev-")  # for Unix sockets; nobody else's, for a socket runs code
+            try:
+                session.run(instance, folder, interrupted)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         log.close()
 
@@ -72,7 +113,7 @@ class _Session:
         self.console, self.port, self.mlflow_port, self.log, self.verbose = console, port, mlflow_port, log, verbose
         self.ui = f"http://{HOST}:{port}"
         # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
-        self.environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **os.environ}
+        self.environment = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1", **for_children()}
         self.environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: self.ui}
         self.servers: list[Server] = []
         self.code: dict[str, Server] = {}
@@ -84,7 +125,7 @@ class _Session:
     def say(self, text: str, style: str | None = None) -> None:
         """One line for the person at the terminal; a terminal that is gone or full ends nothing."""
         with suppress(OSError):
-            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(redact(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
     def tell(self, text: str, style: str | None = None) -> None:
         """The same, with the time, for what happens later on."""
@@ -153,13 +194,14 @@ class _Session:
             return
         uri, address = default_uri(), f"http://{HOST}:{self.mlflow_port}"
         if uri.startswith("http"):
-            self.say(f"MLflow UI:  {self.environment.get(UI_VARIABLE, uri)}")
+            self.say(f"MLflow UI:  {self.environment.get(UI_VARIABLE) or public_uri(uri)}")
             return
         self.environment[UI_VARIABLE] = address
         self.announced.append((f"MLflow UI:  {address}", f"{address}/health"))
         # One worker: on a laptop one person looks at it, and each imports all of MLflow.
-        options = ["--host", HOST, "--port", self.mlflow_port, "--workers", 1, "--backend-store-uri", uri]
-        self._start("The MLflow UI", "mlflow", "ui", *options)
+        # The address is no option: it may hold a password, and everybody sees the options of a process.
+        self.environment["MLFLOW_BACKEND_STORE_URI"] = uri
+        self._start("The MLflow UI", "mlflow", "ui", "--host", HOST, "--port", self.mlflow_port, "--workers", 1)
 
     def _start_the_others(self, workspace: Path) -> None:
         """Start what asks the code servers, which otherwise would fill the log with not finding them."""

@@ -19,9 +19,10 @@ from mlpipes.compute.jobs import (
 )
 from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration.live import LiveView
+from mlpipes.redaction import redact
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import Allocated, EpochEnded, Failed, Finished, Started, Warned
-from mlpipes.store.training_job import TrainingJob
+from mlpipes.store.training_job import TrainingJob, forget_handovers
 
 DEAD_SECONDS = 30.0
 """A driver whose heartbeat stood still for so long is dead, whatever the Jobs API says (it may say RUNNING for long)."""
@@ -59,7 +60,7 @@ def follow_training(
             status, cause = end.status, end.error or "no error reported"
         except ConnectionError as error:
             # The head is gone for longer than its clients are patient. A private one is started again by `connect`.
-            cause = str(error)
+            cause = redact(str(error))
         if folder.result.is_file():
             return
         if restarts.are_in_vain():
@@ -94,11 +95,13 @@ def _settle(context: dg.AssetExecutionContext, jobs: Jobs, folder: TrainingFolde
         end.error, end.fatal = f"it waits and can never start, because of {end.error}; see `mlpipes doctor slurm`", True
     if end.fatal or end.status in (JobState.DEAD, JobState.STALLED):
         jobs.stop(handle)
+    if end.fatal or end.status == JobState.STOPPED:
+        forget_handovers(folder)
     if end.fatal:
         raise TrainingFailedError(f"{end.error} ({jobs.name} {handle.id})")
     if end.status == JobState.STOPPED:
         raise TrainingFailedError(f"{jobs.name} {handle.id} was stopped; materialize again to resume it")
-    return "" if end.status == JobState.LOST else jobs.logs(handle, folder)[-3000:]
+    return "" if end.status == JobState.LOST else redact(jobs.logs(handle, folder)[-3000:])
 
 
 @dataclass
@@ -169,7 +172,7 @@ def _watch(
                 case Finished() if folder.result.is_file():
                     break
                 case Ended(status):
-                    end.status, end.error = status.state, end.error or status.reason
+                    end.status, end.error = status.state, end.error or redact(status.reason)
                 case _:
                     pass
     except BaseException:

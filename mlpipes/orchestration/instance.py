@@ -1,12 +1,15 @@
 """Dagster's instance on this machine: where it keeps its history, and jobs executed in this process."""
 
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+from mlpipes.environment import path_in
 from mlpipes.errors import ConfigError, UserError
 from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
@@ -29,15 +32,17 @@ def quiet_instance(folder: Path) -> Any:
     return DagsterInstance.from_ref(InstanceRef.from_dir(str(folder), overrides={"compute_logs": nothing}))
 
 
-def execute(job: Any, instance: Any, partition: str | None = None) -> None:
-    """Execute a job in this process, quietly.
+def execute(
+    job: Any, instance: Any, partition: str | None = None, config: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Execute a job in this process, quietly; `config` is that of its run.
 
     Raises UserError with the cause if a step fails by a user's error, or by an error that the workload's own code raises.
     """
     import dagster as dg
 
     try:
-        job.execute_in_process(instance=instance, partition_key=partition, run_config=QUIET)
+        job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config})
     except dg.Failure as failure:
         raise UserError(failure.description or str(failure)) from failure
     except Exception as error:
@@ -58,9 +63,12 @@ def execute_report(definitions: Any, instance: Any) -> None:
 def dagster_home() -> Path:
     """Set DAGSTER_HOME, where it is not set, to the current folder if it has a dagster.yaml, as the checkout has; else to
     `dagster` in the home folder, with the same settings: there is one history, wherever commands are given.
+
+    Raises ConfigError if it is set to what is no folder.
     """
-    if configured_home := os.environ.get("DAGSTER_HOME"):
-        return Path(configured_home)
+    if configured_home := path_in("DAGSTER_HOME"):
+        os.environ["DAGSTER_HOME"] = str(configured_home)  # Dagster takes absolute ones only
+        return configured_home
     here = Path.cwd()
     if (here / "dagster.yaml").is_file():
         folder = here

@@ -2,21 +2,30 @@
 
 import base64
 import errno
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from mlpipes.errors import UserError
+from mlpipes.redaction import redact
 from mlpipes.reporting.report import Report, Table, escaped
+
+if TYPE_CHECKING:
+    from mlpipes.tracking.runs import Tracker
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns an error that the user can mend into a failure with a clear message that no retry policy repeats."""
+    """Turns an error that the user can mend into a failure with a clear message that no retry policy repeats.
+
+    Dagster keeps the texts of errors and of their causes: none leaves with a secret in it.
+    """
     try:
-        yield
+        with _without_secrets():
+            yield
     except UserError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except OSError as error:
@@ -26,6 +35,9 @@ def user_errors() -> Iterator[None]:
         raise dg.Failure(description=text, allow_retries=False) from error
     except Exception as error:
         # By name, for MLflow is heavy to import. It has tried for minutes by then.
+        if type(error).__name__ == "MlflowException" and "must be in the 'active' state" in str(error):
+            text = f"MLflow's run was deleted ({str(error)[:200]}). Restore it, or materialize `checkpoints` again."
+            raise dg.Failure(description=text, allow_retries=False) from error
         if type(error).__name__ != "MlflowException" or "Max retries exceeded" not in str(error):
             raise
         text = (
@@ -33,6 +45,22 @@ def user_errors() -> Iterator[None]:
             f"correct MLFLOW_TRACKING_URI), and materialize again. {str(error)[:300]}"
         )
         raise dg.Failure(description=text, allow_retries=False) from error
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """Raises what is raised inside; if it or a cause has a secret in its text, another one without, and without a cause."""
+    try:
+        yield
+    except Exception as error:
+        whole = "".join(traceback.format_exception(error))
+        if (clean := redact(whole)) == whole:
+            raise
+        if isinstance(error, UserError):
+            raise type(error)(redact(str(error))) from None
+        if isinstance(error, dg.Failure):
+            raise dg.Failure(redact(error.description or ""), allow_retries=error.allow_retries) from None
+        raise RuntimeError(clean) from None
 
 
 def picture(png: bytes, alternative: str) -> dg.MarkdownMetadataValue:
@@ -51,9 +79,10 @@ def mapping_table(content: Mapping[str, Any]) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(["| | |", "| --- | --- |", *lines]))
 
 
-def link(address: str | None, otherwise: str) -> dg.MetadataValue:
-    """A link where there is an address, and otherwise the command that would make one."""
-    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(otherwise)
+def run_link(tracker: "Tracker", run_id: str) -> dg.MetadataValue:
+    """A link to a run in MLflow's UI where that has an address, and otherwise the command that would start it."""
+    address = tracker.link(run_id)
+    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(tracker.command(run_id))
 
 
 def report_metadata(report: Report) -> dict[str, Any]:

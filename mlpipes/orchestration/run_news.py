@@ -5,6 +5,8 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 from dagster import DagsterEventType
 
+from mlpipes.redaction import redact
+
 _OVERLAP = timedelta(seconds=10)
 """So far back is looked again: rows become visible a little after the moment that they are stamped with."""
 _CHARACTERS = 300
@@ -78,7 +80,7 @@ class RunNews:
                 text = described or (error.message if error else text)
             elif event is not None:
                 text = event.message or text
-            return " ".join(text.split())[:_CHARACTERS].rstrip(".")
+            return redact(" ".join(text.split()))[:_CHARACTERS].rstrip(".")
         return "no cause is recorded"
 
 

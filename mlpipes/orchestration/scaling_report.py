@@ -3,7 +3,7 @@
 import dagster as dg
 from pydantic import Field
 
-from mlpipes.orchestration.metadata import link, picture, table, user_errors
+from mlpipes.orchestration.metadata import picture, run_link, table, user_errors
 from mlpipes.orchestration.resources import MlflowResource, StoreResource
 from mlpipes.scaling.report import NOTE, make_report, prices_from_environment
 from mlpipes.scaling.table import cost_table, scaling_table
@@ -61,7 +61,7 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
                 "note": NOTE,
                 "distinct_models": len({row["weights_digest"] for row in report.rows}),
                 "report": dg.MetadataValue.path(str(folder / "scaling_report.md")),
-                "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
+                "mlflow": run_link(tracker, run_id),
             }
         )
 

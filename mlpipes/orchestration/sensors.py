@@ -1,12 +1,13 @@
 """Sensors: messages about runs that failed for good, retries that Dagster lost, reports that follow evaluations."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 
 import dagster as dg
 from dagster import DagsterEventType
 
+from mlpipes.environment import value_of
+from mlpipes.errors import ConfigError
 from mlpipes.orchestration.alerts import WEBHOOK_VARIABLE, failure_text, send
 from mlpipes.orchestration.resources import StoreResource
 
@@ -43,7 +44,12 @@ def failure_message(context: dg.RunFailureSensorContext, store: StoreResource) -
         workload, run.tags.get(_PARTITION), run.run_id, causes or [context.failure_event.message or ""], store.store
     )
     context.log.error(text)
-    if address := os.environ.get(WEBHOOK_VARIABLE):
+    try:
+        address = value_of(WEBHOOK_VARIABLE)
+    except ConfigError as error:
+        context.log.error(str(error))
+        return None
+    if address:
         try:
             send(text, address)
         except requests.RequestException as error:

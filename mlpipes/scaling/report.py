@@ -7,7 +7,7 @@ from typing import Any
 
 from mlpipes.errors import ConfigError
 from mlpipes.evaluation.gates import summary
-from mlpipes.evaluation.records import evaluations_of
+from mlpipes.evaluation.records import evaluations_of, open_evaluation
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Table
 from mlpipes.scaling.table import (
@@ -176,7 +176,7 @@ def _result(store: Store, reference: EvaluationReference, metric: Metric) -> tup
         metric=metric,
         train_seconds=outcome.train_seconds,
         samples_per_second=outcome.samples_per_second,
-        weights_digest=outcome.weights_digest,
+        weights_digest=open_evaluation(store, reference).meta.weights,  # the chosen epoch's, as everywhere
         # Seconds on different hardware do not compare either.
         comparable=digest_of(shared | {"device": outcome.environment["device"]}),
         samples=outcome.samples,

@@ -52,12 +52,15 @@ def _temporary_beside(path: Path) -> Path:
     return path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file so that a crash at any moment leaves the old bytes or the new ones, never a mixture."""
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a whole file so that a crash at any moment leaves the old bytes or the new ones, never a mixture.
+
+    `mode`: who may do what with it, less what the process's umask forbids; from its first byte on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(path)
     try:
-        with temporary.open("wb") as stream:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:  # noqa: PTH123
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -67,10 +70,10 @@ def write_atomic(path: Path, data: bytes) -> None:
     fsync(path.parent)
 
 
-def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object together with its own checksum, atomically."""
+def write_record(path: Path, content: Mapping[str, Any], mode: int = 0o666) -> None:
+    """Write a JSON object together with its own checksum, atomically; `mode` as of `write_atomic`."""
     envelope = {"sha256": digest_of(content), "content": content}
-    write_atomic(path, json.dumps(envelope, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+    write_atomic(path, json.dumps(envelope, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n", mode)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Where everything lies: the layout of the store and of the local home folder."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mlpipes.environment import path_in
 from mlpipes.store.references import Reference
 
 HOME_VARIABLE = "MLPIPES_HOME"
@@ -15,9 +15,10 @@ def home() -> Path:
     """The folder that holds all state of this installation: `$MLPIPES_HOME`, else `.mlpipes` in the checkout.
 
     An installed package without a checkout uses `.mlpipes` in the current folder, as `dagster dev` does for its files.
+    Raises ConfigError for a variable that holds no folder.
     """
-    if configured := os.environ.get(HOME_VARIABLE):
-        return Path(configured).expanduser().absolute()
+    if configured := path_in(HOME_VARIABLE):
+        return configured
     checkout = Path(__file__).resolve().parents[2]
     base = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
     return base / ".mlpipes"
@@ -61,6 +62,10 @@ class TrainingFolder:
     def specification(self, attempt: int) -> Path:
         """What one attempt's driver is told."""
         return self.path / "jobs" / f"a{attempt}.json"
+
+    def handover(self, attempt: int) -> Path:
+        """What one attempt's driver is told that nobody else may read; of mode 600, and gone when the training is done."""
+        return self.path / "jobs" / f"a{attempt}.handover"
 
     def heartbeat(self, attempt: int) -> Path:
         """A file that one attempt's driver touches while it lives."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from mlpipes.redaction import redact
 from mlpipes.store.outcome import Best
 
 
@@ -160,7 +161,8 @@ class MessageWriter:
 
     def __call__(self, message: Message) -> None:
         """Append one message; an unwritable disk is not the training's problem."""
-        line = message.model_dump_json() + "\n"
+        texts = {name: redact(value) for name, value in message if isinstance(value, str) and name != "kind"}
+        line = message.model_copy(update=texts).model_dump_json() + "\n"
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError:

@@ -1,9 +1,14 @@
 """What one attempt's driver and workers are told: the recipe, the places, and how to behave."""
 
+import os
 from pathlib import Path
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from mlpipes.environment import CREDENTIALS
+from mlpipes.redaction import redact
+from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.record import Record
@@ -25,7 +30,14 @@ class Tracking(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
+    """Without a password in it where it is stored; see `TrainingJob.write`."""
     run_id: str
+
+
+def forget_handovers(folder: TrainingFolder) -> None:
+    """Remove what was handed over to attempts that are over."""
+    for path in folder.handover(0).parent.glob("a*.handover"):
+        path.unlink(missing_ok=True)
 
 
 class TrainingJob(Record):
@@ -58,7 +70,37 @@ class TrainingJob(Record):
         return Store(Path(self.store)).snapshots / self.recipe.snapshot
 
     def write(self) -> Path:
-        """Store it where the driver reads it; returns the file."""
-        path = self.folder.specification(self.attempt)
-        self.write_to(path)
+        """Store it where the driver reads it; returns the file.
+
+        What reaches MLflow (an address with a password, credentials of this process) goes into a file beside it that
+        nobody else may read: specifications are looked at, copied and kept.
+        """
+        path, stored = self.folder.specification(self.attempt), self
+        if self.tracking is not None:
+            public = self.tracking.model_copy(update={"uri": redact(self.tracking.uri)})
+            credentials = {name: os.environ[name] for name in CREDENTIALS if os.environ.get(name)}
+            if credentials or public != self.tracking:
+                secrets = {"uri": self.tracking.uri, "environment": credentials}
+                write_record(self.folder.handover(self.attempt), secrets, mode=0o600)
+            stored = self.model_copy(update={"tracking": public})
+        stored.write_to(path)
         return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What `write` stored, with what was handed over. Raises FileNotFoundError, CorruptionError or FormatError."""
+        job = super().read(path)
+        if job.tracking is None or (secrets := job._handed_over()) is None:
+            return job
+        return job.model_copy(update={"tracking": job.tracking.model_copy(update={"uri": secrets["uri"]})})
+
+    def take_over(self) -> None:
+        """Have this process know the credentials that were handed over; those that it has count more."""
+        for name, value in (self._handed_over() or {"environment": {}})["environment"].items():
+            os.environ.setdefault(name, value)
+
+    def _handed_over(self) -> dict[str, Any] | None:
+        try:
+            return read_record(self.folder.handover(self.attempt))
+        except (FileNotFoundError, PermissionError):  # there was nothing to hide, or it is hidden from this user
+            return None

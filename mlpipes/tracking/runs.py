@@ -4,6 +4,7 @@ Nothing in here may stop a training. The message file and the checkpoints hold e
 while a server was away is sent later; a row sent twice is identical, and the SQL stores keep it once.
 """
 
+import logging
 import os
 import threading
 import time
@@ -16,7 +17,9 @@ from urllib.parse import urlsplit, urlunsplit
 from filelock import FileLock
 from tenacity import retry, stop_after_attempt, wait_random_exponential
 
+from mlpipes.environment import tracking_uri, value_of
 from mlpipes.errors import ConfigError
+from mlpipes.redaction import redact
 from mlpipes.store.layout import home
 from mlpipes.store.messages import MetricsLogged, Notify, Warned, read_messages
 
@@ -26,25 +29,77 @@ if TYPE_CHECKING:
 FINGERPRINT_TAG = "mlpipes.fingerprint"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 UI_VARIABLE = "MLPIPES_MLFLOW_UI"
+_ANSWER_SECONDS = 5
+_LOG = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's limit of metrics per request
 
 
 def default_uri() -> str:
-    """`$MLFLOW_TRACKING_URI`, else an SQLite file in the home folder. Raises ConfigError for a `file:` store."""
-    uri = os.environ.get(URI_VARIABLE) or f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
-    if uri.startswith("file:") or "://" not in uri:
+    """`$MLFLOW_TRACKING_URI`, else an SQLite file in the home folder.
+
+    Raises ConfigError for what MLflow cannot use, and for a home folder whose path the address of a database cannot hold.
+    """
+    if given := value_of(URI_VARIABLE):
+        return tracking_uri(given)
+    path = home() / "mlflow" / "mlflow.db"
+    if "?" in str(path):
         raise ConfigError(
-            f"{URI_VARIABLE}={uri}: MLflow has dropped file stores; use sqlite:///… or a server's http://…"
+            f"the home folder {home()} has a question mark in its path, which the addresses of MLflow's and Dagster's "
+            f"databases cannot hold; set MLPIPES_HOME to another folder"
         )
+    return f"sqlite:///{path}"
+
+
+def answering_uri() -> str:
+    """The same, once it has answered: a command tells at once what would be tried again for minutes in a training.
+
+    Raises ConfigError if it does not.
+    """
+    uri = default_uri()
+    try:
+        if uri.startswith("http"):
+            import requests
+
+            requests.get(f"{uri.rstrip('/')}/health", timeout=_ANSWER_SECONDS)  # any answer is one
+        elif not uri.startswith("sqlite"):
+            _connect(uri)
+    except Exception as error:  # of any driver of a database
+        raise ConfigError(
+            f"{URI_VARIABLE}={redact(uri)}: nobody answers there ({type(error).__name__}). Start the server, correct the "
+            "address, or unset the variable"
+        ) from None
     return uri
+
+
+def _connect(uri: str) -> None:
+    import sqlalchemy
+
+    known = sqlalchemy.make_url(uri).get_dialect().driver in ("psycopg2", "psycopg", "pymysql", "mysqldb")
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": _ANSWER_SECONDS} if known else {})
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def public_uri(uri: str) -> str:
+    """An address without user name, password and other secrets, for whatever is shown or logged."""
+    parts = urlsplit(uri)
+    shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+    return redact(shown)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite address; None of another."""
+    scheme, _, rest = uri.partition("://")
+    return Path(rest.partition("?")[0].removeprefix("/")) if scheme.startswith("sqlite") else None
 
 
 def _client(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
+    if path := _sqlite_file(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
         # The first client creates the schema, and two at once would trip over each other.
         with FileLock(str(path) + ".lock", timeout=120):
@@ -61,16 +116,25 @@ class Tracker:
     uri: str
 
     def __post_init__(self) -> None:
+        try:
+            self.uri = tracking_uri(self.uri)
+        except ValueError as error:
+            raise ConfigError(f"MLflow's address {redact(self.uri)}: {error}") from error
         self.client = _client(self.uri)
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, made if it is not there; with an SQLite store, its artifacts lie beside the file."""
         found = self.client.get_experiment_by_name(name)
         if found is not None:
+            if found.lifecycle_stage == "deleted":
+                _LOG.warning(
+                    "the MLflow experiment %s was deleted; it is restored, for its runs belong to trainings", name
+                )
+                self.client.restore_experiment(found.experiment_id)
             return found.experiment_id
         location = None
-        if self.uri.startswith("sqlite:///"):
-            location = (Path(self.uri.removeprefix("sqlite:///")).parent / "artifacts" / name).as_uri()
+        if path := _sqlite_file(self.uri):
+            location = (path.parent / "artifacts" / name).as_uri()
         try:
             return self.client.create_experiment(name, artifact_location=location)
         except Exception:  # another process was faster
@@ -85,11 +149,19 @@ class Tracker:
         """The id of the one run of a fingerprint: the one that is there, set to RUNNING, or a new one."""
         experiment_id = self.experiment(experiment)
         with FileLock(str(home() / "mlflow-runs.lock"), timeout=120):
+            from mlflow.entities import ViewType
+
             found = self.client.search_runs(
-                [experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'", order_by=["attributes.start_time ASC"]
+                [experiment_id],
+                f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'",
+                run_view_type=ViewType.ALL,
+                order_by=["attributes.start_time ASC"],
             )
             if found:
                 run_id = found[0].info.run_id
+                if found[0].info.lifecycle_stage == "deleted":
+                    _LOG.warning("the MLflow run %s was deleted; it is restored, for a training belongs to it", run_id)
+                    self.client.restore_run(run_id)
                 self.set_tags(run_id, tags)
                 return run_id
             run = self.client.create_run(experiment_id, run_name=name, tags={FINGERPRINT_TAG: fingerprint, **tags})
@@ -137,8 +209,7 @@ class Tracker:
     @property
     def public_uri(self) -> str:
         """The address without user name and password, for whatever is shown or logged."""
-        parts = urlsplit(self.uri)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else self.uri
+        return public_uri(self.uri)
 
     def command(self, run_id: str) -> str:
         """The command that would show a run, for where no UI is known."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import DriverStarted, Failed, MessageWriter, Notify, Warned, read_messages
-from mlpipes.store.training_job import TrainingJob
+from mlpipes.store.training_job import TrainingJob, forget_handovers
 from mlpipes.tracking.runs import MetricFollower
 
 HEARTBEAT_SECONDS = 1.0
@@ -21,6 +21,7 @@ HEARTBEAT_SECONDS = 1.0
 def main(path: Path) -> int:
     """Drive one attempt to its end; returns the exit code."""
     job = TrainingJob.read(path)
+    job.take_over()
     notify = MessageWriter(job.folder.messages(job.attempt))
     notify(DriverStarted(attempt=job.attempt, workload=job.recipe.workload, scale=job.recipe.scale.key))
     lease = Lease.take(job.folder.path, f"job a{job.attempt}")
@@ -40,7 +41,10 @@ def main(path: Path) -> int:
         stop.set()
         if follower is not None:
             follower.join()
-    return 0 if job.folder.result.is_file() else 1
+    if not job.folder.result.is_file():
+        return 1
+    forget_handovers(job.folder)
+    return 0
 
 
 def _worker(config: dict[str, Any]) -> None:

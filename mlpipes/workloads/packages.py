@@ -50,8 +50,8 @@ def _offer(name: str, points: list[EntryPoint], taken: frozenset[str]) -> Offer:
             packages,
             entry,
             f"{where} imports torch where it says what it is, so every process of Dagster and every command takes seconds "
-            "and hundreds of MB more. Put the entry into a module that imports no torch, such as the package's "
-            "__init__.py, and have the entry point name that.",
+            "and hundreds of MB more. Put the entry into a module that imports no torch, and let the package's "
+            "__init__.py import none either; have the entry point name that module.",
         )
     return Offer(name, packages, entry)
 

@@ -14,7 +14,14 @@ from mlpipes.cli import new
 from mlpipes.cli.app import app
 from mlpipes_tests.sandbox import CHECKOUT
 
-FILES = ["README.md", "pyproject.toml", "src/churn/__init__.py", "src/churn/workload.py", "tests/test_churn.py"]
+FILES = [
+    "README.md",
+    "pyproject.toml",
+    "src/churn/__init__.py",
+    "src/churn/entry.py",
+    "src/churn/workload.py",
+    "tests/test_churn.py",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +71,7 @@ def test_a_name_of_several_words_is_one_name(folder: Path) -> None:
     assert run("who_leaves", "--kind", "image-folder").startswith("0: ")
     text = (folder / "who_leaves" / "src" / "who_leaves" / "workload.py").read_text()
     assert "\nwho_leaves = ImageClassification(" in text
-    assert 'ImageFolder("$WHO_LEAVES"' in text
+    assert 'ImageFolder("$WHO_LEAVES_IMAGES"' in text
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def test_the_delimiter_is_the_one_that_fits(tmp_path: Path, delimiter: str, suff
     path = write(tmp_path / f"x.{suffix}", delimited(GOOD, delimiter))
     assert loaded(path) == GOOD
     assert loaded(path, delimiter=delimiter) == GOOD
+    excel = write(tmp_path / f"excel.{suffix}", f"sep={delimiter}\n{delimited(GOOD, delimiter)}")
+    assert loaded(excel) == GOOD
     with pytest.raises(DataError, match=r"line 1, the header, has one column only.*delimiter=…"):
         loaded(path, delimiter="^")
 
@@ -187,6 +189,8 @@ def test_encodings_are_found_by_their_mark_named_or_asked_for(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"zero bytes in its first line.*encoding='utf-16-le'"):
         loaded(write(tmp_path / "z.csv", "text,label\nab,c\nde,f\n", "utf-16-le"))
     assert loaded(unmarked, encoding="utf-16-be")[1][0] == "плохо"
+    with pytest.raises(DataError, match="no mark of byte order; say encoding='utf-16-le' or 'utf-16-be'"):
+        loaded(unmarked, encoding="utf-16")
     latin = write(tmp_path / "l.csv", "text,label\nfine,a\ncafé,b\n", "latin-1")
     with pytest.raises(
         DataError, match=r"l\.csv is not utf-8: line 3 has the bytes b'\\xe9.*encoding='cp1252'.*save it as UTF-8"

@@ -118,6 +118,7 @@ def test_class_names_are_named_or_numbered_by_labels(tmp_path: Path) -> None:
     assert dataset.facts["class_names"] == names
     assert dataset.splits["train"]["label"].tolist() == [1, 0]
     assert labels_of(load(tmp_path, ["0", "1"], class_names=["1", "0"])) == ["0", "1"], "names come before numbers"
+    assert labels_of(load(tmp_path, ["0.0", "1.0"], test=["1", "0"], class_names=names), "test") == ["pos", "neg"]
 
 
 def parquet(path: Path, columns: dict[str, Any], names: list[str] | None = None) -> str:
