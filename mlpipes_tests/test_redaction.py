@@ -149,7 +149,7 @@ def test_the_next_attempt_removes_what_the_last_one_was_told(tmp_path: Path) -> 
     assert PLANTED not in json.dumps(dict(place.environment))
 
 
-class Secretive(Exception):
+class SecretiveError(Exception):
     """Of a library, with everything in its text."""
 
 
@@ -177,16 +177,16 @@ def test_a_planted_password_is_in_nothing_that_was_written(
     def library() -> None:
         with user_errors():
             try:
-                raise Secretive(f"refused: {URI}")
-            except Secretive as error:
+                raise SecretiveError(f"refused: {URI}")
+            except SecretiveError as error:
                 raise ValueError("the run is not there") from error
 
     @dg.asset
     def chained() -> None:
         with user_errors():
             try:
-                raise Secretive(f"refused: {PLANTED}/aws")
-            except Secretive as error:
+                raise SecretiveError(f"refused: {PLANTED}/aws")
+            except SecretiveError as error:
                 raise ConfigError("not there") from error
 
     with dg.DagsterInstance.from_config(str(everything / "dagster")) as instance:
