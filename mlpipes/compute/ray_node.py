@@ -117,7 +117,7 @@ def short_folder(prefix: str) -> Path:
 
 
 def temporary_files(folder: Path) -> dict[str, str]:
-    """The variable that has a node's processes put their temporary files into a folder, where `$TMPDIR` is too long for them.
+    """The variable that has a node's processes put temporary files into a folder, where `$TMPDIR` is too long for them.
 
     Python's `multiprocessing` puts Unix sockets there as well.
     """
