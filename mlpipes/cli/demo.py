@@ -54,7 +54,7 @@ def run_demo(
         console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)
     ray = LocalRay()
     metric = entry.load().metric.name  # before anything is started, which a workload that does not load needs not
-    definitions, uri, local = build_defs(catalog=[entry]), answering_uri(), is_local()
+    local, uri, definitions = is_local(), answering_uri(), build_defs(catalog=[entry])
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):

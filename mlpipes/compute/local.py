@@ -16,7 +16,15 @@ from filelock import FileLock
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
-from mlpipes.compute.ray_node import LOOPBACK, end_marked, free_port, short_folder, start_command, start_environment
+from mlpipes.compute.ray_node import (
+    LOOPBACK,
+    end_marked,
+    free_port,
+    short_folder,
+    start_command,
+    start_environment,
+    temporary_files,
+)
 from mlpipes.environment import for_children
 from mlpipes.errors import ConfigError, CorruptionError, PreflightError
 from mlpipes.store.files import read_record, write_atomic, write_record
@@ -130,6 +138,7 @@ class LocalRay:
         command = start_command(role, os.cpu_count() or 1, head=True)
         # Without the user's token, which is another cluster's, and which Ray would prefer to ours.
         environment = for_children("RAY_AUTH_TOKEN") | self._client_environment() | start_environment(mark, LOOPBACK)
+        environment |= temporary_files(temporary)
         log = self.folder / "head.log"
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -19,19 +19,30 @@ def jobs_for(scale: RayScaleConfig, address: str | None = None, slurm: str | Non
     Raises ConfigError if both a Ray and Slurm are asked for, or if the settings of Slurm are unusable.
     """
     address, slurm = address or value_of(ADDRESS_VARIABLE), slurm or value_of(SETTINGS_VARIABLE)
-    if slurm and address:
-        raise ConfigError(
-            f"{ADDRESS_VARIABLE}={address} and {SETTINGS_VARIABLE}={slurm} exclude each other: a Slurm job starts a Ray of "
-            "its own. Unset one of them."
-        )
+    _check_one(address, slurm)
     if slurm:
         return SlurmJobs(SlurmSettings.load(Path(slurm)), scale)
     return RayJobs(resolve(address))
 
 
 def is_local() -> bool:
-    """Whether the environment has trainings run in this machine's private Ray."""
-    return not (value_of(ADDRESS_VARIABLE) or value_of(SETTINGS_VARIABLE))
+    """Whether the environment has trainings run in this machine's private Ray.
+
+    Raises ConfigError if it asks for two places, or if the settings of Slurm are unusable.
+    """
+    address, slurm = value_of(ADDRESS_VARIABLE), value_of(SETTINGS_VARIABLE)
+    _check_one(address, slurm)
+    if slurm:
+        SlurmSettings.load(Path(slurm))
+    return not (address or slurm)
+
+
+def _check_one(address: str | None, slurm: str | None) -> None:
+    if slurm and address:
+        raise ConfigError(
+            f"{ADDRESS_VARIABLE}={address} and {SETTINGS_VARIABLE}={slurm} exclude each other: a Slurm job starts a Ray of "
+            "its own. Unset one of them."
+        )
 
 
 def resolve(address: str | None = None) -> RayAddress:

@@ -27,7 +27,7 @@ MARK = "MLPIPES_RAY_HEAD"
 LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
 _HEAD_SECONDS = 90
-_FOLDER_CHARACTERS, _RANDOM_CHARACTERS = 38, 8
+_FOLDER_CHARACTERS, _RANDOM_CHARACTERS, _TEMPORARY_CHARACTERS = 38, 8, 60
 
 
 def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
@@ -116,6 +116,14 @@ def short_folder(prefix: str) -> Path:
     )
 
 
+def temporary_files(folder: Path) -> dict[str, str]:
+    """The variable that has a node's processes put temporary files into a folder, where `$TMPDIR` is too long for them.
+
+    Python's `multiprocessing` puts Unix sockets there as well.
+    """
+    return {"TMPDIR": str(folder)} if len(tempfile.gettempdir()) > _TEMPORARY_CHARACTERS else {}
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -163,7 +171,8 @@ def main(arguments: Sequence[str]) -> int:
     # Said explicitly, because Ray counts the machine's devices, not those of this job.
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name not in ("", "NoDevFiles")]
     mark = secrets.token_hex(8)
-    environment = for_children(unproxied=host) | start_environment(mark, host)
+    Path(chosen.temporary).mkdir(mode=0o700, exist_ok=True)  # the head's is there
+    environment = for_children(unproxied=host) | start_environment(mark, host) | temporary_files(Path(chosen.temporary))
     command = [*start_command(role, chosen.cpus, head=chosen.is_head), f"--num-gpus={len(devices)}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:

@@ -17,7 +17,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 
 from mlpipes.compute.allocation import PYTHON_VARIABLE
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
-from mlpipes.errors import ConfigError, PreflightError
+from mlpipes.errors import ConfigError, PreflightError, ScaleError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.settings import load_mapping, problems
 from mlpipes.store.layout import TrainingFolder
@@ -80,7 +80,10 @@ class SlurmSettings(BaseModel):
         """Settings from a YAML file. Raises ConfigError saying what is wrong with it."""
         settings = _validated(load_mapping(path, "Slurm settings", SETTINGS_VARIABLE), str(path))
         for key in settings.scales:
-            RayScaleConfig.from_key(key)
+            try:
+                RayScaleConfig.from_key(key)
+            except ScaleError as error:
+                raise ConfigError(f"Slurm settings, {path}, scales: {error}") from error
             settings.of_scale(key)
         return settings
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mlpipes.compute.local import LocalRay
+from mlpipes.compute.places import is_local
 from mlpipes.compute.ray_node import short_folder
 from mlpipes.environment import for_children
 from mlpipes.errors import ConfigError, CorruptionError, UserError
@@ -49,6 +50,7 @@ def serve(console: Console, port: int, mlflow_port: int | None, verbose: bool = 
     ServerError if a server does not stay up.
     """
     cron, zone = night_of_environment()
+    is_local()
     dagster_home()
     default_uri()
     with _only_one(port):

@@ -36,6 +36,8 @@ def settings_of(
     `changes` are `name=value` of hyperparameters, or of other settings of the launchpad. Raises ConfigError naming what is
     unknown or out of range.
     """
+    if file is None and not changes and seed is None and not fresh:
+        return None
     content = {} if file is None else _from_file(entry, file)
     hyperparameters = content.get("hyperparameters", {})
     if not isinstance(hyperparameters, Mapping):
@@ -60,8 +62,6 @@ def settings_of(
         content["fresh"] = True
     if not content["hyperparameters"]:
         del content["hyperparameters"]
-    if not content:
-        return None
     try:
         config = TrainingConfig.model_validate(content, strict=True)  # Dagster converts no text to a number either
     except ValidationError as error:

@@ -20,7 +20,7 @@ def night_of_environment() -> tuple[str | None, str]:
     """
     cron, zone = value_of(NIGHTLY_VARIABLE), value_of(ZONE_VARIABLE) or "UTC"
     try:
-        dg.ScheduleDefinition(name="try", job_name="try", cron_schedule=cron or _TWO_IN_THE_MORNING)
+        dg.ScheduleDefinition(name="night", job_name="night", cron_schedule=cron or _TWO_IN_THE_MORNING)
     except dg.DagsterInvalidDefinitionError as error:
         raise ConfigError(
             f"{NIGHTLY_VARIABLE}={cron} is no cron expression: write minute, hour, day, month and weekday, such as 0 2 * * *"

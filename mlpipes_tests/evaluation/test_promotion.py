@@ -1,6 +1,7 @@
 """Promotion: which figures decide whether the champion is beaten, by the rows that both models met."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,16 @@ def test_validated_on_other_rows_it_must_do_the_test_rows_better_than_chance_exp
     found, reason = desk.decided(candidate, champion)
     assert found is promoted
     assert "same test samples" in reason
+
+
+def test_a_champion_that_a_person_chose_stays_and_is_named(desk: Desk) -> None:
+    _, champion = desk.model("a", 0.5, 200)
+    held = replace(champion, by_hand="by hand: I like it")
+    promoted, reason = desk.decided(desk.model("b", 0.99, 390), held)
+    assert not promoted
+    assert f"version a ({SCALE})" in reason
+    assert "by hand: I like it" in reason
+    assert "mlpipes release" in reason
 
 
 def test_a_champion_of_another_metric_is_compared_on_test(desk: Desk) -> None:

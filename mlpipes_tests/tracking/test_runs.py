@@ -25,6 +25,20 @@ def test_a_fingerprint_has_one_run_however_often_it_is_asked_for(tracker: Tracke
     assert run_of(tracker, "e" * 64) != first
 
 
+def test_what_was_deleted_in_mlflow_is_restored_with_a_warning(
+    tmp_path: Path, isolated_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_id = run_of(tracker, "f" * 64)
+    tracker.client.delete_experiment(tracker.experiment("experiment"))
+    assert run_of(tracker, "f" * 64) == run_id
+    assert "experiment experiment was deleted; it is restored" in caplog.text
+    tracker.client.delete_run(run_id)
+    assert run_of(tracker, "f" * 64) == run_id
+    assert f"run {run_id} was deleted; it is restored" in caplog.text
+    tracker.log_values(run_id, {"a": 1.0})
+
+
 def test_rows_sent_twice_stay_single(tracker: Tracker, isolated_home: Path) -> None:
     run_id = run_of(tracker, "d" * 64)
     rows = [["train/loss", 1.0 / step, step, 1_700_000_000_000 + step] for step in range(1, 1501)]
