@@ -330,13 +330,14 @@ def test_what_the_catalog_reaches() -> None:
     modules = {
         name: {m.removeprefix("mlpipes.") for m in code.modules if m.count(".") == 2} for name, code in found.items()
     }
-    workloads = {"base", "classification", "encoders", "optimization", "regression", "tensors", "text_classification"}
+    workloads = {"base", "classification", "optimization", "regression", "tensors", "text_classification"}
+    workloads |= {"encoders", "encoder_models", "encoder_trial"}
     assert modules["training"] == {f"workloads.{name}" for name in workloads} | {
         name.removeprefix("mlpipes.") for name in ENGINE_MODULES
     }
-    assert modules["preparing"] == {f"workloads.{name}" for name in workloads} | {
-        f"data.{name}" for name in ("dataset", "docstrings", "hub", "ragged", "snapshot", "splits", "tables")
-    }
+    data = {"dataset", "docstrings", "hub", "ragged", "snapshot", "splits", "tables"}
+    data |= {"cells", "delimited", "labels", "table_files", "table_roles"}
+    assert modules["preparing"] == {f"workloads.{n}" for n in workloads} | {f"data.{n}" for n in data}
     assert set(found["training"].libraries) == {"numpy", "tokenizers", "torch", "transformers"}
     assert set(found["preparing"].libraries) >= {"datasets", "numpy", "pandas", "pyarrow", "tokenizers", "transformers"}
 

@@ -166,13 +166,16 @@ def test_no_package_is_no_problem() -> None:
 )
 def test_one_whose_code_cannot_be_read_keeps_no_other_away(site: Path, workload: str | None, said: str) -> None:
     good(site)
-    if workload is not None:
-        (site / "good_package" / "workload.py").write_text(workload)
+    file = site / "good_package" / "workload.py"
+    if workload is None:
+        file.unlink()
+    else:
+        file.write_text(workload)
     code = "import mlpipes.definitions as d; print(d.defs.resolve_asset_graph().get_all_asset_keys())"
     done = python(site, code)
     assert "'digits', 'champion'" in done.stdout, done.stderr
     assert "'good'" not in done.stdout
-    assert "workload 'good' is left out: " in done.stderr
+    assert "workload 'good' of good-workload 0 has no assets until this is mended: " in done.stderr
     assert said in done.stderr
 
 
