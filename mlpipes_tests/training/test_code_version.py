@@ -338,7 +338,7 @@ def test_what_the_catalog_reaches() -> None:
     data = {"dataset", "docstrings", "hub", "ragged", "snapshot", "splits", "tables"}
     data |= {"cells", "delimited", "labels", "table_files", "table_roles"}
     assert modules["preparing"] == {f"workloads.{n}" for n in workloads} | {f"data.{n}" for n in data}
-    assert set(found["training"].libraries) == {"numpy", "tokenizers", "torch", "transformers"}
+    assert set(found["training"].libraries) == {"numpy", "safetensors", "tokenizers", "torch", "transformers"}
     assert set(found["preparing"].libraries) >= {"datasets", "numpy", "pandas", "pyarrow", "tokenizers", "transformers"}
 
 
