@@ -27,7 +27,7 @@ test: lint types definitions
 
 # All of it; what a program is missing for is skipped, and says so.
 test-all: lint types definitions
-	$(PYTEST)
+	FUZZ_FILES=10000 $(PYTEST)
 
 definitions: install
 	$(BIN)/dagster definitions validate -w workspace.yaml

@@ -6,13 +6,15 @@ from typing import Any
 
 import dagster as dg
 
+from mlpipes.errors import ConfigError
 from mlpipes.orchestration.assets import partitions_of, workload_assets
 from mlpipes.orchestration.checks import workload_checks
 from mlpipes.orchestration.jobs import jobs_of
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow
-from mlpipes.workloads.catalog import Entry, configured, problems
+from mlpipes.training.code_version import unreadable
+from mlpipes.workloads.catalog import Entry, configured, offered, problems
 
 
 def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
@@ -22,12 +24,23 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
     """
     entries = configured() if catalog is None else tuple(catalog)
+    assets = {}
+    for entry in entries:
+        try:
+            assets[entry] = workload_assets(entry)
+        except ConfigError as error:  # its code cannot be read
+            if catalog is not None or entry.implementation.startswith("mlpipes."):
+                raise
+            logging.getLogger(__name__).warning(f"workload {entry.name!r} is left out: {error}")
+    entries = tuple(assets)
     if catalog is None:
-        for problem in problems().values():
+        without_code = unreadable(offered())
+        entries = tuple(entry for entry in entries if entry.name not in without_code)
+        for problem in (*problems().values(), *without_code.values()):
             logging.getLogger(__name__).warning(problem)
     store = StoreResource()
     return dg.Definitions(
-        assets=[asset for entry in entries for asset in workload_assets(entry)],
+        assets=[asset for found in assets.values() for asset in found],
         asset_checks=[check for entry in entries for check in workload_checks(entry, partitions_of(entry))],
         jobs=jobs_of(entries),
         schedules=[nightly(entry) for entry in entries],

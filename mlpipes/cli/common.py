@@ -1,5 +1,6 @@
 """What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,13 @@ from mlpipes.environment import apply, check_all
 from mlpipes.errors import UserError
 from mlpipes.redaction import redact
 from mlpipes.store.layout import default_store
-from mlpipes.workloads.catalog import entry_named, problems
+from mlpipes.workloads.catalog import entry_named, offered, problems
 
 console = Console()
+_OF_THE_MACHINE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG}
+)
+"""What a disk may say that is no defect of the program."""
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="a hyperparameter, or a setting of the launchpad"),
@@ -37,7 +42,7 @@ _UNBOUNDED = 10_000
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Have this process be one of ours; show a user's error as its message, without a traceback, and exit with 1."""
+    """Have this process be one of ours; show a user's error, or what a disk says, as its message, and exit with 1."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -48,6 +53,12 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except UserError as error:
             text = f"[bold red]{type(error).__name__}:[/] {escape(redact(str(error)))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            text = f"[bold red]{type(error).__name__}:[/] {escape(f'{error.strerror}: {error.filename}')}"
             Console(stderr=True).print(text, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
@@ -71,7 +82,9 @@ def scale_named(workload: str, scale: str) -> str:
 
 def tell_problems() -> None:
     """Say what is wrong with workloads of other packages, where something is; in commands that are about all workloads."""
-    for problem in problems().values():
+    from mlpipes.training.code_version import unreadable
+
+    for problem in (*problems().values(), *unreadable(offered()).values()):
         console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

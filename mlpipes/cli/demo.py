@@ -53,7 +53,9 @@ def run_demo(
     if settings is not None:
         console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)
     ray = LocalRay()
-    local, uri, definitions = is_local(), answering_uri(), build_defs(catalog=[entry])
+    # Before anything is started: a workload that does not load needs none of it.
+    local, uri = is_local(), answering_uri()
+    metric, definitions = entry.load().metric.name, build_defs(catalog=[entry])
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
@@ -65,14 +67,16 @@ def run_demo(
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
             with _bars(console) as bars:
                 for key in scales:
-                    _run_scale(bars, store, entry.name, key, lambda key=key: execute(chain, instance, key, config))
+                    _run_scale(
+                        bars, store, entry.name, metric, key, lambda key=key: execute(chain, instance, key, config)
+                    )
             execute_report(definitions, instance)
     finally:
         if local:
             with console.status("Ending the Ray that was started …"):
                 ray.release(RayJobs.submitted)
     _print_summary(console, entry, scales, store)
-    console.print(f"Done in {time.monotonic() - started:.0f} s. `make dev` shows the same in the Dagster UI.")
+    console.print(f"Done in {time.monotonic() - started:.0f} s. `mlpipes dev` shows the same in the Dagster UI.")
 
 
 def _bars(console: Console) -> Progress:
@@ -85,7 +89,7 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
-def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) -> None:
+def _run_scale(bars: Progress, store: Store, workload: str, metric: str, key: str, run: Any) -> None:
     """Run in a thread, and meanwhile show what the store tells of the scale's training."""
     bar = bars.add_task(f"{workload} {key}", total=None, figures="preparing")
     problem: list[BaseException] = []
@@ -104,9 +108,10 @@ def _run_scale(bars: Progress, store: Store, workload: str, key: str, run: Any) 
             if (status.workload, status.scale) == (workload, key) and status.last_heard >= began:
                 figures = "starting workers"
                 if status.total_steps:
-                    accuracy = status.metrics.get("validation_accuracy")
+                    value = status.metrics.get(f"validation_{metric}")
                     figures = "exporting, evaluating" if status.state == "finished" else f"{status.state}"
-                    figures += f" · validation accuracy {accuracy:.4f}" if accuracy is not None else ""
+                    name = metric.replace("_", " ")
+                    figures += f" · validation {name} {value:.4f}" if value is not None else ""
                 bars.update(bar, completed=status.step, total=status.total_steps, figures=figures)
                 break
     if problem:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import keyword
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from enum import StrEnum
@@ -54,8 +56,20 @@ def new(
     _check(name, target)
     write_package(target, name, kind)
     console.print(f"{target} is written. Next, install it beside mlpipes and try it:", soft_wrap=True)
-    console.print(f"  python -m pip install -e {name}\n  mlpipes demo --workload {name}", highlight=False)
+    steps = [f"{_program('python')} -m pip install -e {name}", f"{_program('mlpipes')} demo --workload {name}"]
+    if kind == Kind.IMAGE_FOLDER:
+        steps.insert(1, f"export {name.upper()}=/path/to/images")
+    for step in steps:
+        console.print(f"  {step}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{name}/README.md says more.", highlight=False)
+
+
+def _program(name: str) -> str:
+    """How a program of this environment is called here, also where the environment is not activated."""
+    path = Path(sys.executable).parent / name
+    if shutil.which(name) == str(path):
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _check(name: str, target: Path) -> None:
@@ -82,7 +96,7 @@ def write_package(target: Path, name: str, kind: Kind) -> None:
     words = {
         "name": name,
         "kind": kind.value,
-        "variable": name.upper(),
+        "variable": f"{name.upper()}_IMAGES",  # not $HOME, $PATH or $LANG
     }
     words["more"] = Template(_MORE[kind]).substitute(words)
     try:

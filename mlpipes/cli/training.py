@@ -168,8 +168,10 @@ def backfill(
     """Materialize a workload's whole chain for its scales in a running Dagster; resumes what is half done."""
     from mlpipes.orchestration.backfill import DagsterUi, launch
     from mlpipes.orchestration.launchpad import described, settings_of
+    from mlpipes.training.code_version import code_version
 
     entry = entry_named(workload)
+    code_version(entry.implementation)  # Dagster would only say that it has no such asset
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
     settings = settings_of(entry, config, changes or (), seed=seed, fresh=fresh)
     dagster = DagsterUi(ui)

@@ -104,19 +104,16 @@ class RayJobs(Jobs):
         from ray.job_submission import JobSubmissionClient
 
         try:
-            for attempt in Retrying(
+            return Retrying(
                 retry=retry_if_exception(_is_passing),
                 stop=stop_after_delay(self.patience_seconds),
                 wait=wait_exponential(multiplier=0.2, max=3),
                 reraise=True,
-            ):
-                with attempt:
-                    return call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers()))
+            )(lambda: call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers())))
         except Exception as error:
             if _is_passing(error):
                 raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
             raise
-        raise AssertionError("unreachable")
 
 
 def _is_passing(error: BaseException) -> bool:

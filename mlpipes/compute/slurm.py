@@ -177,15 +177,12 @@ class SlurmJobs(Jobs):
 
     def _command(self, command: Sequence[str], stdin: str = "") -> str:
         """What a Slurm command prints. Tries again while nobody answers; raises ConnectionError when patience is out."""
-        for attempt in Retrying(
+        return Retrying(
             retry=retry_if_exception_type(ConnectionError),
             stop=stop_after_delay(self.patience_seconds),
             wait=wait_exponential(multiplier=0.5, max=10),
             reraise=True,
-        ):
-            with attempt:
-                return run_slurm(self.settings.command_prefix, command, stdin)
-        raise AssertionError("unreachable")
+        )(run_slurm, self.settings.command_prefix, command, stdin)
 
 
 def run_slurm(prefix: str, command: Sequence[str], stdin: str = "", timeout_seconds: float = 300) -> str:

@@ -39,6 +39,8 @@ VERSION = 3
 READABLE = frozenset({2, VERSION})
 """Formats that can be opened: models that were trained on older ones are still served and compared with."""
 FILES = "files"
+MANY_DUPLICATES = 0.05
+"""A greater share of a split's rows that repeat others is worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,32 @@ def shared_between_splits(snapshot: Snapshot) -> dict[tuple[str, str], int]:
     names = content_columns(tuple(name for name in snapshot.meta["plan"]["content"] if name in columns), columns)
     contents = {split: set(content_hashes(snapshot.columns(split), names)) for split in snapshot.counts}
     return {(a, b): len(contents[a] & contents[b]) for a, b in combinations(contents, 2)}
+
+
+def duplicates_warning(snapshot: Snapshot) -> str | None:
+    """What to tell about a snapshot of whose source many rows are there more than once; None of any other, or an old one."""
+    found = snapshot.meta["duplicates"]
+    repeated, leaked, again = (
+        found.get(name, 0)
+        for name in (
+            "train_rows_dropped_because_repeated",
+            "train_rows_dropped_because_also_in_test",
+            "test_rows_repeated",
+        )
+    )
+    train, test = found.get("train_rows", 0), found.get("test_rows", 0)
+    told = []
+    if repeated + leaked > MANY_DUPLICATES * train > 0:
+        told.append(
+            f"{repeated + leaked:,} of {train:,} training rows were dropped: {repeated:,} repeat another, {leaked:,} are in "
+            "the test split, too"
+        )
+    if again > MANY_DUPLICATES * test > 0:
+        told.append(f"{again:,} of {test:,} test rows repeat another, and stay")
+    if not told:
+        return None
+    content = ", ".join(content_columns(tuple(snapshot.meta["plan"]["content"]), snapshot.meta["columns"]))
+    return f"{'; '.join(told)}. Rows are the same if they have the same {content} (`content` of the split plan)."
 
 
 @dataclass(frozen=True)

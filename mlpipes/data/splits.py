@@ -13,6 +13,9 @@ from mlpipes.errors import DataError
 SOURCE_INDEX = "source_index"
 """Column added to each split: the row's number in the source split that it came from."""
 
+TEXT_COLUMNS = ("text", "text_pair")
+"""The columns that sources of texts bring."""
+
 _SHOWN = 20
 
 
@@ -27,7 +30,7 @@ class SplitPlan:
     stratify_by: str | None = None
     """A column of which each split gets the same share of every value, such as the label of classes."""
     content: tuple[str, ...] = ()
-    """The columns whose bytes make two samples the same sample; none named: all but `label`."""
+    """The columns whose bytes make two samples the same sample. None named: all texts, or all but `label` without texts."""
     group_by: str | None = None
     """A column of integers; samples that share its value go to the same split. Takes the place of stratification."""
     train_cap: int | None = None
@@ -39,12 +42,15 @@ class SplitPlan:
 
 
 def content_columns(named: tuple[str, ...], columns: Iterable[str]) -> tuple[str, ...]:
-    """The columns that tell samples apart: those that a plan names, else all but the label and what was added here."""
-    return named or tuple(sorted(name for name in columns if name not in ("label", SOURCE_INDEX)))
+    """The columns that tell samples apart: those that a plan names, else the texts, else all but label and source index."""
+    columns = sorted(columns)
+    # Whatever else a source knows of a text, such as its author: the same words are the same sample.
+    texts = tuple(name for name in columns if name in TEXT_COLUMNS)
+    return named or texts or tuple(name for name in columns if name not in ("label", SOURCE_INDEX))
 
 
 def content_hashes(columns: Columns, names: tuple[str, ...]) -> list[bytes]:
-    """One SHA-256 per row over the bytes of the named columns."""
+    """One SHA-256 per row over the bytes of the named columns, each with its length: `ab`, `c` are not `a`, `bc`."""
     arrays = [columns[name] for name in names]
     hashes = []
     for row in range(len(arrays[0])):
@@ -79,9 +85,16 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
     train_hashes = content_hashes(train, content)
     test_hashes: list[bytes] = []
     if test is not None:
+        if not len(next(iter(test.values()))):
+            raise DataError(f"{dataset.provenance.name}: the test split has no samples")
         test[SOURCE_INDEX] = np.arange(len(next(iter(test.values()))), dtype=np.int64)
         test_hashes = content_hashes(test, content)
     keep, report = _without_duplicates(train_hashes, test_hashes, train.get("label"))
+    if not len(keep):
+        raise DataError(
+            f"{dataset.provenance.name}: none of {len(train_hashes):,} training samples is left, as "
+            f"{report['train_rows_dropped_because_also_in_test']:,} are also in the test split. Are both the same data?"
+        )
     # Rows are only numbers until all is decided, so that large columns are copied once.
     keys = _rows({name: train[name] for name in (SOURCE_INDEX, plan.stratify_by, plan.group_by) if name in train}, keep)
     parts: dict[str, dict[str, Any]] = {}
@@ -117,6 +130,8 @@ def _without_duplicates(
             first[content] = row
             keep.append(row)
     report = {
+        "train_rows": len(train),
+        "test_rows": len(test),
         "train_rows_dropped_because_also_in_test": len(leaked),
         "train_rows_dropped_because_repeated": len(repeated),
         "repeated_with_another_label": len(conflicts),

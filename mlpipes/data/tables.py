@@ -1,22 +1,26 @@
-"""Tables of texts: csv, tsv, jsonl, parquet or a Hugging Face data set, with the roles of columns found or given."""
+"""Tables of texts: csv, tsv, JSON, Parquet or a Hugging Face data set, with the roles of columns found or given."""
 
-import csv
-import tempfile
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
+from mlpipes.data.cells import Cell, Foreign, RawTable, cell_of, is_blank
 from mlpipes.data.dataset import Dataset, Provenance
+from mlpipes.data.labels import Classes, Task, numbers, task_of, written_labels
 from mlpipes.data.ragged import Ragged
+from mlpipes.data.table_files import READABLE, Reading, arrow_table, read_table
+from mlpipes.data.table_roles import find_columns
 from mlpipes.errors import DataError
 
-Task = Literal["classification", "regression"]
-LABEL_NAMES = ("label", "labels", "target", "class", "category", "score", "sentiment", "stars", "rating", "y")
-INDEX_NAMES = ("idx", "index", "id", "guid", "uid", "key", "")
-_READERS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]{1,5}")
+_FILE_SUFFIXES = (
+    *READABLE, ".gz", ".zip", ".bz2", ".xz", ".zst", ".xls", ".xlsx", ".ods", ".feather", ".arrow", ".xml", ".html",
+    ".pkl", ".dat", ".data", ".db", ".sqlite", ".h5", ".tab", ".psv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,13 @@ class Roles:
 class TableSource:
     """Texts and labels from local files, or from a data set of the Hugging Face hub (through its cache).
 
-    Columns are found by `infer_roles` unless they are given. Rows without a text or a label are dropped and counted, and
-    so are test rows whose label does not occur in training.
+    All cells are read as text, and every row must fit the header. Columns are found by `infer_roles` unless they are
+    given. Rows without a text or a label are dropped and counted, and so are a few test rows whose label does not occur in
+    training. What is a class, a number or missing is in `mlpipes.data.labels`.
     """
 
     train: str
-    """A file, or a data set's name on the hub."""
+    """A file (csv, tsv, jsonl, json, parquet; also .gz), or a data set's name on the hub."""
     test: str | None = None
     """A file; or, of a data set on the hub, the split to test on. None: a test split is taken from training."""
     config: str | None = None
@@ -54,17 +59,50 @@ class TableSource:
     licence: str = "not stated"
     origin: str = ""
     fidelity: str = "complete, as found"
+    class_names: Sequence[str] | None = None
+    """The classes in order: those that labels name, or that labels number from 0. None: those found in training."""
+    columns: Sequence[str] | None = None
+    """The names of the columns of files that have no header."""
+    delimiter: str | None = None
+    """What separates cells. None: that of comma, semicolon, tab and bar with which every row fits the header."""
+    quoting: bool | None = None
+    """Whether quotes wrap cells (True) or are characters (False). None: what fits; an error if both do and differ."""
+    encoding: str | None = None
+    """The encoding of files without a mark of byte order. None: UTF-8."""
 
     def load(self) -> Dataset:
         """Columns `text` (and `text_pair`), ragged UTF-8, and `label`: int64 class numbers, or float64. Raises DataError."""
-        from_hub = not Path(self.train).expanduser().is_file() and not Path(self.train).suffix
-        tables, names = self._from_hub() if from_hub else self._from_files()
-        given = {"text": self.text, "text_pair": self.text_pair, "label": self.label, "task": self.task}
-        roles = infer_roles(tables["train"], **{key: value for key, value in given.items() if value is not None})
-        known, splits, dropped = None, {}, {}
+        import numpy as np
+
+        self._check()
+        from_hub = is_hub_name(self.train)
+        tables = self._from_hub() if from_hub else self._from_files()
+        train, wheres = tables["train"], self._wheres(from_hub)
+        with _in(wheres["train"]):
+            text, pair, label = find_columns(train.columns, self.text, self.text_pair, self.label)
         for split, table in tables.items():
-            splits[split], known, dropped[split] = _columns(f"{self.train}, {split}", table, roles, names, known)
-        classes = known if roles.task == "classification" else None
+            if absent := [name for name in (text, pair, label) if name is not None and name not in table.columns]:
+                listed = ", ".join(map(repr, table.columns))
+                raise DataError(f"{wheres[split]}: there is no column {absent[0]!r}; there are {listed}")
+        names = self.class_names or train.class_names.get(label)
+        with _in(" and ".join(wheres[split] for split in tables)):
+            labels = written_labels(label, {split: table.columns[label] for split, table in tables.items()}, names)
+            task = self.task or ("classification" if names else task_of(label, labels))
+        classes = None
+        if task == "classification":
+            classes = Classes(label, wheres["train"], labels, names, by_number=self.class_names is not None)
+        splits, dropped = {}, {}
+        for split, table in tables.items():
+            texts = {"text": _texts(table, text, wheres[split])}
+            if pair is not None:
+                texts["text_pair"] = _texts(table, pair, wheres[split])
+            with _in(wheres[split]):
+                values = classes.numbers(labels[split]) if classes else numbers(label, labels[split])
+                keep, dropped[split] = _kept(list(texts.values()), labels[split], values)
+            splits[split] = {name: Ragged.of_texts(str(cells[row]) for row in keep) for name, cells in texts.items()}
+            kind = np.int64 if classes else np.float64
+            splits[split]["label"] = np.array([values[row] for row in keep], dtype=kind)
+        roles = Roles(text, label, pair, task)
         return Dataset(
             splits=splits,
             provenance=Provenance(
@@ -72,177 +110,122 @@ class TableSource:
                 licence=self.licence,
                 origin=self.origin or ("Hugging Face hub" if from_hub else "local files"),
                 fidelity=self.fidelity,
-                notes=f"columns {roles.as_dict()}; rows dropped {dropped}",
+                notes=f"columns {roles.as_dict()}; rows dropped {dropped}; read as "
+                + "; ".join(f"{split}: {table.how}" for split, table in tables.items()),
             ),
-            facts={"roles": roles.as_dict(), "dropped": dropped} | ({"class_names": classes} if classes else {}),
+            facts={"roles": roles.as_dict(), "dropped": dropped} | ({"class_names": classes.names} if classes else {}),
         )
 
-    def _from_files(self) -> tuple[dict[str, Mapping[str, Sequence[Any]]], list[str] | None]:
-        files = {"train": self.train} | ({"test": self.test} if self.test else {})
-        return {split: _read(Path(path).expanduser()) for split, path in files.items()}, None
+    def _check(self) -> None:
+        """Raises DataError for settings that cannot be meant."""
+        if self.task not in (None, "classification", "regression"):
+            raise DataError(f"task={self.task!r}: it is 'classification' or 'regression'")
+        for name, value in (("class_names", self.class_names), ("columns", self.columns)):
+            if value is None:
+                continue
+            if isinstance(value, str) or not all(isinstance(one, str) and one.strip() == one and one for one in value):
+                raise DataError(f"{name}={value!r}: it must be a list of names, without blanks around them")
+            if len(set(value)) != len(value) or len(value) < 2:
+                raise DataError(f"{name}={list(value)!r}: at least two names are needed, each once")
+        if self.class_names is not None and self.task == "regression":
+            raise DataError("class_names= is for classes, but task='regression' is given; leave one of them out")
 
-    def _from_hub(self) -> tuple[dict[str, Mapping[str, Sequence[Any]]], list[str] | None]:
+    def _wheres(self, from_hub: bool) -> dict[str, str]:
+        """Where each split is, for messages."""
+        if from_hub:
+            return {"train": f"{self.train}, split 'train'", "test": f"{self.train}, split {self.test!r}"}
+        return {"train": self.train, "test": str(self.test)}
+
+    def _from_files(self) -> dict[str, RawTable]:
+        if self.config is not None:
+            raise DataError(
+                f"config={self.config!r} is for data sets of the hub, but {self.train!r} names a local file"
+            )
+        files = {"train": self.train} | ({"test": self.test} if self.test is not None else {})
+        roles = [name for name in (self.text, self.text_pair, self.label) if name is not None]
+        reading = Reading(self.delimiter, self.quoting, self.encoding, self.columns, roles)
+        return {split: read_table(Path(path), reading) for split, path in files.items()}
+
+    def _from_hub(self) -> dict[str, RawTable]:
         from mlpipes.data.hub import load_hub_dataset
 
         found = load_hub_dataset(self.train, self.config)
-        wanted = {"train": "train"} | ({"test": self.test} if self.test else {})
+        wanted = {"train": "train"} | ({"test": self.test} if self.test is not None else {})
         if missing := [split for split in wanted.values() if split not in found]:
             raise DataError(f"{self.train} has no split {missing[0]!r}; it has {', '.join(map(repr, found))}")
-        features = found["train"].features
-        roles = [name for name in (self.label, *LABEL_NAMES) if name in features and hasattr(features[name], "names")]
-        names = list(features[roles[0]].names) if roles else None
-        return {split: found[source].to_dict() for split, source in wanted.items()}, names
+        tables = {}
+        for split, source in wanted.items():
+            features = found[source].features
+            classes = {n: list(f.names) for n, f in features.items() if type(f).__name__ == "ClassLabel" and f.names}
+            arrow = found[source].with_format("arrow")[:]
+            tables[split] = arrow_table(arrow, classes, f"{self.train}, split {source!r}")
+        return tables
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is one of the hub's (`glue`, `org/name`, `org/x-v1.1`) and not that of a file, there or not."""
+    if not _HUB_NAME.fullmatch(name) or len(name) > 96 or ".." in name or "--" in name or Path(name).exists():
+        return False
+    suffix = Path(name).suffix.lower()
+    # Names on the hub that have no owner have no dots but those of versions.
+    return suffix not in _FILE_SUFFIXES and ("/" in name or not _FILE_SUFFIX.fullmatch(suffix))
 
 
 def infer_roles(table: Mapping[str, Sequence[Any]], **given: Any) -> Roles:
     """The roles of a table's columns, as far as they are not given. Raises DataError listing the candidates if in doubt."""
-    columns = {name: values for name, values in table.items() if name.lower() not in INDEX_NAMES}
-    for role in ("text", "text_pair", "label"):
-        if given.get(role) is not None and given[role] not in table:
-            raise DataError(f"there is no column {given[role]!r} for {role}; there are {', '.join(map(repr, table))}")
-    label = given.get("label") or _the_label(columns, [given.get("text"), given.get("text_pair")])
-    texts = [name for name, values in columns.items() if name != label and _is_text(values)]
-    if "text" in given:
-        chosen = [given["text"], given.get("text_pair")]
-    elif len(texts) in (1, 2):
-        chosen = [*texts, None][:2]
-    else:
-        listed = ", ".join(map(repr, texts)) or "none"
-        raise DataError(
-            f"which column is the text? Candidates: {listed}, of the columns {', '.join(map(repr, table))}. Say it with "
-            "text=… (and text_pair=…)."
-        )
-    return Roles(chosen[0], label, chosen[1], given.get("task") or _the_task(label, table[label]))
+    columns = {name: [cell_of(value) for value in values] for name, values in table.items()}
+    text, pair, label = find_columns(columns, given.get("text"), given.get("text_pair"), given.get("label"))
+    task = given.get("task") or task_of(label, written_labels(label, {"train": columns[label]}, None))
+    return Roles(text, label, pair, task)
 
 
-def _the_label(columns: Mapping[str, Sequence[Any]], taken: Sequence[str | None]) -> str:
-    candidates = [name for name in columns if name not in taken]
-    named = [name for name in candidates if name.lower() in LABEL_NAMES]
-    # Without a telling name: what repeats itself, or is a number.
-    likely = named or [name for name in candidates if not _is_text(columns[name])]
-    if len(likely) == 1:
-        return likely[0]
-    raise DataError(
-        f"which column is the label? Candidates: {', '.join(map(repr, likely)) or 'none'}, of the columns "
-        f"{', '.join(map(repr, columns))}. Say it with label=…"
-    )
-
-
-def _is_text(values: Sequence[Any]) -> bool:
-    some = [value for value in values[:2000] if value not in (None, "")]
-    if not some or not all(isinstance(value, str) for value in some):
-        return False
-    words = sum(len(value.split()) for value in some) / len(some)
-    return words >= 3 or len(set(some)) > 0.5 * len(some)
-
-
-def _the_task(label: str, values: Sequence[Any]) -> Task:
-    known = [value for value in values if not _is_missing(value)]
-    if any(isinstance(value, str) for value in known) or all(isinstance(value, bool | int) for value in known):
-        if len(known) > 20 and len(set(known)) > 0.5 * len(known):
+def _texts(table: RawTable, column: str, where: str) -> Sequence[Cell]:
+    """A column of texts. Raises DataError for cells that are none."""
+    cells = table.columns[column]
+    for row, cell in enumerate(cells, 1):
+        if isinstance(cell, Foreign):
             raise DataError(
-                f"the label column {label!r} has {len(set(known)):,} distinct values in {len(known):,} rows: it looks like "
-                "no class. Say task='classification' or 'regression', or choose another column with label=…"
+                f"{where}: the text column {column!r} holds values of type {cell.kind} (row {row}). Name another column "
+                "with text=…, or write what is meant as text"
             )
-        return "classification"
-    return "classification" if all(float(value).is_integer() for value in known) else "regression"
+        if cell is not None and not cell.isascii():
+            try:
+                cell.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}: the text in column {column!r}, row {row}, has half a character "
+                    f"({cell[error.start : error.end]!r}), which no encoding can write. Mend it"
+                ) from error
+    return cells
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and np.isnan(value))
-
-
-def _columns(
-    where: str, table: Mapping[str, Sequence[Any]], roles: Roles, names: list[str] | None, known: list[str] | None
-) -> tuple[dict[str, Any], list[str], dict[str, int]]:
-    """A split's columns, the class names (those of training for every split), and how many rows were dropped for what."""
-    for name in (roles.text, roles.text_pair, roles.label):
-        if name is not None and name not in table:
-            raise DataError(f"{where}: there is no column {name!r}; there are {', '.join(map(repr, table))}")
-    count = len(table[roles.label])
+def _kept(
+    texts: Sequence[Sequence[Cell]], labels: Sequence[str | None], values: Sequence[float | None]
+) -> tuple[list[int], dict[str, int]]:
+    """The numbers of a split's rows that have all it takes, and how many have been dropped for what."""
     dropped = {"without label": 0, "without text": 0, "label unseen in training": 0}
-    labels, keep = [_text_of(value, roles, names) for value in table[roles.label]], []
-    if known is None:
-        known = _class_names([label for label in labels if label is not None], roles, names, where)
-    numbers = {name: number for number, name in enumerate(known)}
-    for row in range(count):
-        label = labels[row]
-        parts = [table[name][row] for name in (roles.text, roles.text_pair) if name is not None]
+    keep = []
+    for row, (label, value) in enumerate(zip(labels, values, strict=True)):
         if label is None:
             dropped["without label"] += 1
-        elif any(not isinstance(part, str) or not part.strip() for part in parts):
+        elif any(is_blank(cells[row]) for cells in texts):
             dropped["without text"] += 1
-        elif roles.task == "classification" and label not in numbers:
+        elif value is None:
             dropped["label unseen in training"] += 1
         else:
             keep.append(row)
     if not keep:
-        raise DataError(f"{where}: no row of {count:,} has both text and label (dropped: {dropped})")
-    columns: dict[str, Any] = {"text": Ragged.of_texts(table[roles.text][row] for row in keep)}
-    if roles.text_pair is not None:
-        columns["text_pair"] = Ragged.of_texts(table[roles.text_pair][row] for row in keep)
-    if roles.task == "classification":
-        columns["label"] = np.array([numbers[str(labels[row])] for row in keep], dtype=np.int64)
-    else:
-        columns["label"] = np.array([float(str(labels[row])) for row in keep], dtype=np.float64)
-    return columns, known, dropped
+        raise DataError(f"no row of {len(labels):,} has both text and label (dropped: {dropped})")
+    return keep, dropped
 
 
-def _text_of(value: Any, roles: Roles, names: list[str] | None) -> str | None:
-    """A label as text; None if there is none, which data sets with hidden labels say with -1."""
-    if _is_missing(value):
-        return None
-    if names is not None:
-        return names[value] if value >= 0 else None
-    if roles.task == "regression":
-        try:
-            return repr(float(value))
-        except ValueError as error:
-            raise DataError(f"the label {value!r} in column {roles.label!r} is no number") from error
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _class_names(labels: Sequence[str], roles: Roles, names: list[str] | None, where: str) -> list[str]:
-    """Class names in a stable order: the data set's own, numbers by value, anything else by the alphabet."""
-    if roles.task == "regression":
-        return []
-    found = set(labels)
-    if len(found) < 2:
-        raise DataError(
-            f"{where}: column {roles.label!r} has {len(found)} class ({', '.join(found)}); nothing to learn"
-        )
-    if names is not None:
-        return names
-    return sorted(found, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
-
-
-def _read(path: Path) -> Mapping[str, Sequence[Any]]:
-    """A table as columns of Python values. Raises DataError naming the file."""
-    import datasets
-
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path} has an unknown type; known are {', '.join(_READERS)}")
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    options: dict[str, Any] = {}
-    if reader == "csv":
-        # Nothing but an empty cell is missing: "NA" and "null" are words. In tab-separated files quotes are only quotes.
-        options = {"keep_default_na": False, "na_values": [""]}
-        if path.suffix.lower() != ".csv":
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+@contextmanager
+def _in(where: str) -> Iterator[None]:
+    """Errors in here say where."""
     try:
-        with tempfile.TemporaryDirectory(prefix="mlpipes-table-") as cache:
-            found: Any = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=cache, **options)
-            return found.to_dict()
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{path} cannot be read as {reader}: {type(cause).__name__}: {str(cause)[:300]}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def sst2_source(folder: Path | None) -> TableSource:
@@ -259,4 +242,5 @@ def sst2_source(folder: Path | None) -> TableSource:
     )
     if folder is None:
         return described
-    return replace(described, train=str(folder / "train.tsv"), test=str(folder / "dev.tsv"), config=None)
+    # GLUE's files take quotes for characters.
+    return replace(described, train=str(folder / "train.tsv"), test=str(folder / "dev.tsv"), config=None, quoting=False)

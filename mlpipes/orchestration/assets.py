@@ -1,7 +1,7 @@
 """The assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report, champion."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import dagster as dg
@@ -17,6 +17,7 @@ from mlpipes.store.references import (
     DatasetReference,
     EvaluationReference,
     ModelReference,
+    Reference,
     SnapshotReference,
     TrainingReference,
 )
@@ -87,11 +88,11 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     def snapshot(
         context: dg.AssetExecutionContext, source: DatasetReference, store: StoreResource
     ) -> dg.MaterializeResult:
-        from mlpipes.data.snapshot import snapshot_of
+        from mlpipes.data.snapshot import duplicates_warning, snapshot_of
 
         with user_errors():
             made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing)
-        for warning in warnings:
+        for warning in (*warnings, *filter(None, [duplicates_warning(made)])):
             context.log.warning(warning)
         return dg.MaterializeResult(
             value=SnapshotReference(digest=made.digest),
@@ -129,51 +130,44 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         with user_errors():
             return materialize_training(context, entry, snapshot, config, store, ray, mlflow)
 
-    @dg.asset(
-        **common(
-            "model",
-            "The best checkpoint by validation (never by test), exported, registered in MLflow, with its card.",
-            {"pytorch", "mlflow"},
-        ),
-        ins={"checkpoints": upstream("checkpoints")},
-    )
-    def model(
-        context: dg.AssetExecutionContext, checkpoints: TrainingReference, store: StoreResource, mlflow: MlflowResource
-    ) -> dg.MaterializeResult:
-        with user_errors():
-            return materialize_model(context, entry, checkpoints, store, mlflow)
+    def made_of(
+        source: type[Reference], make: Callable[..., dg.MaterializeResult], pool: str | None = None, **about: Any
+    ) -> dg.AssetsDefinition:
+        """An asset made of the one before it, by what that points to in the store and in MLflow."""
 
-    @dg.asset(
-        **common(
-            "eval_report",
-            "The model on the held-out test split: estimates with 95 % intervals, confusion, calibration, mistakes.",
-            {"scikitlearn", "mlflow"},
-        ),
-        ins={"model": upstream("model")},
-        pool=EVALUATION_POOL,
-    )
-    def eval_report(
-        context: dg.AssetExecutionContext, model: ModelReference, store: StoreResource, mlflow: MlflowResource
-    ) -> dg.MaterializeResult:
-        with user_errors():
-            return materialize_evaluation(context, entry, model, store, mlflow)
+        @dg.asset(**common(**about), ins={"source": upstream(source.asset)}, pool=pool)
+        def asset(
+            context: dg.AssetExecutionContext, source: Any, store: StoreResource, mlflow: MlflowResource
+        ) -> dg.MaterializeResult:
+            with user_errors():
+                return make(context, entry, source, store, mlflow)
 
-    @dg.asset(
-        **common(
-            "champion",
-            "The best model by validation of all scales that passed the gates has the MLflow alias `champion`; decides "
-            "whether this scale's model takes it, and says why.",
-            {"mlflow"},
-        ),
-        ins={"evaluation": upstream("eval_report")},
-        pool=PROMOTION_POOL,
-    )
-    def champion(
-        context: dg.AssetExecutionContext, evaluation: EvaluationReference, store: StoreResource, mlflow: MlflowResource
-    ) -> dg.MaterializeResult:
-        with user_errors():
-            return materialize_champion(entry, evaluation, store, mlflow)
+        return cast("dg.AssetsDefinition", asset)
 
+    model = made_of(
+        TrainingReference,
+        materialize_model,
+        name="model",
+        description="The best checkpoint by validation (never by test), exported, registered in MLflow, with its card.",
+        kinds={"pytorch", "mlflow"},
+    )
+    eval_report = made_of(
+        ModelReference,
+        materialize_evaluation,
+        EVALUATION_POOL,
+        name="eval_report",
+        description="The model on the held-out test split: estimates with 95 % intervals, pictures, mistakes.",
+        kinds={"scikitlearn", "mlflow"},
+    )
+    champion = made_of(
+        EvaluationReference,
+        materialize_champion,
+        PROMOTION_POOL,
+        name="champion",
+        description="The best model by validation of all scales that passed the gates has the MLflow alias `champion`; "
+        "decides whether this scale's model takes it, and says why.",
+        kinds={"mlflow"},
+    )
     chain = [dataset, snapshot, checkpoints, model, eval_report, champion]
     live = dg.AssetSpec(
         live_asset(entry.name),

@@ -143,11 +143,11 @@ def _is_there(store: Store, workload: str, asset: str, scale: str) -> bool:
 
 
 def _patiently(call: Callable[[], Any], seconds: float) -> Any:
-    from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-    policy = {"retry": retry_if_exception_type(ConfigError), "stop": stop_after_delay(seconds), "wait": wait_fixed(1)}
-    asked: Callable[[], Any] = retry(**policy, reraise=True)(call)
-    return asked()
+    return Retrying(
+        retry=retry_if_exception_type(ConfigError), stop=stop_after_delay(seconds), wait=wait_fixed(1), reraise=True
+    )(call)
 
 
 @dataclass

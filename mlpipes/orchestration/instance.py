@@ -2,14 +2,20 @@
 
 import os
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
+
 from mlpipes.environment import path_in
 from mlpipes.errors import ConfigError, UserError
+from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
+from mlpipes.workloads.entry import cause_of, place_of
 
+_WRITTEN = "# Written by mlpipes at every start. To have other settings, remove this line."
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -29,13 +35,20 @@ def quiet_instance(folder: Path) -> Any:
 def execute(
     job: Any, instance: Any, partition: str | None = None, config: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Execute a job in this process, quietly; `config` is that of its run. Raises UserError if a step fails."""
+    """Execute a job in this process, quietly; `config` is that of its run.
+
+    Raises UserError with the cause if a step fails by a user's error, or by an error that the workload's own code raises.
+    """
     import dagster as dg
 
     try:
         job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config})
     except dg.Failure as failure:
         raise UserError(failure.description or str(failure)) from failure
+    except Exception as error:
+        if not place_of(error):
+            raise
+        raise UserError(f"{cause_of(error)}. The run in the Dagster UI (`mlpipes dev`) has the traceback.") from error
 
 
 def execute_report(definitions: Any, instance: Any) -> None:
@@ -48,7 +61,8 @@ def execute_report(definitions: Any, instance: Any) -> None:
 
 
 def dagster_home() -> Path:
-    """Set DAGSTER_HOME, where it is not set, to the checkout (its dagster.yaml keeps history), else to the home folder.
+    """Set DAGSTER_HOME, where it is not set, to the current folder if it has a dagster.yaml, as the checkout has; else to
+    `dagster` in the home folder, with the same settings: there is one history, wherever commands are given.
 
     Raises ConfigError if it is set to what is no folder.
     """
@@ -56,10 +70,30 @@ def dagster_home() -> Path:
         os.environ["DAGSTER_HOME"] = str(configured_home)  # Dagster takes absolute ones only
         return configured_home
     here = Path.cwd()
-    folder = here if (here / "dagster.yaml").is_file() else home() / "dagster"
-    folder.mkdir(parents=True, exist_ok=True)
+    if (here / "dagster.yaml").is_file():
+        folder = here
+    else:
+        folder = home() / "dagster"
+        _write_settings(folder)
     os.environ["DAGSTER_HOME"] = str(folder)
     return folder
+
+
+def _write_settings(folder: Path) -> None:
+    """Have a dagster.yaml in a folder: without one, Dagster neither watches over runs nor limits them, and sends telemetry.
+
+    One that was written so follows mlpipes when that changes; one of the user's own is left alone.
+    """
+    path = folder / "dagster.yaml"
+    settings = yaml.safe_load(files("mlpipes.orchestration").joinpath("dagster.yaml").read_text(encoding="utf-8"))
+    # Commands outside a checkout once had no settings, and kept their history in the folder itself.
+    settings["storage"]["sqlite"]["base_dir"] = str(folder if (folder / "history").is_dir() else folder / "storage")
+    settings["local_artifact_storage"]["config"]["base_dir"] = str(folder)
+    settings["compute_logs"]["config"]["base_dir"] = str(folder / "logs")
+    wanted = f"{_WRITTEN}\n{yaml.safe_dump(settings, sort_keys=False)}"
+    found = path.read_text(encoding="utf-8") if path.is_file() else _WRITTEN
+    if found.startswith(_WRITTEN) and found != wanted:
+        write_atomic(path, wanted.encode())
 
 
 def check_run_launcher(instance: Any) -> None:

@@ -5,13 +5,16 @@ import errno
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from mlpipes.errors import UserError
 from mlpipes.redaction import redact
 from mlpipes.reporting.report import Report, Table, escaped
+
+if TYPE_CHECKING:
+    from mlpipes.tracking.runs import Tracker
 
 
 @contextmanager
@@ -76,19 +79,21 @@ def mapping_table(content: Mapping[str, Any]) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n".join(["| | |", "| --- | --- |", *lines]))
 
 
-def link(address: str | None, otherwise: str) -> dg.MetadataValue:
-    """A link where there is an address, and otherwise the command that would make one."""
-    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(otherwise)
+def run_link(tracker: "Tracker", run_id: str) -> dg.MetadataValue:
+    """A link to a run in MLflow's UI where that has an address, and otherwise the command that would start it."""
+    address = tracker.link(run_id)
+    return dg.MetadataValue.url(address) if address else dg.MetadataValue.text(tracker.command(run_id))
 
 
 def report_metadata(report: Report) -> dict[str, Any]:
-    """Estimates as numbers (for Dagster's plots) with their intervals, tables and pictures."""
+    """Estimates as numbers (for Dagster's plots) with their intervals, other figures, pictures, and long tables."""
     metadata: dict[str, Any] = {}
     for name, estimate in report.estimates.items():
         metadata[name] = estimate.value
         metadata[f"{name}_95"] = str(estimate)
-    for content in report.tables:
-        metadata[content.title.lower().replace(" ", "_")] = table(content)
+    metadata |= report.quantities
     for name, png in report.figures.items():
         metadata[f"{name}_plot"] = picture(png, name)
+    for content in report.tables:
+        metadata[content.title.lower().replace(" ", "_")] = table(content)
     return metadata

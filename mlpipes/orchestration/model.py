@@ -13,7 +13,7 @@ from mlpipes.evaluation.records import (
     open_evaluation,
     publish_evaluation,
 )
-from mlpipes.orchestration.metadata import link, mapping_table, picture, report_metadata
+from mlpipes.orchestration.metadata import mapping_table, picture, report_metadata, run_link
 from mlpipes.orchestration.resources import MlflowResource, StoreResource
 from mlpipes.reporting.model_card import model_card
 from mlpipes.store.layout import TrainingFolder
@@ -83,7 +83,7 @@ def materialize_model(
             "epoch": trained.meta["epoch"],
             "weights_digest": trained.meta["weights_digest"],
             "folder": dg.MetadataValue.path(str(folder.model)),
-            "mlflow": link(tracker.link(reference.mlflow_run_id), tracker.command(reference.mlflow_run_id)),
+            "mlflow": run_link(tracker, reference.mlflow_run_id),
         },
     )
 
@@ -134,13 +134,17 @@ def materialize_evaluation(
             ),
             "measured_on": mapping_table(measured_on(subject)),
             "report": dg.MetadataValue.path(str(evaluation.path / "report.md")),
-            "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
+            "mlflow": run_link(tracker, run_id),
         },
     )
 
 
 def materialize_champion(
-    entry: Entry, reference: EvaluationReference, store: StoreResource, mlflow: MlflowResource
+    context: dg.AssetExecutionContext,
+    entry: Entry,
+    reference: EvaluationReference,
+    store: StoreResource,
+    mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
     """Make the model champion if it passed the gates and is better than the one that is."""
     from mlpipes.evaluation.promotion import Decision, decide

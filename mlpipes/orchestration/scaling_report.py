@@ -3,7 +3,7 @@
 import dagster as dg
 from pydantic import Field
 
-from mlpipes.orchestration.metadata import link, picture, table, user_errors
+from mlpipes.orchestration.metadata import picture, run_link, table, user_errors
 from mlpipes.orchestration.resources import MlflowResource, StoreResource
 from mlpipes.scaling.report import NOTE, make_report, prices_from_environment
 from mlpipes.scaling.table import cost_table, scaling_table
@@ -29,7 +29,7 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
         owners=owners,
         kinds={"markdown", "matplotlib"},
         tags={"workload": entry.name},
-        description="Accuracy, speed, efficiency, cost and forecast over all scales; missing and stale ones are named.",
+        description="Quality, speed, efficiency, cost and forecast over all scales; missing and stale ones are named.",
         output_required=False,
         # Scales that are missing are named in it, so it does not wait for them; it waits for runs in progress.
         automation_condition=dg.AutomationCondition.eager().without(~dg.AutomationCondition.any_deps_missing()),
@@ -46,10 +46,11 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
             tracker.set_status(run_id, "FINISHED")
         return dg.MaterializeResult(
             metadata={
+                "recommended": report.recommendation,
+                "metric": report.metric,
                 "table": table(scaling_table(report.rows, report.metric)),
                 "plot": picture(plot, "scaling"),
                 "cost": table(cost_table(report.rows)),
-                "recommended": report.recommendation,
                 **{
                     f"law_{number}": dg.MetadataValue.md(law.markdown())
                     for number, law in enumerate(report.laws, start=1)
@@ -60,7 +61,7 @@ def scaling_report_asset(entry: Entry, owners: list[str]) -> dg.AssetsDefinition
                 "note": NOTE,
                 "distinct_models": len({row["weights_digest"] for row in report.rows}),
                 "report": dg.MetadataValue.path(str(folder / "scaling_report.md")),
-                "mlflow": link(tracker.link(run_id), tracker.command(run_id)),
+                "mlflow": run_link(tracker, run_id),
             }
         )
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError, UserError
 from mlpipes.orchestration.following import follow_training, is_cancelled
-from mlpipes.orchestration.metadata import link, mapping_table, picture
+from mlpipes.orchestration.metadata import mapping_table, picture, run_link
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
 from mlpipes.settings import problems
 from mlpipes.store.files import quarantine
@@ -116,7 +116,7 @@ def materialize_training(
         parameters={**recipe.scale.model_dump(), **recipe.hyperparameters, "seed": recipe.seed},
         tags=_tags(context, entry, recipe),
     )
-    mlflow_link = link(tracker.link(run_id), tracker.command(run_id))
+    mlflow_link = run_link(tracker, run_id)
     if outcome is None:
         # At once, so that the links are there while it trains.
         metadata = {"mlflow": mlflow_link, "fingerprint": recipe.fingerprint}

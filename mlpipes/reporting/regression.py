@@ -38,19 +38,22 @@ def regression_report(
         return Estimate(measure(np.arange(n)), float(low), float(high), n)
 
     error = values - labels
+    baseline = float(np.sqrt(((labels - training_mean) ** 2).mean()))
     worst = np.argsort(-np.abs(error), kind="stable")[:MISSES]
     captions = [f"{labels[row]:.3g} → {values[row]:.3g}" for row in worst]
     return Report(
         estimates={
+            "root_mean_squared_error": estimate(lambda rows: float(np.sqrt((error[rows] ** 2).mean()))),
+            "mean_absolute_error": estimate(lambda rows: float(np.abs(error[rows]).mean())),
             "pearson": estimate(lambda rows: correlation(values[rows], labels[rows])),
             "spearman": estimate(lambda rows: correlation(ranks[0][rows], ranks[1][rows])),
-            "mean_absolute_error": estimate(lambda rows: float(np.abs(error[rows]).mean())),
-            "root_mean_squared_error": estimate(lambda rows: float(np.sqrt((error[rows] ** 2).mean()))),
         },
         tables=[table_of_misses(worst, captions)],
-        quantities={"baseline": float(np.sqrt(((labels - training_mean) ** 2).mean()))},
+        quantities={"baseline": baseline},
         figures={"predictions": figures.scatter(labels, values)},
         notes=[
-            "Intervals: percentiles of 1,000 bootstrap resamples. Spearman's resamples keep the ranks of all samples."
+            f"Always the mean of the training labels would have a root mean squared error of {baseline:.4f}. Errors are in "
+            "the labels' unit. Intervals: percentiles of 1,000 bootstrap resamples. Spearman's resamples keep the ranks of "
+            "all samples."
         ],
     )

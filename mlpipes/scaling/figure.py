@@ -1,11 +1,15 @@
 """The figure of the scaling report: scales side by side, throughput with its law, quality against cost."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mlpipes.reporting.figures import COLOURS, new_figure, png_of
+
+_TITLE_WIDTH = 36
+"""Characters that a third of the figure has room for."""
 
 
 def scaling(rows: Sequence[Mapping[str, Any]], laws: Sequence[Any], metric: str) -> bytes:
@@ -31,6 +35,7 @@ def scaling(rows: Sequence[Mapping[str, Any]], laws: Sequence[Any], metric: str)
     _front(front, rows, metric)
     for axes in grid.reshape(-1):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(textwrap.fill(axes.get_title(), _TITLE_WIDTH))  # a metric's name may be long
     return png_of(figure)
 
 
@@ -65,12 +70,13 @@ def _throughput(axes: Any, rows: Sequence[Mapping[str, Any]], laws: Sequence[Any
             axes.scatter(
                 row["workers"], row["samples_per_second"], facecolors="none", edgecolors="grey", label="forecast"
             )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     # One entry a kind, however many points it has.
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(entries.values(), entries.keys(), frameon=False, fontsize=8)
     # A band that says "anything" must not make the measurements invisible.
     tallest = max(row["samples_per_second"] for row in [*rows, *(row for law in laws for row in law.forecasts)])
-    axes.set(xlabel="workers", title="samples/s, 95 % band", ylim=(0, 2 * tallest))
+    axes.set(xlabel="workers", title="samples/s, 95 % band" if laws else "samples/s", ylim=(0, 2 * tallest))
 
 
 def _front(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
@@ -85,5 +91,5 @@ def _front(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
             textcoords="offset points",
             ha="center",
         )
-    axes.set(xlabel="device-hours", title=f"test {metric}, Pareto front: o")
+    axes.set(xlabel="device-hours", title=f"test {metric}, o: on the Pareto front")
     axes.margins(0.35)

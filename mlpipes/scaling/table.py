@@ -190,7 +190,7 @@ def recommend(
         limits.append(f"{deadline_seconds:g} s of training")
     if budget is not None:
         limits.append(f"a cost of {budget:g}")
-    within = f"within {' and '.join(limits)}" if limits else "without a limit"
+    within = f" within {' and '.join(limits)}" if limits else ""
     fits = [
         row
         for row in rows
@@ -198,9 +198,9 @@ def recommend(
         and (budget is None or row["cost"] <= budget)
     ]
     if not fits:
-        return None, f"no scale that was run is {within}"
+        return None, f"no scale that was run is{within}"
     best = min(fits, key=lambda row: (-row["validation_score"], row["device_hours"], row["train_seconds"]))
-    return best, f"{best['scale']} is the best by validation {within}, and the cheapest of its equals"
+    return best, f"{best['scale']} is the best by validation{within}, and the cheapest of its equals"
 
 
 COLUMNS = (

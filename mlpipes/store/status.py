@@ -1,11 +1,14 @@
 """The state of all trainings, read from the store alone: it answers also when Dagster and Ray are down."""
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from mlpipes.errors import ConfigError, CorruptionError, FormatError
 from mlpipes.scales import RayScaleConfig
@@ -22,11 +25,11 @@ from mlpipes.store.messages import (
     Stopping,
     read_messages,
 )
-from mlpipes.store.recipe import Recipe
 from mlpipes.store.references import TrainingReference
 from mlpipes.store.training_job import TrainingJob
 
 _SILENT_SECONDS = 60
+_MESSAGES = re.compile(r"a(\d+)\.jsonl")
 
 
 class TrainingState(StrEnum):
@@ -64,15 +67,15 @@ class TrainingStatus:
 
 def latest_attempt(folder: TrainingFolder) -> int:
     """The number of a training's latest attempt; 0 if there is none."""
-    return max((int(path.stem[1:]) for path in folder.messages(0).parent.glob("a*.jsonl")), default=0)
+    names = (_MESSAGES.fullmatch(path.name) for path in folder.messages(0).parent.glob("a*.jsonl"))
+    return max((int(name[1]) for name in names if name), default=0)  # also beside somebody's copies
 
 
 def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     """The status of one training, or None if its recipe cannot be read."""
-    try:
-        recipe = read_record(folder.recipe)
-    except (FileNotFoundError, CorruptionError):
+    if (described := _described(folder)) is None:
         return None
+    workload, scale, seed = described
     messages, _ = read_messages(folder.messages(latest_attempt(folder)))
     state, step, total, metrics, error, checkpoint = TrainingState.STARTING, 0, None, {}, None, None
     for message in messages:
@@ -93,24 +96,26 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
         state = TrainingState.STOPPED
     elif state in (TrainingState.RUNNING, TrainingState.STARTING) and time.time() - last > _SILENT_SECONDS:
         state = TrainingState.SILENT
-    scale = RayScaleConfig.model_validate(recipe["scale"]).key
-    return TrainingStatus(
-        folder, recipe["workload"], scale, recipe["seed"], state, step, total, metrics, last, checkpoint, error
-    )
+    return TrainingStatus(folder, workload, scale, seed, state, step, total, metrics, last, checkpoint, error)
+
+
+def _described(folder: TrainingFolder) -> tuple[str, str, int] | None:
+    """Workload, scale and seed of a training; None if its recipe is not there, corrupt, or of a form unknown here."""
+    try:
+        recipe = read_record(folder.recipe)
+        return recipe["workload"], RayScaleConfig.model_validate(recipe["scale"]).key, recipe["seed"]
+    except (FileNotFoundError, CorruptionError, KeyError, ValidationError):
+        return None
 
 
 def trained_scales(store: Store, workload: str) -> Iterator[str]:
     """The keys of all scales of a workload with a training in the store, each once: also of those that failed."""
     found = set()
     for path in sorted((store.root / "trainings").glob("*/")):
-        try:
-            recipe = read_record(TrainingFolder(path).recipe)
-        except (FileNotFoundError, CorruptionError):
-            continue
-        key = RayScaleConfig.model_validate(recipe["scale"]).key
-        if recipe["workload"] == workload and key not in found:
-            found.add(key)
-            yield key
+        described = _described(TrainingFolder(path))
+        if described is not None and described[0] == workload and described[1] not in found:
+            found.add(described[1])
+            yield described[1]
 
 
 def all_statuses(store: Store) -> Iterator[TrainingStatus]:
@@ -154,10 +159,8 @@ def find_training(store: Store, workload: str, scale: str, run: str | None = Non
     found = []
     for path in sorted(store.root.glob("trainings/*/recipe.json")):
         folder = TrainingFolder(path.parent)
-        recipe = Recipe.read(path)
-        if (recipe.workload, recipe.scale.key) == (workload, scale) and any(
-            name.startswith(run) for name in _names(folder)
-        ):
+        described = _described(folder)
+        if described and described[:2] == (workload, scale) and any(name.startswith(run) for name in _names(folder)):
             found.append(folder)
     if len(found) != 1:
         listed = ", ".join(folder.fingerprint[:12] for folder in found) or "none"

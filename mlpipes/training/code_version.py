@@ -1,6 +1,10 @@
 """Code versions: digests of the code that a training's numbers, or a snapshot's bytes, depend on."""
 
+from collections.abc import Iterable
+
+from mlpipes.errors import ConfigError
 from mlpipes.training.reached_code import reached_code
+from mlpipes.workloads.packages import Offer
 
 ENGINE_MODULES = (
     "mlpipes.data.ragged",
@@ -47,6 +51,21 @@ def preparation_version(implementation: str) -> str:
     As `code_version`, with `mlpipes.data` in the engine's place. Bytes that come out equal make the same snapshot again.
     """
     return _version(implementation, PREPARING_MODULES, "mlpipes.workloads.", "mlpipes.data.")
+
+
+def unreadable(offers: Iterable[Offer]) -> dict[str, str]:
+    """What is wrong with workloads of other packages whose code cannot be read, by workload: without versions, no assets."""
+    found = {}
+    for offer in offers:
+        if offer.entry is not None:
+            try:
+                code_version(offer.entry.implementation)
+                preparation_version(offer.entry.implementation)
+            except ConfigError as error:
+                found[offer.name] = (
+                    f"workload {offer.name!r} of {offer.packages} has no assets until this is mended: {error}"
+                )
+    return found
 
 
 def _version(implementation: str, engine: tuple[str, ...], *followed: str) -> str:

@@ -226,6 +226,10 @@ class Trainer:
             with autocast(self.device, "fp32"):
                 batch = self.workload.batch(self.train_columns, part, self.hp, augment=True)
             loss, weight = self.workload.loss(self.model, batch, self.hp), self.workload.weight(batch, self.hp)
+            if loss.ndim:
+                raise TrainingFailedError(
+                    f"`loss` is of shape {tuple(loss.shape)}; it must be the sum over the batch's samples, a scalar"
+                )
             yield loss, len(part) if weight is None else weight
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------

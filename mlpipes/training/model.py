@@ -84,7 +84,10 @@ def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
 
 
 def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Report, np.ndarray]:
-    """The report of a model on a split of a snapshot, and the score of each sample (N,)."""
+    """The report of a model on a split of a snapshot, and the score of each sample (N,).
+
+    Raises ConfigError if the workload's report lacks its metric, or holds what is not finite, as a score may not be either.
+    """
     workload, network, hp, precision = model.workload, model.network, model.hp, model.meta["precision"]
     columns = snapshot.columns(split)
     moved = on_device(columns, next(network.parameters()).device)
@@ -95,7 +98,29 @@ def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Repor
         return outputs_of(workload, network, moved, numbers, hp, precision)
 
     report = workload.report(predictions, columns, _info(snapshot), look)
-    return report, workload.scores(predictions, columns)
+    scores = np.asarray(workload.scores(predictions, columns))
+    _assert_comparable(report, scores, workload.metric.name, snapshot.counts[split])
+    return report, scores
+
+
+def _assert_comparable(report: Report, scores: np.ndarray, metric: str, rows: int) -> None:
+    """What is NaN is neither worse nor better than anything: it would pass the gates that compare."""
+    if metric not in report.estimates:
+        raise ConfigError(
+            f"the report estimates {', '.join(report.estimates)}, but not the workload's metric, {metric!r}"
+        )
+    numbers = {name: (e.value, e.low, e.high) for name, e in report.estimates.items()}
+    numbers |= {name: (value,) for name, value in report.quantities.items()}
+    if wrong := [f"{name} is {found}" for name, found in numbers.items() if not np.isfinite(found).all()]:
+        raise ConfigError(
+            f"in the report, {wrong[0]}, which is not finite. Where this split does not define it, leave it out"
+        )
+    if scores.shape != (rows,):
+        raise ConfigError(f"`scores` gives the shape {scores.shape}; of {rows:,} samples, it must be ({rows},)")
+    if bad := int((~np.isfinite(scores)).sum()):
+        raise ConfigError(
+            f"{bad:,} of {rows:,} `scores` are not finite: give each sample a number, such as a bounded one"
+        )
 
 
 def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:

@@ -22,6 +22,7 @@ from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
+from mlpipes.workloads.entry import cause_of
 
 RESULT_BYTES = 1 << 20
 """More than an outcome takes."""
@@ -92,7 +93,7 @@ def explained(error: Exception) -> str:
             "batch normalisation got a single sample. It sees one part of a batch at a time: use a larger batch size, fewer "
             f"`logical_shards`, or a larger `micro_batch` that leaves no remainder of 1. ({error})"
         )
-    return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-8)}"
+    return f"{cause_of(error)}\n{traceback.format_exc(limit=-8)}"
 
 
 def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.snapshot import Prepared
 from mlpipes.data.splits import SplitPlan
+from mlpipes.errors import TrainingFailedError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 
@@ -192,3 +193,10 @@ class Workload(ABC):
     @abstractmethod
     def deployable(self, model: nn.Module, hp: Any, info: DataInfo, columns: Columns) -> Deployable:
         """What to deploy: raw samples in (any batch size), outputs out, no random numbers. Examples come from `columns`."""
+
+
+def predicted(predictions: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """One of the outputs of `predict`. Raises TrainingFailedError if it is not there."""
+    if name not in predictions:
+        raise TrainingFailedError(f"`predict` gives {', '.join(map(repr, predictions)) or 'nothing'}, but no {name!r}")
+    return predictions[name]

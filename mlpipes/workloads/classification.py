@@ -10,7 +10,7 @@ from mlpipes.data.dataset import Columns
 from mlpipes.reporting.classification import classification_report
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report, Table
-from mlpipes.workloads.base import DataInfo, Look, Workload
+from mlpipes.workloads.base import DataInfo, Look, Workload, predicted
 
 
 class Classification(Workload):
@@ -20,7 +20,8 @@ class Classification(Workload):
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Accuracy and mean cross-entropy."""
-        logits, labels = torch.from_numpy(predictions["logits"]), torch.from_numpy(np.array(columns["label"]))
+        logits = torch.from_numpy(predicted(predictions, "logits"))
+        labels = torch.from_numpy(np.array(columns["label"]))
         return {
             "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
             "loss": float(F.cross_entropy(logits.double(), labels)),

@@ -3,16 +3,20 @@
 import importlib
 import os
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlpipes.errors import ConfigError, ScaleError
+from mlpipes.errors import ConfigError, ScaleError, UserError
 from mlpipes.scales import SCALES_VARIABLE, RayScaleConfig, scales_of
 
 if TYPE_CHECKING:
     from mlpipes.workloads.base import Workload
 
+_INSTALLED = f"{os.sep}site-packages{os.sep}"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -78,14 +82,50 @@ def entry(name: str, summary: str, implementation: str, scales: Iterable[str]) -
 
 
 def load_workload(implementation: str) -> "Workload":
-    """The workload instance at `module:attribute`. Raises ConfigError if there is none."""
+    """The workload instance at `module:attribute`. Raises ConfigError if there is none, its module does not
+    load, or it is of before a renaming.
+    """
     module, _, attribute = implementation.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"workload {implementation!r} cannot be loaded: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(f"workload {implementation!r} cannot be loaded: {cause_of(error)}") from error
+    from mlpipes.reporting.metric import Metric
     from mlpipes.workloads.base import Workload
 
     if not isinstance(found, Workload):
         raise ConfigError(f"workload {implementation!r} is no instance of a Workload: {found!r}")
+    if not isinstance(getattr(found, "metric", None), Metric):
+        raise ConfigError(
+            f'workload {implementation!r} has no metric: say `metric = Metric("accuracy")`, of mlpipes.reporting.metric '
+            "(it was called primary_metric)"
+        )
+    if callable(getattr(found, "rank", None)):  # it would be passed over, and another checkpoint be the best
+        raise ConfigError(
+            f"workload {implementation!r} has a method `rank`, which is called `selection_key` now: rename it (or remove "
+            "it, where the metric decides)"
+        )
     return found
+
+
+def cause_of(error: BaseException) -> str:
+    """An error of a user's code in one line, with the place in that code that led to it, where there is one."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    place = place_of(error) or place_of(error, installed=True)
+    return f"{type(error).__name__}: {error}{place and f' ({place})'}"
+
+
+def place_of(error: BaseException, *, installed: bool = False) -> str:
+    """The last line on an error's way that is neither Python's nor mlpipes'; empty if there is none.
+
+    Libraries pass for a user's code only where what is `installed` counts, too.
+    """
+    others = (f"{Path(__file__).parents[1]}{os.sep}", f"{sysconfig.get_paths()['stdlib']}{os.sep}", "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        is_library = _INSTALLED in frame.filename
+        if installed if is_library else not frame.filename.startswith(others):
+            return f"{frame.filename}, line {frame.lineno}"
+    return ""

@@ -97,18 +97,11 @@ class ImageClassification(Classification):
 
         Raises ConfigError if it cannot read images of this size.
         """
-        mean, std, shape = (info.statistics[name] for name in ("mean", "std", "shape"))
+        mean, std = info.statistics["mean"], info.statistics["std"]
+        shape = info.statistics.get("shape", [])  # snapshots of before lack it
         model = networks.Normalized(self.network(len(mean), len(info.facts["class_names"]), hp), mean, std)
-        try:
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, *shape))
-        except RuntimeError as error:
-            name = getattr(hp, "network", "this network")
-            raise ConfigError(
-                f"{name} cannot read images of {shape[1]}×{shape[2]} pixels ({error}). Choose another `network` (resnet18 "
-                "takes 8 to 224 pixels), or another size of the images."
-            ) from error
-        model.train()
+        if shape:
+            _try(model, shape, getattr(hp, "network", "this network"))
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def initialize(self, model: nn.Module, hp: ImageHyperparameters, train: Columns) -> None:
@@ -159,6 +152,19 @@ class ImageClassification(Classification):
     def deployable(self, model: nn.Module, hp: ImageHyperparameters, info: DataInfo, columns: Columns) -> TorchProgram:
         """Raw pixels uint8 (B, C, H, W) in, logits (B, classes) out."""
         return TorchProgram(_Serving(model, hp.flip), np.array(columns["image"][:4]))
+
+
+def _try(model: nn.Module, shape: Sequence[int], name: str) -> None:
+    """Raises ConfigError if the model cannot read an image of a shape (C, H, W)."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{name} cannot read images of {shape[1]}×{shape[2]} pixels ({error}). Choose another `network` (resnet18 "
+            "takes 8 to 224 pixels), or another size of the images."
+        ) from error
+    model.train()
 
 
 def _mirrored_logits(model: nn.Module, images: Tensor, mirror: bool) -> Tensor:

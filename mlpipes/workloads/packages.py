@@ -1,16 +1,12 @@
 """Workloads of other packages, found by their entry points; what is wrong with one of them keeps none of the others away."""
 
-import importlib.metadata
-import os
 import sys
-import traceback
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 
 from mlpipes.errors import UserError
-from mlpipes.workloads.entry import Entry
+from mlpipes.workloads.entry import Entry, cause_of
 
 GROUP = "mlpipes.workloads"
 
@@ -54,8 +50,8 @@ def _offer(name: str, points: list[EntryPoint], taken: frozenset[str]) -> Offer:
             packages,
             entry,
             f"{where} imports torch where it says what it is, so every process of Dagster and every command takes seconds "
-            "and hundreds of MB more. Put the entry into a module that imports no torch, such as the package's "
-            "__init__.py, and have the entry point name that.",
+            "and hundreds of MB more. Put the entry into a module that imports no torch, and let the package's "
+            "__init__.py import none either; have the entry point name that module.",
         )
     return Offer(name, packages, entry)
 
@@ -74,7 +70,7 @@ def _loaded(points: list[EntryPoint], taken: frozenset[str]) -> Entry:
     try:
         entry = point.load()
     except (Exception, SystemExit) as error:
-        raise UserError(f"it does not load: {_cause(error)}. Mend the package, or uninstall it.") from error
+        raise UserError(f"it does not load: {cause_of(error)}. Mend the package, or uninstall it.") from error
     if not isinstance(entry, Entry):
         raise UserError(
             f"it is no Entry but {type(entry).__name__}. Have the entry point name what `entry(…)` of "
@@ -83,16 +79,3 @@ def _loaded(points: list[EntryPoint], taken: frozenset[str]) -> Entry:
     if entry.name != point.name:
         raise UserError(f"the entry calls itself {entry.name!r}. Give entry and entry point the same name.")
     return entry
-
-
-def _cause(error: BaseException) -> str:
-    """An error in one line, with the place in the package that led to it, where there is one."""
-    # Not this module's own frames, those of the import system, or those of mlpipes, which checks what a package says.
-    ours = (
-        f"{Path(__file__).parents[1]}{os.sep}",
-        "<frozen importlib",
-        str(Path(importlib.metadata.__file__).parents[1]),
-    )
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

@@ -10,7 +10,7 @@ from mlpipes.errors import DataError, TrainingFailedError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.regression import regression_report
 from mlpipes.reporting.report import Report, Table
-from mlpipes.workloads.base import DataInfo, Look, Workload
+from mlpipes.workloads.base import DataInfo, Look, Workload, predicted
 
 
 class Regression(Workload):
@@ -24,6 +24,8 @@ class Regression(Workload):
 
     def statistics(self, train: Columns) -> dict[str, Any]:
         """Mean and standard deviation of the labels, in which a model had better think."""
+        if "label" not in train:
+            raise DataError(f"a regression needs a column `label`; the data have {', '.join(train)}")
         labels = np.asarray(train["label"], dtype=np.float64)
         if labels.ndim != 1 or not np.isfinite(labels).all():
             raise DataError(
@@ -36,7 +38,7 @@ class Regression(Workload):
 
     def validate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> dict[str, float]:
         """Root mean squared error, Pearson's correlation, and the mean squared error as the loss."""
-        values, labels = predictions["value"].astype(np.float64), np.asarray(columns["label"])
+        values, labels = predicted(predictions, "value").astype(np.float64), np.asarray(columns["label"])
         if values.shape != labels.shape:  # NumPy would compare each with each
             raise TrainingFailedError(
                 f"the predictions `value` are of shape {values.shape}, the labels of {labels.shape}; both must be (N,)"

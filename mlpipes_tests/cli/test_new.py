@@ -14,7 +14,14 @@ from mlpipes.cli import new
 from mlpipes.cli.app import app
 from mlpipes_tests.sandbox import CHECKOUT
 
-FILES = ["README.md", "pyproject.toml", "src/churn/__init__.py", "src/churn/workload.py", "tests/test_churn.py"]
+FILES = [
+    "README.md",
+    "pyproject.toml",
+    "src/churn/__init__.py",
+    "src/churn/entry.py",
+    "src/churn/workload.py",
+    "tests/test_churn.py",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +56,22 @@ def test_a_package_is_written(folder: Path, kind: str, more: list[str]) -> None:
         assert done.returncode == 0, done.stdout
 
 
+def test_the_next_steps_name_the_programs_of_this_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(here))  # it is activated
+    assert "  python -m pip install -e first\n  mlpipes demo --workload first\n" in run("first")
+    monkeypatch.setenv("PATH", "/nowhere")
+    steps = f"  {here}/python -m pip install -e second\n  export SECOND=/path/to/images\n  {here}/mlpipes demo"
+    assert steps in run("second", "--kind", "image-folder")
+    monkeypatch.setattr(sys, "executable", str(folder / ".venv" / "bin" / "python"))
+    assert "  .venv/bin/python -m pip install -e third\n  .venv/bin/mlpipes demo --workload third\n" in run("third")
+
+
 def test_a_name_of_several_words_is_one_name(folder: Path) -> None:
     assert run("who_leaves", "--kind", "image-folder").startswith("0: ")
     text = (folder / "who_leaves" / "src" / "who_leaves" / "workload.py").read_text()
     assert "\nwho_leaves = ImageClassification(" in text
-    assert 'ImageFolder("$WHO_LEAVES"' in text
+    assert 'ImageFolder("$WHO_LEAVES_IMAGES"' in text
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,7 @@ def test_an_interruption_leaves_nothing(folder: Path, monkeypatch: pytest.Monkey
     assert list(folder.iterdir()) == []
 
 
-def test_the_templates_are_in_the_wheel(folder: Path) -> None:
+def test_the_templates_and_dagsters_settings_are_in_the_wheel(folder: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, folder)
     shutil.copytree(CHECKOUT / "mlpipes", folder / "mlpipes", ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,4 +141,4 @@ def test_the_templates_are_in_the_wheel(folder: Path) -> None:
     (wheel,) = folder.glob("*.whl")
     templates = {path for path in files_in(folder) if path.startswith("mlpipes/cli/templates/")}
     assert len(templates) > 6
-    assert templates <= set(zipfile.ZipFile(wheel).namelist())
+    assert {*templates, "mlpipes/orchestration/dagster.yaml"} <= set(zipfile.ZipFile(wheel).namelist())

@@ -143,3 +143,11 @@ def test_another_catalog_may_be_asked() -> None:
     assert entry_named("mine", [mine]) is mine
     with pytest.raises(ConfigError, match="unknown workload 'digits'; known are mine"):
         entry_named("digits", [mine])
+
+
+def test_what_a_disk_says_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "store").write_text("no folder")
+    monkeypatch.setenv("MLPIPES_HOME", str(home))
+    assert run("store", "--adopt").startswith("NotADirectoryError: Not a directory: ")

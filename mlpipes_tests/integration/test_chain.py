@@ -121,7 +121,7 @@ def test_the_scaling_report_names_what_is_missing(pipeline: Pipeline) -> None:
     text = (pipeline.store.report("digits") / "scaling_report.md").read_text()
     assert all(scale in text for scale in SCALES)
     assert "Not evaluated: w1-b64-e9-g0 (never trained)" in text
-    assert "is the best by validation without a limit" in text
+    assert "is the best by validation, and the cheapest" in text
     # Both scales ended in the same model: the cheaper one is recommended, and the first to pass is champion.
     report = read_record(pipeline.store.report("digits") / "scaling_report.json")
     assert all(row["peak_memory_bytes"] > 50 * 2**20 and 0.1 < row["cpu_utilisation"] < 8 for row in report["rows"])

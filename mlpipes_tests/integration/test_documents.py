@@ -144,7 +144,7 @@ def test_the_folder_of_images_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path = tmp_path / "flowers" / ("aster", "rose", "tulip")[number % 3] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
-    monkeypatch.setenv("FLOWERS", str(tmp_path / "flowers"))
+    monkeypatch.setenv("FLOWERS_IMAGES", str(tmp_path / "flowers"))
     (tmp_path / "documented_folder.py").write_text(FLOWERS)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert len(FLOWERS.splitlines()) <= 20
@@ -162,7 +162,7 @@ def test_the_text_example_makes_a_workload() -> None:
     names = {c.__name__: c for c in (SplitPlan, TableSource, Pretrained, TextClassification)}
     exec(REVIEWS, names)  # noqa: S102 - our own example
     reviews: Any = names["reviews"]
-    assert reviews.split.content == ("text",)
+    assert reviews.split.content == (), "all texts, so that pairs are not taken for repeated"
     with pytest.raises(DataError, match=r"there is no file reviews\.csv"):
         reviews.source.load()
 

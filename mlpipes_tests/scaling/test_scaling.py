@@ -1,10 +1,13 @@
 """Scaling: figures by hand, the law on data with known parameters, and which scale is recommended."""
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mlpipes.reporting.figures import png_of
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Estimate
 from mlpipes.scales import RayScaleConfig
@@ -151,3 +154,13 @@ def test_the_recommended_scale_keeps_its_limits() -> None:
     assert chosen(budget=1.0) == "w4-b8-e1-g0"
     assert chosen(deadline_seconds=1) == "none"
     assert "needs a price" in recommend(scaling_rows([result("w1-b8-e1-g0", 1)]), budget=1.0)[1]
+
+
+def test_titles_do_not_overlap_however_long_the_metrics_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "png_of", lambda it: drawn.append(it) or png_of(it))
+    results = [result(f"w{workers}-b8-e1-g0", 100.0) for workers in (1, 2)]
+    figure.scaling(scaling_rows(results), [], "root_mean_squared_error (lower is better)")
+    boxes = [axes.title.get_window_extent() for axes in drawn[0].axes]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 
-from mlpipes.errors import CorruptionError
+from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.store.files import write_record
 from mlpipes.store.layout import Store
 from mlpipes.store.messages import CheckpointSaved, Failed, MessageWriter, Progressed, Stopping, read_messages
-from mlpipes.store.status import all_statuses, progress_text
+from mlpipes.store.status import all_statuses, find_training, progress_text, trained_scales
 from mlpipes.training.checkpoints import checkpoint_rows, prune_checkpoints
 from mlpipes_tests.training.harness import make_job, run_here
 
@@ -41,6 +41,19 @@ def test_the_store_tells_the_state_of_a_training(trained) -> None:
     MessageWriter(trained.folder.messages(10))(Progressed(step=6, total_steps=36, **figures))  # until it is ended
     (status,) = all_statuses(store)
     assert (status.state, progress_text(status)["ETA s"]) == ("stopped", "–")
+
+
+def test_other_files_and_recipes_of_another_form_are_passed_over(tmp_path) -> None:
+    job, store = make_job(tmp_path, SCALE), Store(tmp_path)
+    write_record(job.folder.recipe, job.recipe.model_dump(mode="json"))
+    MessageWriter(job.folder.messages(2))(Failed(error="on purpose", fatal=True))
+    for name in ("a2 (copy).jsonl", "a3.jsonl.bak", "about.jsonl"):
+        (job.folder.messages(2).parent / name).write_text("")
+    write_record(store.training("other").recipe, {"workload": "digits", "of": "another version"})
+    assert [status.error for status in all_statuses(store)] == ["on purpose"]
+    assert list(trained_scales(store, "digits")) == [SCALE]
+    with pytest.raises(ConfigError, match="it names none"):
+        find_training(store, "digits", SCALE, "other")
 
 
 def test_a_narrow_terminal_gets_fewer_columns_and_failures_say_why(trained, monkeypatch) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from mlpipes.data.snapshot import open_snapshot
-from mlpipes.errors import TrainingFailedError
+from mlpipes.errors import ConfigError, TrainingFailedError
+from mlpipes.reporting.metric import Metric
+from mlpipes.reporting.report import Estimate, Report
 from mlpipes.store.outcome import Outcome
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.loop import Trainer
@@ -103,10 +105,45 @@ def test_a_report_may_look_at_rows_in_any_order(tmp_path: Path, monkeypatch: pyt
     model = load_model(export_best(job.folder, job.recipe, outcome), snapshot)
     seen = []
 
-    def report(self: object, predictions: dict[str, np.ndarray], columns: Any, info: Any, look: Any) -> None:
+    def report(self: object, predictions: dict[str, np.ndarray], columns: Any, info: Any, look: Any) -> Report:
         seen.append(look(np.arange(24)[::-1][:5])["value"])
         assert seen[0] == pytest.approx(predictions["value"][:-6:-1], rel=1e-5)
+        return Report({"root_mean_squared_error": Estimate(1.0, 1.0, 1.0, 24)})
 
     monkeypatch.setattr(workloads.Plain, "report", report)
     evaluate(model, snapshot, "validation")
     assert len(seen) == 1
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model, and its snapshot."""
+    job = make_job(tmp_path_factory.mktemp("good"), SCALE, odd("plain"))
+    run_here(job)
+    outcome, snapshot = Outcome.read(job.folder.result), open_snapshot(job.snapshot)
+    return load_model(export_best(job.folder, job.recipe, outcome), snapshot), snapshot
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scores": lambda *_: np.full(24, -np.inf)}, "24 of 24 `scores` are not finite"),
+        (
+            {"scores": lambda *_: np.zeros((24, 1))},
+            r"`scores` gives the shape \(24, 1\); of 24 samples, it must be \(24,\)",
+        ),
+        ({"metric": Metric("area")}, "the report estimates pearson, .* but not the workload's metric, 'area'"),
+        (
+            {"report": lambda *_: Report({"root_mean_squared_error": Estimate(1.0, float("nan"), 1.0, 24)})},
+            r"in the report, root_mean_squared_error is \(1.0, nan, 1.0\), which is not finite",
+        ),
+    ],
+)
+def test_what_would_pass_every_comparison_is_an_error(
+    good: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    model, snapshot = good
+    for name, value in changes.items():
+        monkeypatch.setattr(model.workload, name, value, raising=False)
+    with pytest.raises(ConfigError, match=said):
+        evaluate(model, snapshot, "validation")

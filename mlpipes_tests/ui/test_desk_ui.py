@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlpipes_tests.browser import OUTPUT, browser_page, picture
-from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
+from mlpipes_tests.desk import Desk
+from mlpipes_tests.sandbox import graphql
 from mlpipes_tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -17,71 +17,18 @@ FIRST = SHORT[0]
 ALL = [*SHORT, LONG]  # the dialog shows four at most by name
 EARLY, LATE = 0.4, 0.8
 """Where the long training waits; before the first, there were epochs."""
-JOB = "locations/mlpipes.definitions/jobs/digits_chain"
-_LAUNCHED = """{ runsOrError { ... on Runs { results { jobName } } }
-  partitionBackfillsOrError { ... on PartitionBackfills { results { id } } } }"""
 _FAILURES = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events {
   ... on ExecutionStepFailureEvent { error { message } } } } } }"""
-_RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
 _STEP = re.compile(r"^\d+/\d+$")
-
-
-class Desk(Sandbox):
-    """A sandbox with a running `mlpipes dev`, some small scales of digits, and a night every minute."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, held=True)
-        self.port, self.mlflow_port = str(free_port()), str(free_port())
-        self.address = f"http://127.0.0.1:{self.port}"
-        (path / "scales.yaml").write_text("digits:\n" + "".join(f"  - {key}\n" for key in ALL))
-        self.environment |= {
-            "MLPIPES_SCALES": str(path / "scales.yaml"),
-            "MLPIPES_NIGHTLY": "* * * * *",
-            "MLPIPES_DAGSTER_UI": self.address,
-        }
-
-    def runs(self, scale: str, job: str | None = None) -> list[str]:
-        """The statuses of a scale's runs, the latest first."""
-        partition = {"key": "dagster/partition", "value": scale}
-        found = graphql(self.address, _RUNS)["runsOrError"]["results"]
-        return [run["status"] for run in found if partition in run["tags"] and job in (None, run["jobName"])]
-
-    def run_of(self, scale: str) -> str:
-        """The id of a scale's latest run."""
-        partition = {"key": "dagster/partition", "value": scale}
-        found = graphql(self.address, _RUNS)["runsOrError"]["results"]
-        return next(run["runId"] for run in found if partition in run["tags"])
-
-    def launched(self) -> int:
-        """How many runs of the chain and backfills there are."""
-        found = graphql(self.address, _LAUNCHED)
-        chains = [run for run in found["runsOrError"]["results"] if run["jobName"] == "digits_chain"]
-        return len(chains) + len(found["partitionBackfillsOrError"]["results"])
-
-    def until_done(self, scales: list[str], job: str | None = None) -> None:
-        """Wait until the latest run of each scale has succeeded; in vain if one has failed."""
-
-        def failed() -> str:
-            return ", ".join(key for key in scales if self.runs(key, job)[:1] in (["FAILURE"], ["CANCELED"]))
-
-        until(
-            lambda: all(self.runs(key, job)[:1] == ["SUCCESS"] for key in scales),
-            f"{scales} are done",
-            vain=failed,
-            every=1,
-        )
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    made = Desk(tmp_path_factory.mktemp("desk"))
-    dev = made.start(*(".venv/bin/mlpipes", "dev", "--port", made.port, "--mlflow", "--mlflow-port", made.mlflow_port))
-    try:
-        wait_for(f"{made.address}/server_info", dev)
+    """Some small scales of digits, and a night every minute."""
+    made = Desk(tmp_path_factory.mktemp("desk"), {"digits": ALL}, held=True)
+    made.environment["MLPIPES_NIGHTLY"] = "* * * * *"
+    with made.served():
         yield made
-    finally:
-        end(dev)
-        made.run(".venv/bin/mlpipes ray down")
 
 
 @pytest.fixture(scope="module")
@@ -90,42 +37,10 @@ def page(desk: Desk) -> Iterator[Any]:
         yield opened
 
 
-def go(page: Any, desk: Desk, path: str) -> None:
-    page.goto(f"{desk.address}/{path}")
-
-
-def materialize(page: Any, desk: Desk, scales: list[str]) -> None:
-    """Launch the chain for some scales, as a user does."""
-    chosen = {key: page.locator(f"[data-tooltip='{key}']").last.get_by_role("img", name="close") for key in ALL}
-    launch = page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)"))
-
-    def are_chosen(wanted: list[str]) -> bool:
-        return {key for key, cross in chosen.items() if cross.count()} == set(wanted)
-
-    def dialog_is_filled() -> bool:
-        go(page, desk, JOB)
-        page.get_by_role("button", name="Materialize all").first.click()
-        page.get_by_role("button", name="All", exact=True).click()  # by default those that are missing are chosen
-        page.get_by_role("button", name="Custom").click()
-        # What is missing may come to be known late, and be chosen then, instead of what was chosen by hand.
-        page.wait_for_load_state("networkidle")
-        if not are_chosen(ALL):
-            return False
-        for key in set(ALL) - set(scales):
-            chosen[key].click()
-        page.wait_for_load_state("networkidle")
-        return are_chosen(scales)
-
-    until(dialog_is_filled, f"{scales} are chosen in the dialog", every=1)
-    before = desk.launched()
-    launch.click()
-    until(lambda: desk.launched() > before, "the launch is known")  # who leaves the page sooner takes it back
-
-
 def test_a_partition_is_materialized_and_its_checks_are_seen(page: Any, desk: Desk) -> None:
-    materialize(page, desk, [FIRST])
+    desk.materialize(page, "digits", [FIRST])
     desk.until_done([FIRST], "digits_chain")
-    go(page, desk, "assets/digits/eval_report?view=checks")
+    desk.go(page, "assets/digits/eval_report?view=checks")
     for name in ("floor", "regression", "calibration", "drift"):
         page.get_by_text(name, exact=True).first.wait_for()
     page.get_by_text("floor", exact=True).first.click()
@@ -136,9 +51,9 @@ def test_a_partition_is_materialized_and_its_checks_are_seen(page: Any, desk: De
 
 def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: Any, desk: Desk) -> None:
     desk.barriers.close(EARLY, LATE)
-    materialize(page, desk, [LONG])
+    desk.materialize(page, "digits", [LONG])
     desk.barriers.wait_for(EARLY)
-    go(page, desk, "assets/digits/live")
+    desk.go(page, "assets/digits/live")
     figures = ("loss", "validation_accuracy", "samples_per_second", "eta_seconds", "latest_checkpoint", "mlflow")
 
     def shown() -> str:
@@ -156,7 +71,7 @@ def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: An
     page.get_by_role("button", name="Plots").click()
     picture(page, "live")
 
-    go(page, desk, f"runs/{desk.run_of(LONG)}")
+    desk.go(page, f"runs/{desk.run_of(LONG)}")
     page.get_by_role("button", name=re.compile("Terminate")).first.click()
     page.get_by_role("button", name=re.compile("Terminate")).last.click()
     asked = desk.home / "store" / "trainings"
@@ -167,7 +82,7 @@ def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: An
 
 
 def test_a_backfill_over_three_scales_and_the_report_that_follows(page: Any, desk: Desk) -> None:
-    materialize(page, desk, SHORT)
+    desk.materialize(page, "digits", SHORT)
     desk.until_done(SHORT, "digits_chain")
     # Nobody asks for the report: it follows when nothing is in progress any more.
     report = desk.home / "store" / "reports" / "digits" / "scaling_report.md"
@@ -180,7 +95,7 @@ def test_a_backfill_over_three_scales_and_the_report_that_follows(page: Any, des
 
     def is_shown() -> bool:
         """Whether Dagster has the event by now (the file is there before), and shows that report, not the one before."""
-        go(page, desk, "assets/digits/scaling_report")
+        desk.go(page, "assets/digits/scaling_report")
         page.wait_for_load_state("networkidle")
         recommended, missing = (page.get_by_text(text).count() for text in ("recommended", "never trained"))
         return recommended > 0 and missing == 0
@@ -214,7 +129,7 @@ def test_a_backfill_that_fails_says_so_and_where_to_look(desk: Desk) -> None:
 
 
 def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(page: Any, desk: Desk) -> None:
-    go(page, desk, "locations/mlpipes.definitions/schedules/digits_nightly")
+    desk.go(page, "locations/mlpipes.definitions/schedules/digits_nightly")
     switch = page.locator("input[type=checkbox]").first
     switch.wait_for(state="attached")
     for wanted in (False, True):

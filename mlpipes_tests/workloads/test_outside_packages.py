@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mlpipes.cli.app import app
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, DataError, ScaleError
+from mlpipes.training.code_version import code_version
 from mlpipes.workloads import packages
 from mlpipes.workloads.catalog import configured, entry_named, offered, problems
 from mlpipes_tests.documents import page
@@ -96,6 +97,7 @@ def good(site: Path, name: str = "good") -> None:
         f"{name} = {name}_package:it",
         {f"{name}_package": entry_text(name, f"{name}_package")},
     )
+    (site / f"{name}_package" / "workload.py").touch()
 
 
 def entry_text(name: str, module: str) -> str:
@@ -158,8 +160,25 @@ def test_no_package_is_no_problem() -> None:
     assert run("doctor", "workloads").startswith("0: No package adds a workload. `mlpipes new` writes one")
 
 
+@pytest.mark.parametrize(
+    ("workload", "said"),
+    [(None, "there is no module 'good_package.workload'"), ("it = (\n", r"workload.py, line 1: this is no Python")],
+)
+def test_one_whose_code_cannot_be_read_keeps_no_other_away(site: Path, workload: str | None, said: str) -> None:
+    good(site)
+    if workload is not None:
+        (site / "good_package" / "workload.py").write_text(workload)
+    code = "import mlpipes.definitions as d; print(d.defs.resolve_asset_graph().get_all_asset_keys())"
+    done = python(site, code)
+    assert "'digits', 'champion'" in done.stdout, done.stderr
+    assert "'good'" not in done.stdout
+    assert "workload 'good' is left out: " in done.stderr
+    assert said in done.stderr
+
+
 def test_the_definitions_have_its_assets_and_import_no_torch(site: Path) -> None:
     good(site)
+    (site / "good_package" / "workload.py").write_text("it = None\n")
     code = """
 import sys, mlpipes.definitions as d
 print([key.to_user_string() for key in d.defs.resolve_asset_graph().get_all_asset_keys() if key.path[0] == "good"])
@@ -228,6 +247,7 @@ def test_scales_of_a_broken_one_are_no_error_of_the_scale_file(site: Path, monke
 def test_the_log_of_the_code_location_has_it_once(site: Path) -> None:
     distribution(site, "bad-workload", "bad = bad_package:it", {})
     good(site)
+    (site / "good_package" / "workload.py").write_text("it = None\n")
     done = python(site, "import mlpipes.definitions as d; d.defs.resolve_asset_graph()")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is left out: it does not load: ModuleNotFoundError") == 1
@@ -243,11 +263,35 @@ def test_an_entry_that_imports_torch_is_taken_with_a_warning(site: Path) -> None
     assert "Put the entry into a module that imports no torch" in done.stdout
 
 
+def test_one_whose_workload_is_no_python_has_no_assets_and_the_others_have(site: Path) -> None:
+    good(site)
+    good(site, "bad")
+    (site / "bad_package" / "workload.py").write_text("def f(:\n")
+    why = "workload 'bad' of bad-workload 0 has no assets until this is mended: "
+    why += f"{site / 'bad_package' / 'workload.py'}, line 1: this is no Python that can be read"
+    code = """
+import mlpipes.definitions as d
+print({key.path[0] for key in d.defs.resolve_asset_graph().get_all_asset_keys()} & {"good", "bad"})
+"""
+    done = python(site, code)
+    assert done.stdout == "{'good'}\n", done.stderr
+    assert done.stderr.count(why) == 1
+    assert why in run("scales")
+    assert "line 1: this is no Python that can be read" in run("backfill", "bad"), "not that Dagster has no such asset"
+
+
+OLD = "from mlpipes_tests.training.odd import Plain\n\n\nclass Old(Plain):\n    {}\n\n\nit = Old()\n"
+"""As a workload of before may look."""
+
+
 @pytest.mark.parametrize(
     ("workload", "said"),
     [
         ("it = 3\n", "'good_package.workload:it' is no instance of a Workload: 3"),
         ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        (OLD.format('metric = "accuracy"'), 'has no metric: say `metric = Metric("accuracy")`'),
+        (OLD.format("rank = lambda self, metrics: 0"), "has a method `rank`, which is called `selection_key` now"),
+        (OLD.format("rank = 8"), ""),  # of its adapters, say
         ("from mlpipes.workloads.image_classification import digits as it\n", ""),
     ],
 )
@@ -279,12 +323,23 @@ def check(site: Path, name: str, workload: Path, lines: int) -> None:
     assert text in page("docs/own-data-and-workloads.md").blocks("python")
     assert len([line for line in text.splitlines() if line.strip()]) <= lines
     found = python(
-        site, f"import sys, mlpipes.definitions; print('torch' in sys.modules, sys.modules['{name}'].ENTRY.name)"
+        site, f"import sys, mlpipes.definitions; print('torch' in sys.modules, sys.modules['{name}.entry'].ENTRY.name)"
     )
     assert (found.stdout, found.stderr) == (f"False {name}\n", "")
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(site.parent / name)]
     done = subprocess.run(tests, cwd=site.parent / name, capture_output=True, text=True, env=at(site))
     assert "2 passed" in done.stdout, done.stdout
+
+
+def test_another_scale_makes_no_training_stale(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    install(site, "diabetes")
+    implementation, package = entry_named("diabetes").implementation, site / "diabetes"
+    before = code_version(implementation)
+    (package / "entry.py").write_text((package / "entry.py").read_text().replace('"w1-b32-e40-g0"', '"w1-b32-e80-g0"'))
+    assert code_version(implementation) == before
+    (package / "workload.py").write_text((package / "workload.py").read_text().replace("0.01", "0.02"))
+    assert code_version(implementation) != before
 
 
 def test_a_table_of_a_family_of_its_own_trains_in_sixty_lines(
@@ -293,6 +348,9 @@ def test_a_table_of_a_family_of_its_own_trains_in_sixty_lines(
     monkeypatch.chdir(tmp_path)
     check(site, "diabetes", install(site, "diabetes"), lines=60)
     entry = entry_named("diabetes")
+    constant = {"features": np.full((9, 3), 0.1, dtype=np.float32), "label": np.full(9, 0.1)}
+    found = entry.load().statistics(constant)
+    assert (found["std"], found["label_std"]) == ([1.0] * 3, 1.0)
     job = make_job(tmp_path / "store", entry.scales[0].key, entry.implementation)
     error = run_here(job)["best"]["metrics"]["root_mean_squared_error"]
     snapshot = open_snapshot(job.snapshot)
@@ -309,7 +367,7 @@ def test_a_folder_of_pictures_trains_in_thirty_lines(
     monkeypatch.chdir(tmp_path)
     workload = install(site, "flowers", "--kind", "image-folder")
     entry = entry_named("flowers")
-    with pytest.raises(DataError, match="FLOWERS"):  # which is not set
+    with pytest.raises(DataError, match="FLOWERS_IMAGES"):  # which is not set
         entry.load().source.load()
     check(site, "flowers", workload, lines=30)
     generator = np.random.default_rng(0)
@@ -318,6 +376,6 @@ def test_a_folder_of_pictures_trains_in_thirty_lines(
         for number in range(40):
             pixels = generator.integers(brightness - 60, brightness + 60, (45, 60, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.jpg")
-    monkeypatch.setenv("FLOWERS", str(tmp_path / "images"))
+    monkeypatch.setenv("FLOWERS_IMAGES", str(tmp_path / "images"))
     outcome = run_here(make_job(tmp_path / "store", "w1-b32-e10-g0", entry.implementation))
     assert outcome["best"]["metrics"]["accuracy"] >= 0.9

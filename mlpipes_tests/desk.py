@@ -1,0 +1,109 @@
+"""A user's desk: a sandbox with a running `mlpipes dev`, in whose UI scales of its workloads are materialized by clicks."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlpipes_tests.sandbox import LOCATION, Sandbox, end, free_port, graphql, wait_for
+from mlpipes_tests.waiting import until
+
+_LAUNCHED = """{ runsOrError { ... on Runs { results { jobName } } }
+  partitionBackfillsOrError { ... on PartitionBackfills { results { id } } } }"""
+_RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
+
+
+class Desk(Sandbox):
+    """A sandbox whose workloads have a few scales, four at most, for the UI shows no more of them by name.
+
+    No two workloads may have a scale of one name: runs are found by it.
+    """
+
+    def __init__(self, path: Path, scales: Mapping[str, Sequence[str]], *, held: bool = False) -> None:
+        super().__init__(path, held=held)
+        self.scales = scales
+        self.port, self.mlflow_port = str(free_port()), str(free_port())
+        self.address = f"http://127.0.0.1:{self.port}"
+        file = path / "scales.yaml"
+        file.write_text(yaml.safe_dump({name: list(keys) for name, keys in scales.items()}))
+        self.environment |= {"MLPIPES_SCALES": str(file), "MLPIPES_DAGSTER_UI": self.address}
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Serve both UIs; the Ray that the trainings started ends with them."""
+        options = ("--port", self.port, "--mlflow", "--mlflow-port", self.mlflow_port)
+        dev = self.start(".venv/bin/mlpipes", "dev", *options)
+        try:
+            wait_for(f"{self.address}/server_info", dev)
+            yield
+        finally:
+            end(dev)
+            self.run(".venv/bin/mlpipes ray down")
+
+    def runs(self, scale: str, job: str | None = None) -> list[str]:
+        """The statuses of a scale's runs, the latest first."""
+        return [run["status"] for run in self._runs(scale) if job in (None, run["jobName"])]
+
+    def run_of(self, scale: str) -> str:
+        """The id of a scale's latest run."""
+        return self._runs(scale)[0]["runId"]
+
+    def _runs(self, scale: str) -> list[dict[str, Any]]:
+        partition = {"key": "dagster/partition", "value": scale}
+        found = graphql(self.address, _RUNS)["runsOrError"]["results"]
+        return [run for run in found if partition in run["tags"]]
+
+    def until_done(self, scales: Sequence[str], job: str | None = None) -> None:
+        """Wait until the latest run of each scale has succeeded; in vain if one has failed."""
+
+        def failed() -> str:
+            return ", ".join(key for key in scales if self.runs(key, job)[:1] in (["FAILURE"], ["CANCELED"]))
+
+        until(
+            lambda: all(self.runs(key, job)[:1] == ["SUCCESS"] for key in scales),
+            f"{scales} are done",
+            vain=failed,
+            every=1,
+        )
+
+    def go(self, page: Any, path: str) -> None:
+        """Open a page of the Dagster UI."""
+        page.goto(f"{self.address}/{path}")
+
+    def materialize(self, page: Any, workload: str, scales: Sequence[str]) -> None:
+        """Launch a workload's chain for some scales, as a user does."""
+        offered = self.scales[workload]
+        chosen = {k: page.locator(f"[data-tooltip='{k}']").last.get_by_role("img", name="close") for k in offered}
+        launch = page.get_by_role("button", name=re.compile("^Launch (1 run|backfill)"))
+
+        def are_chosen(wanted: Sequence[str]) -> bool:
+            return {key for key, cross in chosen.items() if cross.count()} == set(wanted)
+
+        def dialog_is_filled() -> bool:
+            self.go(page, f"locations/{LOCATION}/jobs/{workload}_chain")
+            page.get_by_role("button", name="Materialize all").first.click()
+            page.get_by_role("button", name="All", exact=True).click()  # by default those that are missing are chosen
+            page.get_by_role("button", name="Custom").click()
+            # What is missing may come to be known late, and be chosen then, instead of what was chosen by hand.
+            page.wait_for_load_state("networkidle")
+            if not are_chosen(offered):
+                return False
+            for key in set(offered) - set(scales):
+                chosen[key].click()
+            page.wait_for_load_state("networkidle")
+            return are_chosen(scales)
+
+        until(dialog_is_filled, f"{scales} are chosen in the dialog", every=1)
+        before = self._launched(workload)
+        launch.click()
+        # Who leaves the page sooner takes it back.
+        until(lambda: self._launched(workload) > before, "the launch is known")
+
+    def _launched(self, workload: str) -> int:
+        """How many runs of the chain and backfills there are."""
+        found = graphql(self.address, _LAUNCHED)
+        chains = [run for run in found["runsOrError"]["results"] if run["jobName"] == f"{workload}_chain"]
+        return len(chains) + len(found["partitionBackfillsOrError"]["results"])
