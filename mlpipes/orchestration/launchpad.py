@@ -83,8 +83,8 @@ def _check_types(entry: Entry, content: Mapping[str, Any]) -> None:
     fields = TrainingConfig.model_fields
     if unknown := [name for name in content if name not in fields]:
         raise ConfigError(f"settings of {entry.name}: unknown are {', '.join(unknown)}; known are {', '.join(fields)}")
-    plain: Any = create_model("Settings", **{name: (fields[name].annotation, ...) for name in content})
-    plain.model_validate(dict(content), strict=True)
+    given: dict[str, Any] = {name: (fields[name].annotation, ...) for name in content}
+    create_model("Settings", **given).model_validate(dict(content), strict=True)
 
 
 def _from_file(entry: Entry, file: Path) -> dict[str, Any]:
