@@ -53,8 +53,9 @@ def run_demo(
     if settings is not None:
         console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)
     ray = LocalRay()
-    metric = entry.load().metric.name  # before anything is started, which a workload that does not load needs not
-    local, uri, definitions = is_local(), answering_uri(), build_defs(catalog=[entry])
+    # Before anything is started: a workload that does not load needs none of it.
+    local, uri = is_local(), answering_uri()
+    metric, definitions = entry.load().metric.name, build_defs(catalog=[entry])
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):

@@ -83,7 +83,7 @@ class SlurmSettings(BaseModel):
             try:
                 RayScaleConfig.from_key(key)
             except ScaleError as error:
-                raise ConfigError(f"Slurm settings, {path}, scales: {error}") from error
+                raise ScaleError(f"Slurm settings, {path}, scales: {error}") from error
             settings.of_scale(key)
         return settings
 

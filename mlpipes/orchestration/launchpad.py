@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.training import TrainingConfig, make_recipe
@@ -63,7 +63,8 @@ def settings_of(
     if not content["hyperparameters"]:
         del content["hyperparameters"]
     try:
-        config = TrainingConfig.model_validate(content, strict=True)  # Dagster converts no text to a number either
+        _check_types(entry, content)
+        config = TrainingConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"settings of {entry.name}: {problems(error, TrainingConfig.model_fields)}") from error
     # A hyperparameter that is none is an error that names it; infinity has no place in a fingerprint.
@@ -72,6 +73,18 @@ def settings_of(
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"hyperparameters of {entry.name}: {name}: write a finite number (got {value})")
     return config
+
+
+def _check_types(entry: Entry, content: Mapping[str, Any]) -> None:
+    """As the launchpad does: the class itself passes over what it does not know, and makes numbers of texts.
+
+    Raises ConfigError, or ValidationError.
+    """
+    fields = TrainingConfig.model_fields
+    if unknown := [name for name in content if name not in fields]:
+        raise ConfigError(f"settings of {entry.name}: unknown are {', '.join(unknown)}; known are {', '.join(fields)}")
+    given: dict[str, Any] = {name: (fields[name].annotation, ...) for name in content}
+    create_model("Settings", **given).model_validate(dict(content), strict=True)
 
 
 def _from_file(entry: Entry, file: Path) -> dict[str, Any]:

@@ -154,6 +154,13 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the checkout: a command that does not fail would write Dagster's history there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
 def fails(command: list[str], home: Path, *words: str) -> str:
     """A command's one error. It names what is wrong by these words, and the home folder stays what it was: not there."""
     result = CliRunner(env={"COLUMNS": "400"}).invoke(app, command)
