@@ -174,7 +174,14 @@ def test_nothing_else_was_on_the_screen(dev: Dev) -> None:
     assert not [line for line in dev.lines if any(word in line for word in NOISE)], dev.lines
 
 
-def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(sandbox: Sandbox) -> None:
+def test_another_session_on_the_same_home_is_refused(dev: Dev, sandbox: Sandbox) -> None:
+    result = sandbox.run(f".venv/bin/mlpipes dev --port {free_port()}")
+    assert result.returncode == 1
+    assert f"another `mlpipes dev` serves {sandbox.home} already (Dagster UI: {dev.ui}" in result.stderr
+
+
+def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(dev: Dev, sandbox: Sandbox) -> None:
+    end(dev.process)
     second = Dev(sandbox, "--verbose")
     try:
         second.ready()
