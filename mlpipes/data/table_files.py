@@ -234,6 +234,8 @@ def arrow_table(table: Any, classes: dict[str, list[str]], where: str) -> RawTab
 
     Raises DataError for doubled columns and numbers without a name.
     """
+    from pyarrow import ArrowException
+
     names = list(table.column_names)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
@@ -247,6 +249,8 @@ def arrow_table(table: Any, classes: dict[str, list[str]], where: str) -> RawTab
             columns[name] = _arrow_cells(table.column(name))
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: column {name!r} holds texts that are not UTF-8: {error}") from error
+        except ArrowException as error:  # a broken file: numbers of a dictionary that it has no entries for
+            raise DataError(f"{where}: column {name!r} cannot be read: {error}") from error
     for name, known in classes.items():
         if name in columns:
             columns[name] = [_class_name(cell, known, name, where) for cell in columns[name]]

@@ -20,7 +20,7 @@ from mlpipes.definitions import build_defs
 from mlpipes.scales import scales_of
 from mlpipes.scaling.report import make_report, prices_from_environment
 from mlpipes.store.layout import Store, TrainingFolder
-from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
+from mlpipes.store.messages import Allocated, Resumed, Started, Stopping, read_messages
 from mlpipes.store.references import EvaluationReference
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
@@ -168,9 +168,8 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
             assert reference is not None
             folder = training.store.training(reference.fingerprint)
             assert_equal(json.loads(folder.result.read_text())["content"], local)
-            (job,) = {
-                path.read_text().split('slurm_job": "')[1].split('"')[0] for path in folder.path.glob("messages/*")
-            }
+            found = [m for path in folder.path.glob("messages/*") for m in read_messages(path)[0]]
+            (job,) = {message.slurm_job for message in found if isinstance(message, Allocated)}
             shown = cluster.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%D %T")
             assert shown.split() == [nodes, "COMPLETED"]
     text, _ = make_report(training.store, entry, prices_from_environment()).write(training.store, entry)

@@ -67,7 +67,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     made = Desk(tmp_path_factory.mktemp("outside"), SCALES)
     environment_of_its_own(made.path)
     draw_images(made.path / "images")
-    made.environment["FLOWERS"] = str(made.path / "images")
+    made.environment["FLOWERS_IMAGES"] = str(made.path / "images")
     del made.environment["MLPIPES_SCALES"]  # which would name workloads that are not there yet
     pip = ".venv/bin/python -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation"
     for name, kind in (("diabetes", "tabular"), ("flowers", "image-folder")):

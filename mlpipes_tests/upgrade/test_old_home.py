@@ -162,6 +162,7 @@ def test_the_champions_are_served(store: Store) -> None:
     import pandas as pd
 
     mlflow.set_tracking_uri(default_uri())
+    mlflow.set_registry_uri(default_uri())  # which a test before may have set
     for name in ENTRIES:
         current = Champions(Tracker(default_uri()), f"mlpipes-{name}").current()
         assert current is not None
