@@ -179,7 +179,9 @@ def main(arguments: Sequence[str]) -> int:
         return subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end_marked(mark)
+        # The session is the batch system's step on this node, so its agents are this node's: where Ray has ended before us,
+        # as when the head went first, nothing else tells whose they are.
+        end_marked(mark, session=os.getsid(0))
         shutil.rmtree(chosen.temporary, ignore_errors=True)
 
 
