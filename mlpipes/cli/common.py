@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from mlpipes.environment import apply, check_all
 from mlpipes.errors import UserError
-from mlpipes.redaction import redact
+from mlpipes.store.environment import apply, check_all
 from mlpipes.store.layout import default_store
+from mlpipes.store.redaction import redact
 from mlpipes.workloads.catalog import entry_named, offered, problems
 
 console = Console()

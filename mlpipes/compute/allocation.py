@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
 from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip, short_folder
-from mlpipes.environment import for_children
+from mlpipes.store.environment import for_children
 from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Warned
 from mlpipes.store.training_job import TrainingJob
 

@@ -25,8 +25,8 @@ from mlpipes.compute.ray_node import (
     start_environment,
     temporary_files,
 )
-from mlpipes.environment import for_children
 from mlpipes.errors import ConfigError, CorruptionError, PreflightError
+from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_atomic, write_record
 from mlpipes.store.layout import home
 

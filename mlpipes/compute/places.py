@@ -6,9 +6,9 @@ from mlpipes.compute.address import RayAddress
 from mlpipes.compute.jobs import Jobs
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmJobs, SlurmSettings
-from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.environment import value_of
 
 ADDRESS_VARIABLE = "MLPIPES_RAY_ADDRESS"
 

@@ -14,8 +14,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_expone
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
-from mlpipes.environment import apply
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.environment import apply
 from mlpipes.store.layout import TrainingFolder
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from mlpipes.environment import for_children
 from mlpipes.errors import PreflightError
+from mlpipes.store.environment import for_children
 
 MARK = "MLPIPES_RAY_HEAD"
 """Environment variable that every process of a node inherits, so that exactly these can be found and ended."""

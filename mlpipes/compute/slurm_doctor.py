@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mlpipes.compute.jobs import python_path
 from mlpipes.compute.slurm import SETTINGS_VARIABLE, SlurmSettings, run_slurm, shape
-from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError, PreflightError, UserError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.environment import value_of
 from mlpipes.store.layout import Store
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "srun")

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mlpipes.redaction import redact
 from mlpipes.store.layout import Store
+from mlpipes.store.redaction import redact
 from mlpipes.store.status import all_statuses
 
 WEBHOOK_VARIABLE = "MLPIPES_WEBHOOK"

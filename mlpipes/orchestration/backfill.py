@@ -7,12 +7,12 @@ from typing import Any
 
 import requests
 
-from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.launchpad import is_trained, run_config
 from mlpipes.orchestration.resources import STORE
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE, TrainingConfig
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.environment import value_of
 from mlpipes.store.identity import identity_of, is_empty
 from mlpipes.store.layout import Store
 from mlpipes.store.references import (

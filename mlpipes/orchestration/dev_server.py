@@ -19,7 +19,6 @@ from rich.console import Console
 from mlpipes.compute.local import LocalRay
 from mlpipes.compute.places import is_local
 from mlpipes.compute.ray_node import short_folder
-from mlpipes.environment import for_children
 from mlpipes.errors import ConfigError, CorruptionError, UserError
 from mlpipes.orchestration.code_servers import code_servers, heal, is_loaded, option
 from mlpipes.orchestration.instance import check_run_launcher, dagster_home
@@ -27,9 +26,10 @@ from mlpipes.orchestration.run_news import RunNews
 from mlpipes.orchestration.schedules import night_of_environment
 from mlpipes.orchestration.servers import Server, ServerError, ServerLog
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
-from mlpipes.redaction import redact
+from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import home
+from mlpipes.store.redaction import redact
 from mlpipes.tracking.runs import UI_VARIABLE, default_uri, public_uri
 
 HOST = "127.0.0.1"

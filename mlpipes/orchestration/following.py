@@ -19,9 +19,9 @@ from mlpipes.compute.jobs import (
 )
 from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration.live import LiveView
-from mlpipes.redaction import redact
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import Allocated, EpochEnded, Failed, Finished, Started, Warned
+from mlpipes.store.redaction import redact
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 
 DEAD_SECONDS = 30.0

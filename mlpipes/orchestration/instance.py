@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from mlpipes.environment import path_in
 from mlpipes.errors import ConfigError, UserError
+from mlpipes.store.environment import path_in
 from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
 from mlpipes.workloads.entry import cause_of, place_of

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from mlpipes.errors import UserError
-from mlpipes.redaction import redact
 from mlpipes.reporting.report import Report, Table, escaped
+from mlpipes.store.redaction import redact
 
 if TYPE_CHECKING:
     from mlpipes.tracking.runs import Tracker

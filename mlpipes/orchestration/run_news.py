@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 from dagster import DagsterEventType
 
-from mlpipes.redaction import redact
+from mlpipes.store.redaction import redact
 
 _OVERLAP = timedelta(seconds=10)
 """So far back is looked again: rows become visible a little after the moment that they are stamped with."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.evaluation.records import NIGHT_TAG
+from mlpipes.store.environment import value_of
 from mlpipes.workloads.catalog import Entry
 
 NIGHTLY_VARIABLE, ZONE_VARIABLE = "MLPIPES_NIGHTLY", "MLPIPES_NIGHTLY_TIMEZONE"

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 from dagster import DagsterEventType
 
-from mlpipes.environment import value_of
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.alerts import WEBHOOK_VARIABLE, failure_text, send
 from mlpipes.orchestration.resources import StoreResource
+from mlpipes.store.environment import value_of
 
 _PARTITION = "dagster/partition"
 _SETTLED_SECONDS = 20.0

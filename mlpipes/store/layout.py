@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mlpipes.environment import path_in
+from mlpipes.store.environment import path_in
 from mlpipes.store.references import Reference
 
 HOME_VARIABLE = "MLPIPES_HOME"

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mlpipes.redaction import redact
 from mlpipes.store.outcome import Best
+from mlpipes.store.redaction import redact
 
 
 class _Message(BaseModel):

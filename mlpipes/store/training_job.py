@@ -6,12 +6,12 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from mlpipes.environment import CREDENTIALS
-from mlpipes.redaction import redact
+from mlpipes.store.environment import CREDENTIALS
 from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.record import Record
+from mlpipes.store.redaction import redact
 
 
 class Checkpointing(BaseModel):

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit, urlunsplit
 from filelock import FileLock
 from tenacity import retry, stop_after_attempt, wait_random_exponential
 
-from mlpipes.environment import tracking_uri, value_of
 from mlpipes.errors import ConfigError
-from mlpipes.redaction import redact
+from mlpipes.store.environment import tracking_uri, value_of
 from mlpipes.store.layout import home
 from mlpipes.store.messages import MetricsLogged, Notify, Warned, read_messages
+from mlpipes.store.redaction import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

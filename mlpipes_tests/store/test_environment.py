@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlpipes import environment
 from mlpipes.cli.app import app
-from mlpipes.environment import TABLE, Fate, for_children, tracking_uri, value_of
 from mlpipes.errors import ConfigError
+from mlpipes.store import environment
+from mlpipes.store.environment import TABLE, Fate, for_children, tracking_uri, value_of
 from mlpipes_tests.test_pages import documented
 
 MINE, OTHERS = "Environment variables of mlpipes", "Variables of other programs that matter"

@@ -17,12 +17,12 @@ from mlpipes.errors import ConfigError
 from mlpipes.orchestration.alerts import failure_text
 from mlpipes.orchestration.dev_server import _Session
 from mlpipes.orchestration.metadata import user_errors
-from mlpipes.redaction import is_secret, redact
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import Store
 from mlpipes.store.messages import Failed, MessageWriter
 from mlpipes.store.recipe import Recipe
+from mlpipes.store.redaction import is_secret, redact
 from mlpipes.store.training_job import Tracking, TrainingJob, forget_handovers
 from mlpipes.tracking.runs import public_uri
 from mlpipes_tests.compute.test_jobs import Notebook

@@ -4,7 +4,7 @@ import os
 import re
 from urllib.parse import unquote
 
-from mlpipes.environment import TABLE
+from mlpipes.store.environment import TABLE
 
 HIDDEN = "***"
 _SHORTEST = 4
