@@ -34,8 +34,10 @@ def publish_frames(target: Path, kind: str, frames: Iterable[VideoFrame], meta: 
 
 def _write(draft: Draft, frames: Iterable[VideoFrame], meta: dict[str, Any]) -> int:
     count, stream = 0, None
-    with av.open(str(draft.path / _FILE), "w", format="matroska", container_options={"fflags": "+bitexact"}) as container:
-        for count, frame in enumerate(frames, 1):  # noqa: B007 - the count is what is returned
+    with av.open(
+        str(draft.path / _FILE), "w", format="matroska", container_options={"fflags": "+bitexact"}
+    ) as container:
+        for count, frame in enumerate(frames, 1):
             if stream is None:
                 stream = container.add_stream("ffv1", rate=_TICKS, options=_OPTIONS)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
@@ -160,9 +162,7 @@ def times_of(job: VideoJob, plan: Plan, frames: range) -> list[tuple[int, int]]:
         if chunk is None:
             raise CorruptionError(f"{job.folder.source_chunk(index)} is missing; it is cut again at the next attempt")
         first = chunk.meta["first"]
-        found += [
-            (pts, duration) for n, (pts, duration) in enumerate(chunk.meta["times"], first) if n in frames
-        ]
+        found += [(pts, duration) for n, (pts, duration) in enumerate(chunk.meta["times"], first) if n in frames]
     if len(found) != len(frames):
         raise DataError(f"{job.folder.path}: times of {len(found)} frames where {len(frames)} were to be")
     return found

@@ -69,8 +69,8 @@ def colour_of(pix_fmt: str, matrix: int, range_: int, primaries: int, transfer: 
     """
     if transfer in HDR_TRANSFERS:
         raise DataError(
-            f"it is HDR ({HDR_TRANSFERS[transfer]}), and the models work with 8-bit SDR: tone-map it first, for example with "
-            "FFmpeg's filters zscale and tonemap"
+            f"it is HDR ({HDR_TRANSFERS[transfer]}), and the models work with 8-bit SDR: tone-map it first, for example "
+            "with FFmpeg's filters zscale and tonemap"
         )
     hd = height >= HD_HEIGHT or width >= HD_WIDTH
     if pix_fmt in RGB_FORMATS:
@@ -138,7 +138,7 @@ class Converter:
 
 
 def result_format(pix_fmt: str, width: int, height: int) -> str:
-    """The pixel format of a result of a size: chroma sampled as in the source, but not in 2×2 where that does not divide it."""
+    """The pixel format of a result of a size: chroma sampled as in the source, in full where that does not divide it."""
     sampling = SUBSAMPLING[pix_fmt]
     if (sampling == "420" and (width % 2 or height % 2)) or (sampling == "422" and width % 2):
         sampling = "444"

@@ -84,9 +84,7 @@ def encode_segment(job: VideoJob, plan: Plan, index: int) -> int:
     return len(frames)
 
 
-def _packets(
-    context: Any, job: VideoJob, plan: Plan, frames: range, times: list[tuple[int, int]]
-) -> Iterator[Packet]:
+def _packets(context: Any, job: VideoJob, plan: Plan, frames: range, times: list[tuple[int, int]]) -> Iterator[Packet]:
     base = Fraction(*job.source.time_base)
     for frame, (pts, _) in zip(_frames(job, plan, frames), times, strict=True):
         frame.pts, frame.time_base, frame.pict_type = pts, base, 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -66,6 +66,10 @@ class VideoJob(Record):
     """Frames of a chunk, whole batches. Changes speed, not the result; like all that follows."""
     workers: int
     attempt: int = 0
+    until: Literal["upscaled", "final"] = "final"
+    """What is to be there when the job ends."""
+    preview: bool = False
+    """Whether a clip of both is made, side by side, besides the picture."""
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +135,21 @@ class VideoFolder:
     def final(self) -> Path:
         """The finished video, in a published directory."""
         return self.path / "final"
+
+    @property
+    def preview(self) -> Path:
+        """A picture, and if asked for a clip, of source and result side by side, in a published directory."""
+        return self.path / "preview"
+
+    @property
+    def job(self) -> Path:
+        """What was asked for."""
+        return self.path / "job.json"
+
+    @property
+    def result(self) -> Path:
+        """What became of the finished video when it was moved away."""
+        return self.path / "result.json"
 
     @property
     def parts(self) -> tuple[Path, ...]:

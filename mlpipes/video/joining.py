@@ -76,9 +76,7 @@ def _write(job: VideoJob, plan: Plan, path: Path) -> None:
     options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if job.suffix != ".mkv" else {})
     with ExitStack() as stack:
         source = stack.enter_context(closing(opened(Path(job.source.path))))
-        out = stack.enter_context(
-            av.open(str(path), "w", format=CONTAINERS[job.suffix], container_options=options)
-        )
+        out = stack.enter_context(av.open(str(path), "w", format=CONTAINERS[job.suffix], container_options=options))
         early = Fraction(source.start_time or 0, av.time_base) if source.format.name in _FROM_ZERO else Fraction(0)
         streams: dict[int, Any] = {}
         for index in sorted([job.source.stream, *(track.index for track in job.source.tracks)]):
@@ -105,7 +103,9 @@ def _video(out: Any, job: VideoJob) -> Any:
     configure(stream.codec_context, job)
     stream.time_base = Fraction(*job.source.time_base)
     if job.source.display:
-        stream.set_display_matrix([*job.source.display[:6], *(job.model.scale * n for n in job.source.display[6:8]), 1 << 30])
+        stream.set_display_matrix(
+            [*job.source.display[:6], *(job.model.scale * n for n in job.source.display[6:8]), 1 << 30]
+        )
     return stream
 
 
@@ -181,9 +181,8 @@ def _copied_packets(
             continue
         index, base = packet.stream_index, packet.time_base
         shift = round(early / base)
-        dts = packet.dts if packet.dts is not None else packet.pts
-        if dts is None:
-            dts = last.get(index, -1) + 1 + shift
+        given = packet.dts if packet.dts is not None else packet.pts
+        dts: int = last.get(index, -1) + 1 + shift if given is None else given
         dts = max(dts - shift, last.get(index, dts - shift - 1) + 1)  # a muxer takes rising times only
         packet.pts = max(packet.pts - shift, dts) if packet.pts is not None else dts
         packet.dts = last[index] = dts

@@ -62,9 +62,7 @@ def pin(spec: str, scale: int | None, store: Store, precision: str = "fp32", tra
         raise ConfigError(f"a precision of {precision!r} is none of {', '.join(PRECISIONS)}")
     if spec == BICUBIC:
         return ModelPin(name=BICUBIC, kind="built-in", digest="bicubic-1", scale=scale or 2)
-    found = (
-        _registered(spec, store, tracker, precision) if spec.startswith("models:/") else _of_python(spec)
-    )
+    found = _registered(spec, store, tracker, precision) if spec.startswith("models:/") else _of_python(spec)
     if scale is not None and scale != found.scale:
         raise ConfigError(f"{found.name} upscales ×{found.scale}, and ×{scale} was asked for")
     return found
@@ -100,12 +98,13 @@ def _attribute(spec: str) -> Any:
 
 
 def _of_python(spec: str) -> ModelPin:
-    found, module = _attribute(spec), importlib.import_module(spec.partition(":")[0])
-    if not callable(found) or getattr(found, "scale", None) not in SCALES:
+    found: Any = _attribute(spec)
+    module, scale = importlib.import_module(spec.partition(":")[0]), getattr(found, "scale", None)
+    if not callable(found) or scale not in SCALES:
         raise ConfigError(f"{spec} is no upscaler: it must be callable, and have a `scale` of 2, 3 or 4")
     digest = digest_of(inspect.getsource(module))
     frames, reach = getattr(found, "frames", 1), getattr(found, "reach", 0)
-    return ModelPin(name=spec, kind="python", digest=digest, scale=found.scale, frames=frames, reach=reach)
+    return ModelPin(name=spec, kind="python", digest=digest, scale=scale, frames=frames, reach=reach)
 
 
 # -- of MLflow's registry ------------------------------------------------------------------------------------------------

@@ -71,7 +71,9 @@ class Source(Record):
         """Raises DataError if the file is another one by now, or grows."""
         _, size, modified = _stat(Path(self.path))
         if (size, modified) != (self.bytes, self.modified_ns):
-            raise DataError(f"{self.path} has changed since it was looked at; wait until it is written, and start again")
+            raise DataError(
+                f"{self.path} has changed since it was looked at; wait until it is written, and start again"
+            )
 
 
 def probe(path: Path) -> Source:
@@ -143,7 +145,7 @@ def _source(path: Path, container: Any, stream: Any, notes: list[str]) -> Source
     )
     if context.field_order not in _PROGRESSIVE:
         raise DataError(INTERLACED)
-    if UNSPECIFIED == context.colorspace and not colour.rgb:
+    if context.colorspace == UNSPECIFIED and not colour.rgb:
         notes.append(f"its colour matrix is not said; taken as BT.{709 if colour.matrix == 1 else 601}, as players do")
     _check_whole(container, stream, path)
     aspect, rate = stream.sample_aspect_ratio or Fraction(1), stream.guessed_rate or Fraction(0)
@@ -172,7 +174,9 @@ def _source(path: Path, container: Any, stream: Any, notes: list[str]) -> Source
     )
 
 
-INTERLACED = "it is interlaced, and upscaling would keep the combs: deinterlace it first, for example with FFmpeg's bwdif"
+INTERLACED = (
+    "it is interlaced, and upscaling would keep the combs: deinterlace it first, for example with FFmpeg's bwdif"
+)
 
 
 def _check_format(pix_fmt: str) -> None:

@@ -43,9 +43,7 @@ def frames_of(source: Source) -> Iterator[Timed]:
         try:
             for frame in container.decode(stream):
                 _check(frame, source, number)
-                pts = frame.pts
-                if mended := pts is None or (last is not None and pts <= last):
-                    pts = 0 if last is None else last + (step if frame.pts is None else 1)
+                pts, mended = _time(frame.pts, last, step)
                 yield Timed(frame, pts, frame.duration or 0, mended)
                 number, last = number + 1, pts
         except (av.FFmpegError, OSError) as error:
@@ -55,6 +53,13 @@ def frames_of(source: Source) -> Iterator[Timed]:
             ) from error
     if number == 0:
         raise DataError(f"{path} holds a video stream without a frame that can be decoded")
+
+
+def _time(pts: int | None, last: int | None, step: int) -> tuple[int, bool]:
+    """When a frame is shown, and whether that had to be made up: it is missing, or not later than the one before."""
+    if pts is None:
+        return (0 if last is None else last + step), True
+    return (pts, False) if last is None or pts > last else (last + 1, True)
 
 
 def _step(source: Source) -> int:

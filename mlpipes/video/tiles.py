@@ -1,6 +1,7 @@
 """A torch program applied to frames: large ones in tiles that overlap by what it looks at, so that no seam is seen."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def spans(length: int, tile: int, reach: int) -> Iterator[tuple[slice, slice]]:
     """A side of a frame in equal tiles: of each the part that is its own, and with what it looks at besides."""
     count = max(1, -(-length // tile))
     edges = [length * i // count for i in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield slice(start, stop), slice(max(0, start - reach), min(length, stop + reach))
 
 

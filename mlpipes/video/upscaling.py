@@ -71,9 +71,7 @@ def _windows(job: VideoJob, plan: Plan, index: int, convert: Converter) -> Itera
                 yield np.stack(window)
 
 
-def _around(
-    job: VideoJob, plan: Plan, start: int, stop: int, convert: Converter
-) -> Iterator[tuple[int, np.ndarray]]:
+def _around(job: VideoJob, plan: Plan, start: int, stop: int, convert: Converter) -> Iterator[tuple[int, np.ndarray]]:
     """The frames from `start` to before `stop` that there are, by number, of as many chunks as it takes."""
     start, stop = max(0, start), min(stop, plan.frames)
     for index in range(start // plan.chunk, (stop - 1) // plan.chunk + 1):
