@@ -1,4 +1,4 @@
-"""Following a video: its Ray job is submitted or found again, watched by what it leaves in the store, and submitted again."""
+"""Following a video: its Ray job is submitted or found again, watched by what it leaves in the store, submitted again."""
 
 import hashlib
 import shutil

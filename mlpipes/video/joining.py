@@ -1,4 +1,4 @@
-"""Joining: the segments one behind the other in one file, with the source's sound, subtitles, chapters and title as they are."""
+"""Joining: the segments one behind the other in one file, with the source's sound, subtitles, chapters and title."""
 
 import heapq
 import io
@@ -68,7 +68,8 @@ def check_container(job: VideoJob) -> None:
             except (av.FFmpegError, ValueError, OSError) as error:
                 what = ", ".join(f"{t.kind} stream {t.index} ({t.codec})" for t in chosen) or "H.264 of this kind"
                 raise ConfigError(
-                    f"a {job.suffix} file cannot hold {what} of {job.source.path}. Name the result .mkv, which holds it"
+                    f"a {job.suffix} file cannot hold {what} of {job.source.path}. "
+                    + ("Convert it first" if job.suffix == ".mkv" else "Name the result .mkv, which holds most kinds")
                 ) from error
 
 
@@ -181,9 +182,10 @@ def _copied_packets(
             continue
         index, base = packet.stream_index, packet.time_base
         shift = round(early / base)
-        given = packet.dts if packet.dts is not None else packet.pts
-        dts: int = last.get(index, -1) + 1 + shift if given is None else given
-        dts = max(dts - shift, last.get(index, dts - shift - 1) + 1)  # a muxer takes rising times only
+        given, least = packet.dts if packet.dts is not None else packet.pts, last.get(index, -1) + 1
+        dts = least if given is None else given - shift
+        if index in last:
+            dts = max(dts, least)  # a muxer takes rising times only
         packet.pts = max(packet.pts - shift, dts) if packet.pts is not None else dts
         packet.dts = last[index] = dts
         packet.stream = streams[index]

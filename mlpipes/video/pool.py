@@ -111,7 +111,10 @@ class Pool:
     _bad_starts: int = 0
 
     def run(self) -> None:
-        """Do all that is left. Raises UserError for what another attempt would not mend, CorruptionError for what it would."""
+        """Do all that is left.
+
+        Raises CorruptionError for what another round would mend, and another UserError for what it would not.
+        """
         todo = Todo.of(self.job, self.plan)
         if todo.empty:
             return
@@ -179,7 +182,7 @@ class Pool:
             )
 
     def _failed(self, part: Part | None, error: Any) -> None:
-        """Note that a part failed. Raises the cause if it is for the user, and UpscalingFailedError if it was once too often."""
+        """Note that a part failed. Raises the cause if it is for the user, UpscalingFailedError if it was once too often."""
         cause = error.cause
         if isinstance(cause, UserError):
             raise cause

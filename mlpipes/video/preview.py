@@ -20,7 +20,7 @@ from mlpipes.video.pool import preview_chunk
 _KIND, _VERSION = "video preview", 1
 PICTURE, CLIP = "preview.png", "preview.mp4"
 _PICTURE_SIDE = 480
-"""Of what the picture shows of each, at most: pixels of the result, from its middle."""
+"""Of what the picture shows of each, at most, in pixels of the result."""
 _LINE = 4
 
 
@@ -42,11 +42,9 @@ def make_preview(job: VideoJob, plan: Plan) -> None:
         shutil.rmtree(target)
     with disk_errors(target), publishing(target, kind=_KIND, version=_VERSION) as draft:
         pairs = _pairs(job, plan)
-        if job.preview:
-            picture = _write_clip(draft.path / CLIP, job, pairs)
-        else:
-            picture = next(pairs)
-        Image.fromarray(_beside(*(_middle(image) for image in picture))).save(draft.path / PICTURE)
+        before, after = _write_clip(draft.path / CLIP, job, pairs) if job.preview else next(pairs)
+        rows, columns = _busiest(after)
+        Image.fromarray(_beside(before[rows, columns], after[rows, columns])).save(draft.path / PICTURE)
 
 
 def _pairs(job: VideoJob, plan: Plan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -65,9 +63,15 @@ def _beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.concatenate([left, line, right], axis=1)
 
 
-def _middle(image: np.ndarray) -> np.ndarray:
-    top, left = (max(0, (side - _PICTURE_SIDE) // 2) for side in image.shape[:2])
-    return image[top : top + _PICTURE_SIDE, left : left + _PICTURE_SIDE]
+def _busiest(image: np.ndarray) -> tuple[slice, slice]:
+    """Where an image has most to look at: the part with the greatest variance."""
+    height, width = (min(side, _PICTURE_SIDE) for side in image.shape[:2])
+    parts = [
+        (slice(top, top + height), slice(left, left + width))
+        for top in range(0, image.shape[0] - height + 1, max(1, height // 2))
+        for left in range(0, image.shape[1] - width + 1, max(1, width // 2))
+    ]
+    return max(parts, key=lambda part: image[part].var())
 
 
 def _write_clip(

@@ -55,6 +55,8 @@ class Source(Record):
     """The display matrix (nine numbers, as in MP4) by which players turn the picture; empty where they do not."""
     expected_frames: int = 0
     """As the container says, which may be wrong; 0 where it does not say."""
+    said_seconds: float = 0.0
+    """When the video ends, as a container says whose index does not; 0 where it does not say."""
     tracks: tuple[Track, ...] = ()
     notes: tuple[str, ...] = ()
     """What somebody should know: streams that are left out, an order of fields that is not known."""
@@ -120,8 +122,8 @@ def _stat(path: Path) -> tuple[Path, int, int]:
 def _video_stream(path: Path, container: Any, notes: list[str]) -> Any:
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos:
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise DataError(f"{path} holds no video stream ({kinds} only); nothing can be upscaled")
+        kinds = ", ".join(sorted({s.type for s in container.streams}))
+        raise DataError(f"{path} holds no video stream ({f'{kinds} only' if kinds else 'and no other'})")
     if container.format.name in ("image2", "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "gif"):
         raise DataError(f"{path} is a picture ({container.format.name}), not a video")
     chosen = next((s for s in videos if s.disposition & Disposition.default), videos[0])
@@ -165,6 +167,7 @@ def _source(path: Path, container: Any, stream: Any, notes: list[str]) -> Source
         aspect=aspect.as_integer_ratio() if aspect > 0 else (1, 1),
         display=_display_matrix(container, stream),
         expected_frames=stream.frames or 0,
+        said_seconds=_seconds(stream.metadata.get("DURATION", "")),
         tracks=tuple(
             Track(index=s.index, kind=s.type, codec=_codec_name(s), language=s.language or "")
             for s in container.streams
@@ -221,6 +224,15 @@ def _display_matrix(container: Any, stream: Any) -> tuple[int, ...]:
             if number >= _LOOKED_AT:
                 break
     return ()
+
+
+def _seconds(text: str) -> float:
+    """Of hours:minutes:seconds, as Matroska's tags say it; 0 for what is no time."""
+    try:
+        hours, minutes, seconds = text.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return 0.0
 
 
 def _codec_name(stream: Any) -> str:

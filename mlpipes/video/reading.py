@@ -13,6 +13,8 @@ from mlpipes.errors import DataError
 from mlpipes.video.probe import INTERLACED, Source, opened
 
 _THREADS = 2
+_TOLERATED_SECONDS = Fraction(1, 2)
+"""By which what a container says of a video's length may be wrong."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def frames_of(source: Source) -> Iterator[Timed]:
     """
     path = Path(source.path)
     step = _step(source)
-    number, last = 0, None
+    number, last, end = 0, None, Fraction(0)
     with closing(opened(path)) as container:
         stream = container.streams[source.stream]
         stream.thread_count, stream.thread_type = _THREADS, "AUTO"
@@ -45,7 +47,7 @@ def frames_of(source: Source) -> Iterator[Timed]:
                 _check(frame, source, number)
                 pts, mended = _time(frame.pts, last, step)
                 yield Timed(frame, pts, frame.duration or 0, mended)
-                number, last = number + 1, pts
+                number, last, end = number + 1, pts, (pts + (frame.duration or step)) * Fraction(*source.time_base)
         except (av.FFmpegError, OSError) as error:
             where = f"behind frame {number}" if number else "at its beginning"
             raise DataError(
@@ -53,6 +55,11 @@ def frames_of(source: Source) -> Iterator[Timed]:
             ) from error
     if number == 0:
         raise DataError(f"{path} holds a video stream without a frame that can be decoded")
+    if end + _TOLERATED_SECONDS < source.said_seconds:
+        raise DataError(
+            f"{path} is damaged or cut off: its last frame ends at {float(end):.2f} s, and it says that it is "
+            f"{source.said_seconds:.2f} s long. Copy it again; if there is no more of it, copy its streams to a new file"
+        )
 
 
 def _time(pts: int | None, last: int | None, step: int) -> tuple[int, bool]:
@@ -77,6 +84,6 @@ def _check(frame: VideoFrame, source: Source, number: int) -> None:
     found = (frame.width, frame.height, frame.format.name)
     if found != (source.width, source.height, source.pix_fmt):
         raise DataError(
-            f"{where} is {found[0]}×{found[1]} {found[2]}, and the first was {source.width}×{source.height} "
+            f"{where} is {found[0]}×{found[1]} {found[2]}, and the file began as {source.width}×{source.height} "
             f"{source.pix_fmt}: a video that changes its size cannot be upscaled; cut it there"
         )
