@@ -12,6 +12,7 @@ from mlpipes.orchestration.jobs import jobs_of
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow
+from mlpipes.orchestration.video import GROUP, video_assets, video_job, video_sensor
 from mlpipes.training.code_version import unreadable
 from mlpipes.workloads.catalog import Entry, configured, offered, problems
 
@@ -30,11 +31,16 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
             logging.getLogger(__name__).warning(problem)
     store = StoreResource()
     return dg.Definitions(
-        assets=[asset for entry in entries for asset in workload_assets(entry)],
+        assets=[*(asset for entry in entries for asset in workload_assets(entry)), *video_assets()],
         asset_checks=[check for entry in entries for check in workload_checks(entry, partitions_of(entry))],
-        jobs=jobs_of(entries),
+        jobs=[*jobs_of(entries), video_job()],
         schedules=[nightly(entry) for entry in entries],
-        sensors=[failure_message, *(lost_retries(entry.name) for entry in entries), reports_follow()],
+        sensors=[
+            failure_message,
+            *(lost_retries(group) for group in (*(entry.name for entry in entries), GROUP)),
+            reports_follow(),
+            video_sensor(),
+        ],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.
         executor=dg.in_process_executor,
         resources={

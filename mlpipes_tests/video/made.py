@@ -19,6 +19,7 @@ from mlpipes.video.probe import probe
 from mlpipes.video.upscaling import upscale_chunk
 
 WIDTH, HEIGHT = 64, 48
+QUICK = Encoding(preset="ultrafast", crf=4)
 Pts = Callable[[int], int]
 
 
@@ -59,7 +60,9 @@ def write_video(
     images = [picture(n, *size) for n in range(frames)] if isinstance(frames, int) else list(frames)
     base = time_base or Fraction(1, 1) / Fraction(rate)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={"crf": "4", "preset": "ultrafast"} | (options or {}))
+        stream: Any = container.add_stream(
+            codec, rate=rate, options={"crf": "4", "preset": "ultrafast"} | (options or {})
+        )
         stream.width, stream.height, stream.pix_fmt = (*size, pix_fmt)
         stream.codec_context.time_base, stream.time_base = base, base
         stream.codec_context.thread_count = 1
@@ -123,7 +126,7 @@ def job_of(path: Path, store: Path, suffix: str = ".mp4", *, scale: int = 2, chu
         source=source,
         source_digest=sha256_file(path),
         model=pin(more.pop("model", "bicubic"), scale, Store(store)),
-        encoding=Encoding(preset="ultrafast", crf=4),
+        encoding=more.pop("encoding", QUICK),
         suffix=suffix_of(Path(f"x{suffix}")),
         store=str(store),
         chunk=chunk_length(chunk),

@@ -239,7 +239,8 @@ def test_a_corrupt_chunk_is_noticed_and_made_again(tmp_path: Path) -> None:
         encode_segment(job, plan, 0)
     assert not job.folder.upscaled_chunk(1).exists()
     with pytest.raises(CorruptionError, match="is quarantined"):
-        upscale_chunk(job, plan, 0, model) or need_chunk(job.folder.source_chunk(0), SOURCE)
+        upscale_chunk(job, plan, 0, model)
+        need_chunk(job.folder.source_chunk(0), SOURCE)
     cut(job)
     assert upscale_chunk(job, plan, 1, model) == 4
     encode_segment(job, plan, 0)
