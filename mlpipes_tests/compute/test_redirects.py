@@ -96,7 +96,9 @@ def test_a_password_of_netrc_does_not_stand_in_for_the_token(
     monkeypatch.setenv(place, str(tmp_path if place == "HOME" else tmp_path / ".netrc"))
     (tmp_path / "token").write_text("our-own")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "the-users")
-    mine = RayAddress(own.address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, local=True)
+    mine = RayAddress(
+        own.address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, local=True
+    )
     for address in (mine, RayAddress(given.address)):
         assert RayJobs(address).latest("x") is None
         with pytest.raises(PreflightError, match="does not answer"):  # what stands for a dashboard knows of no nodes
