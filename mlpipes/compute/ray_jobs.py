@@ -6,12 +6,13 @@ Submission ids are `<fingerprint>-<store>-aN`.
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from mlpipes.compute.address import RayAddress
+from mlpipes.compute.address import RayAddress, as_given
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
 from mlpipes.scales import RayScaleConfig
@@ -101,19 +102,29 @@ class RayJobs(Jobs):
 
     def _patiently(self, call: Callable[["JobSubmissionClient"], T]) -> T:
         """Call the head; while it is unreachable or in trouble, try again. Raises ConnectionError when patience is out."""
-        from ray.job_submission import JobSubmissionClient
-
         try:
             return Retrying(
                 retry=retry_if_exception(_is_passing),
                 stop=stop_after_delay(self.patience_seconds),
                 wait=wait_exponential(multiplier=0.2, max=3),
                 reraise=True,
-            )(lambda: call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers())))
+            )(lambda: call(_client_type()(self.address.dashboard, headers=self.address.headers())))
         except Exception as error:
             if _is_passing(error):
                 raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
             raise
+
+
+@cache
+def _client_type() -> "type[JobSubmissionClient]":
+    """Ray's client, whose requests carry the headers that it was given, whatever ~/.netrc has for the host."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **options, auth=as_given)
+
+    return Client
 
 
 def _is_passing(error: BaseException) -> bool:
