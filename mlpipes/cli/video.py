@@ -39,7 +39,7 @@ def upscale(
     """Upscale a video in parallel, with its sound and subtitles; a second call goes on where one stopped."""
     from mlpipes.compute.local import LocalRay
     from mlpipes.compute.places import is_local, resolve
-    from mlpipes.video.following import VideoJobs, deliver, delivered, follow, is_done, prepare
+    from mlpipes.video.following import VideoJobs, deliver, delivered, follow, is_done, prepare, stop
     from mlpipes.video.job import Encoding, describe
     from mlpipes.video.preview import preview_of
 
@@ -79,6 +79,8 @@ def upscale(
             with Bars() as bars:
                 follow(job, lambda: VideoJobs(resolve()), bars.show, bars.warn)
     except KeyboardInterrupt:
+        if not local or ray.status() is not None:
+            stop(job, VideoJobs(resolve()))
         console.print("Stopped. The same command goes on where it was.")
         raise typer.Exit(130) from None
     finally:

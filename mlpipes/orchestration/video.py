@@ -248,15 +248,15 @@ def _picture(job: "VideoJob") -> dict[str, Any]:
 def _follow(context: dg.AssetExecutionContext, job: "VideoJob", ray: RayResource) -> None:
     """Have it made; shows how far it is as observations of the asset. A cancelled run ends the job."""
     from mlpipes.compute.places import resolve
-    from mlpipes.video.following import VideoJobs, follow
+    from mlpipes.video.following import VideoJobs, follow, stop
 
-    follow(
-        job,
-        lambda: VideoJobs(resolve(ray.address)),
-        _observer(context),
-        context.log.warning,
-        stops=lambda: is_cancelled(context),
-    )
+    try:
+        follow(job, lambda: VideoJobs(resolve(ray.address)), _observer(context), context.log.warning)
+    except BaseException:
+        # Any other interruption (the code server goes away, say) leaves it running: the next attempt attaches to it.
+        if is_cancelled(context):
+            stop(job, VideoJobs(resolve(ray.address)))
+        raise
 
 
 def _observer(context: dg.AssetExecutionContext) -> Callable[["Progress"], None]:

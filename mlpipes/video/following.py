@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -32,6 +33,9 @@ class VideoJobs(RayJobs):
     """The Jobs API of a cluster, for videos."""
 
     module = "mlpipes.video.driver"
+
+    def _reserved(self, specification: Path) -> dict[str, Any]:
+        return {}  # the driver reads the source and joins the result: little beside what its workers do
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,11 @@ def follow(
     jobs_of: Callable[[], VideoJobs],
     show: Callable[[Progress], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
-    stops: Callable[[], bool] = lambda: True,
 ) -> None:
     """Have a video made, whoever dies meanwhile; returns when it `is_done`.
 
-    An interruption ends the job if `stops()` says so; otherwise it goes on, for the next call to find. Raises
-    UpscalingFailedError with the cause.
+    When it is interrupted, the job goes on, for the next call to find; `stop` ends it. Raises UpscalingFailedError with
+    the cause.
     """
     job.write_to(job.folder.job)
     in_vain, reached = 0, -1
@@ -137,14 +140,7 @@ def follow(
             )
         try:
             jobs = jobs_of()
-            handle = attach_or_submit(jobs, job)
-            try:
-                fatal = _watch(jobs, handle, job, show, warn)
-            except BaseException as error:
-                if not isinstance(error, ConnectionError) and stops():
-                    with suppress(ConnectionError):
-                        jobs.stop(handle)
-                raise
+            fatal = _watch(jobs, attach_or_submit(jobs, job), job, show, warn)
         except ConnectionError as error:
             warn(f"{error}; trying again")
             continue
@@ -153,10 +149,22 @@ def follow(
     show(progress_of(job))
 
 
+def stop(job: VideoJob, jobs: VideoJobs) -> None:
+    """End the job of a video, if there is one; what was done is kept."""
+    with suppress(ConnectionError):
+        latest = jobs.latest(_name(job))
+        if latest is not None and latest[1].state in ALIVE:
+            jobs.stop(latest[0])
+
+
+def _name(job: VideoJob) -> str:
+    """The name under which a video's jobs are found: which video, and for which store."""
+    return f"video-{job.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
+
+
 def attach_or_submit(jobs: VideoJobs, job: VideoJob) -> JobHandle:
     """The job of a video: the one that is alive, or the next attempt, submitted."""
-    folder = job.folder
-    name = f"video-{job.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
+    folder, name = job.folder, _name(job)
     specifications = folder.specification(0).parent
     specifications.mkdir(parents=True, exist_ok=True)
     with FileLock(str(specifications / "submit.lock")):  # of two callers at once, one submits and the other attaches

@@ -54,13 +54,13 @@ def test_killed_stopped_and_gone_on_with(tmp_path: Path, command: Command) -> No
     first.kill()
     first.wait()
     second = command.start(*arguments, "--workers", "2", log=log)
-    until(lambda: "upscale" in log.read_text().rpartition("model:")[2] or second.poll() is not None, "it follows")
+    until(lambda: log.read_text().count("notes:") == 2 or second.poll() is not None, "the second call has begun")
     second.send_signal(signal.SIGINT)
     until(lambda: second.poll() is not None, "the interrupted command ends")
     assert second.returncode == 130, log.read_text()
     assert "The same command goes on where it was" in log.read_text()
     assert [p.name for p in tmp_path.glob("*out*")] == []
-    assert not psutil.pid_exists(int(at_gate)) or psutil.Process(int(at_gate)).status() == psutil.STATUS_ZOMBIE
+    until(lambda: not lives(int(at_gate)), "the worker at the gate ends with its job")
     (command.home / "gate" / "9").unlink()
     assert command.run(*arguments, "--workers", "4", "--preview", log=log) == 0, log.read_text()
     assert sha256_file(out) == wanted
@@ -74,9 +74,9 @@ def test_killed_stopped_and_gone_on_with(tmp_path: Path, command: Command) -> No
     assert not list((command.home / "store" / "videos").glob("*/upscaled-*"))  # its parts are gone
 
 
-def test_a_defect_is_tried_again_and_said(tmp_path: Path, command: Command) -> None:
+def test_a_defect_is_tried_again_and_said(tmp_path: Path, ray_home: Path) -> None:
     path, out, log = write_video(tmp_path / "x.mp4", 14), tmp_path / "out.mp4", tmp_path / "log"
-    (command.home / "fail-always").parent.mkdir(parents=True)
+    command = Command(ray_home)
     (command.home / "fail-always").touch()
     arguments = (path, out, "--model", f"{HERE}:failing", "--chunk", "4", "--workers", "1")
     assert command.run(*arguments, log=log) == 1
@@ -86,6 +86,14 @@ def test_a_defect_is_tried_again_and_said(tmp_path: Path, command: Command) -> N
     (command.home / "failed-once").unlink()
     assert command.run(*arguments, log=log) == 0, log.read_text()
     assert sha256_file(out) == sha256_file(upscale_here(path, tmp_path / "store", encoding=QUICK))
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there, and not only waits to be buried."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def parts_done(command: Command) -> int:
