@@ -1,5 +1,6 @@
 """The part of the command line about video: upscale."""
 
+import importlib
 import shutil
 import time
 from pathlib import Path
@@ -68,6 +69,8 @@ def upscale(
         return
     if result.exists() and not overwrite:
         raise ConfigError(f"{result} is there already; name another file, or give --overwrite")
+    # Before it has begun: an interruption in the middle of this import would leave nothing that can end the job.
+    importlib.import_module("ray.job_submission")
     for name, value in describe(job).items():
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     ray, local, began = LocalRay(), is_local(), time.monotonic()

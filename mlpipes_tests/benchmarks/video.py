@@ -30,7 +30,7 @@ from mlpipes.video.upscaling import upscale_chunk
 from mlpipes_tests.video.made import WIDTH, job_of, picture, write_video
 
 CLIP = "super_resolution/clips/car-detection.mp4"
-SPEED_FRAMES, SIZE = 32, (480, 270)
+SPEED_FRAMES, SIZES = 16, ((480, 270), (960, 540))
 LENGTHS = (100, 1000, 10_000)
 
 
@@ -105,14 +105,19 @@ def plain_loop(job: VideoJob, target: Path) -> float:
 def speed(model: str | None) -> None:
     """Frames per CPU-second."""
     torch.set_num_threads(1)
+    for size in SIZES:
+        _speed_of(size, model)
+
+
+def _speed_of(size: tuple[int, int], model: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        images = [picture(n, *SIZE) for n in range(SPEED_FRAMES)]
-        path = write_video(Path(folder) / "x.mp4", images, size=SIZE, options={"crf": "18"})
+        images = [picture(n, *size) for n in range(SPEED_FRAMES)]
+        path = write_video(Path(folder) / "x.mp4", images, size=size, options={"crf": "18"})
         pinned = models.pin(model, None, store) if model else network(store)
         base = job_of(path, store.root).model_copy(update={"encoding": Encoding(), "chunk": 16})
         plain = plain_loop(base.model_copy(update={"model": pinned}), Path(folder) / "plain.mp4")
-        print(f"{SIZE[0]}×{SIZE[1]} ×{pinned.scale}, {SPEED_FRAMES} frames, {pinned.name}; one thread, {_cpu()}")
+        print(f"{size[0]}×{size[1]} ×{pinned.scale}, {SPEED_FRAMES} frames, {pinned.name}; one thread, {_cpu()}")
         print("| way | frames a CPU-second | against the plain loop | network's part |\n| --- | --- | --- | --- |")
         print(f"| plain loop, fp32, batch 1 | {SPEED_FRAMES / plain:.2f} | 1.00 | |")
         for precision in ("fp32", "bf16"):
