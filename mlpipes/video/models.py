@@ -6,6 +6,7 @@ middle one, and answers with uint8 RGB frames [N, scale·H, scale·W, 3].
 
 import importlib
 import inspect
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -109,6 +110,7 @@ def _of_python(spec: str) -> ModelPin:
 
 # -- of MLflow's registry ------------------------------------------------------------------------------------------------
 def _registered(spec: str, store: Store, tracker: Any, precision: str) -> ModelPin:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.exceptions import MlflowException
 

@@ -24,6 +24,15 @@ class Gated(Bicubic):
         return super().__call__(frames)
 
 
+class Slow(Bicubic):
+    """Bicubic, with a pause, so that there is time to kill something."""
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """The frames, upscaled."""
+        time.sleep(1)
+        return super().__call__(frames)
+
+
 class Failing(Bicubic):
     """Fails at frame 9, the first time or, if a file says so, always."""
 
@@ -54,7 +63,7 @@ def wait_at(home_folder: Path, number: int) -> Path:
     return home_folder / "gate" / f"{number}.reached"
 
 
-gated, failing, neighbours = Gated(2), Failing(2), Neighbours()
+gated, slow, failing, neighbours = Gated(2), Slow(2), Failing(2), Neighbours()
 
 
 def wrong_size(frames: np.ndarray) -> np.ndarray:
