@@ -20,6 +20,8 @@ from mlpipes.workloads.catalog import Entry, configured, offered, problems
 def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     """All definitions of a catalog (default: as configured: the project's, what other packages add, the file of scales).
 
+    With the default come the assets of videos, which belong to no workload.
+
     What is wrong with another package is a warning in the log of the code location, once. `resources` replaces resources by
     key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
     """
@@ -29,17 +31,17 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
         entries = tuple(entry for entry in entries if entry.name not in without_code)
         for problem in (*problems().values(), *without_code.values()):
             logging.getLogger(__name__).warning(problem)
-    store = StoreResource()
+    store, whole = StoreResource(), catalog is None
     return dg.Definitions(
-        assets=[*(asset for entry in entries for asset in workload_assets(entry)), *video_assets()],
+        assets=[*(asset for entry in entries for asset in workload_assets(entry)), *(video_assets() if whole else ())],
         asset_checks=[check for entry in entries for check in workload_checks(entry, partitions_of(entry))],
-        jobs=[*jobs_of(entries), video_job()],
+        jobs=[*jobs_of(entries), *([video_job()] if whole else [])],
         schedules=[nightly(entry) for entry in entries],
         sensors=[
             failure_message,
-            *(lost_retries(group) for group in (*(entry.name for entry in entries), GROUP)),
+            *(lost_retries(entry.name) for entry in entries),
+            *([lost_retries(GROUP), video_sensor()] if whole else []),
             reports_follow(),
-            video_sensor(),
         ],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.
         executor=dg.in_process_executor,

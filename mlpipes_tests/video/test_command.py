@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from mlpipes.cli.app import app
 from mlpipes.compute.local import LocalRay
 from mlpipes.store.files import sha256_file
 from mlpipes_tests.video.command import Command, kill
@@ -145,3 +147,27 @@ def test_ten_kills_at_random_moments(tmp_path: Path, command: Command) -> None:
     assert sha256_file(out) == wanted
     assert [p.name for p in tmp_path.glob("*out*")] == ["out.mp4"]
     assert killed >= 8
+
+
+@pytest.mark.parametrize(
+    ("result", "more", "match"),
+    [
+        ("out.avi", (), "the result is written as .m4v, .mkv, .mov, .mp4"),
+        ("absent/out.mp4", (), "is not there; make it first"),
+        ("x.mp4", (), "the source itself; name another file"),
+        ("out.mp4", ("--scale", "7"), "a scale of 7 is none of 2, 3, 4"),
+        ("out.mp4", ("--preset", "quickest"), "is none of x264's"),
+        ("out.mp4", ("--precision", "fp8"), "is none of fp32, bf16"),
+        ("there.mp4", (), "is there already; name another file, or give --overwrite"),
+    ],
+)
+def test_what_is_asked_for_is_checked_before_anything_starts(
+    tmp_path: Path, result: str, more: tuple[str, ...], match: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_video(tmp_path / "x.mp4", 4)
+    (tmp_path / "there.mp4").write_bytes(b"mine")
+    done = CliRunner().invoke(app, ["upscale", str(path), str(tmp_path / result), *more])
+    assert done.exit_code == 1
+    assert match in " ".join((done.output + done.stderr + capfd.readouterr().err).split())
+    assert not (tmp_path / "home" / "ray").exists()
+    assert (tmp_path / "there.mp4").read_bytes() == b"mine"
