@@ -39,8 +39,18 @@ def upscale(
 ) -> None:
     """Upscale a video in parallel, with its sound and subtitles; a second call goes on where one stopped."""
     from mlpipes.compute.local import LocalRay
-    from mlpipes.compute.places import is_local, resolve
-    from mlpipes.video.following import VideoJobs, deliver, delivered, follow, is_done, prepare, stop
+    from mlpipes.compute.places import is_local
+    from mlpipes.video.following import (
+        VideoJobs,
+        check_place,
+        deliver,
+        delivered,
+        follow,
+        is_done,
+        place,
+        prepare,
+        stop,
+    )
     from mlpipes.video.job import Encoding, describe
     from mlpipes.video.preview import preview_of
 
@@ -74,16 +84,17 @@ def upscale(
     for name, value in describe(job).items():
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     ray, local, began = LocalRay(), is_local(), time.monotonic()
+    check_place()
     try:
         if not is_done(job):
             if local:
                 with console.status("Starting a private Ray on loopback …"):
                     ray.ensure(passing=True)
             with Bars() as bars:
-                follow(job, lambda: VideoJobs(resolve()), bars.show, bars.warn)
+                follow(job, place, bars.show, bars.warn)
     except KeyboardInterrupt:
         if not local or ray.status() is not None:
-            stop(job, VideoJobs(resolve()))
+            stop(job, place())
         console.print("Stopped. The same command goes on where it was.")
         raise typer.Exit(130) from None
     finally:

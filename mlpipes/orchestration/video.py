@@ -111,7 +111,7 @@ def video_assets() -> Sequence[dg.AssetsDefinition]:
             data_version=dg.DataVersion(digest),
             metadata={
                 "facts": mapping_table(facts),
-                "tracks": mapping_table({t.index: f"{t.kind} {t.codec} {t.language}" for t in source.tracks}),
+                "tracks": mapping_table({str(t.index): f"{t.kind} {t.codec} {t.language}" for t in source.tracks}),
                 "file": dg.MetadataValue.path(source.path),
                 "bytes": source.bytes,
                 "digest": digest,
@@ -247,15 +247,14 @@ def _picture(job: "VideoJob") -> dict[str, Any]:
 
 def _follow(context: dg.AssetExecutionContext, job: "VideoJob", ray: RayResource) -> None:
     """Have it made; shows how far it is as observations of the asset. A cancelled run ends the job."""
-    from mlpipes.compute.places import resolve
-    from mlpipes.video.following import VideoJobs, follow, stop
+    from mlpipes.video.following import follow, place, stop
 
     try:
-        follow(job, lambda: VideoJobs(resolve(ray.address)), _observer(context), context.log.warning)
+        follow(job, lambda: place(ray.address), _observer(context), context.log.warning)
     except BaseException:
         # Any other interruption (the code server goes away, say) leaves it running: the next attempt attaches to it.
         if is_cancelled(context):
-            stop(job, VideoJobs(resolve(ray.address)))
+            stop(job, place(ray.address))
         raise
 
 

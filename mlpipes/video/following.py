@@ -12,8 +12,11 @@ from typing import Any
 from filelock import FileLock
 
 from mlpipes.compute.jobs import ALIVE, JobHandle, JobState, python_path
+from mlpipes.compute.places import ADDRESS_VARIABLE, resolve
 from mlpipes.compute.ray_jobs import RayJobs
-from mlpipes.errors import UpscalingFailedError
+from mlpipes.compute.slurm import SETTINGS_VARIABLE
+from mlpipes.errors import ConfigError, UpscalingFailedError
+from mlpipes.store.environment import value_of
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
 from mlpipes.store.layout import Store, home
 from mlpipes.store.messages import Failed, Warned, read_messages
@@ -36,6 +39,24 @@ class VideoJobs(RayJobs):
 
     def _reserved(self, specification: Path) -> dict[str, Any]:
         return {}  # the driver reads the source and joins the result: little beside what its workers do
+
+
+def check_place() -> None:
+    """Raises ConfigError if the environment has jobs run where videos cannot."""
+    if slurm := value_of(SETTINGS_VARIABLE):
+        raise ConfigError(
+            f"{SETTINGS_VARIABLE}={slurm}: videos are not upscaled on Slurm yet. Unset it to use this machine, or "
+            f"name a Ray in {ADDRESS_VARIABLE}"
+        )
+
+
+def place(address: str | None = None) -> VideoJobs:
+    """Where videos are upscaled: the Ray at an address (default as configured), else this machine's, started if need be.
+
+    Raises ConfigError for Slurm.
+    """
+    check_place()
+    return VideoJobs(resolve(address))
 
 
 @dataclass(frozen=True)

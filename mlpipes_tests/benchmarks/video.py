@@ -162,7 +162,7 @@ def clip(model: str | None) -> None:
         print(
             "| model | PSNR Y, dB | SSIM Y | change from frame to frame, RMS (original's own) |\n| --- | --- | --- | --- |"
         )
-        for spec in dict.fromkeys(["bicubic", *([model] if model else [])]):
+        for spec in ["bicubic", *([model] if model else [])]:
             job = job_of(small, Path(folder) / "store", ".mp4", chunk=48)
             pinned = models.pin(spec, None, default_store() if spec != "bicubic" else Store(Path(folder)))
             place = str(default_store().root) if spec != "bicubic" else job.store
@@ -191,7 +191,8 @@ def _halve(original: Path, target: Path) -> None:
                 out.mux(packet)
             elif packet.stream.type == "video":
                 for frame in packet.decode():
-                    half: Any = frame.reformat(stream.width, stream.height, interpolation="BICUBIC")
+                    whole: Any = frame
+                    half = whole.reformat(stream.width, stream.height, interpolation="BICUBIC")
                     out.mux(stream.encode(half))
         out.mux(stream.encode(None))
 

@@ -53,8 +53,9 @@ class Command:
     def driver(self) -> psutil.Process:
         """The driver of the job that runs."""
         return until(
-            lambda: next((p for p in self.processes() if DRIVER in " ".join(_words(p)[:4])), None), "a driver runs"
-        )
+            lambda: [p for p in self.processes() if DRIVER in " ".join(_words(p)[:4])],
+            "a driver runs",
+        )[0]
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -35,7 +35,7 @@ def no_ray_is_left(tmp_path: Path) -> object:
 def someone_else(reached: Path, than: str, running: "subprocess.Popen[bytes]") -> str:
     """Wait until another process than this one is at the gate; returns which."""
     return until(
-        lambda: (found := reached.read_text() if reached.is_file() else "") != than and found,
+        lambda: (found := reached.read_text() if reached.is_file() else "") * (found != than),
         "a worker is at the gate",
         vain=lambda: "" if running.poll() is None else "the command has ended",
     )
