@@ -63,7 +63,7 @@ class Photographs:
         return Dataset(
             splits={
                 "train": columns | {"size": _sizes(columns["image"])},
-                "test": _test_columns(held_out, len(names) if self.test_folder else 0),
+                "test": whole_pictures(held_out, len(names) if self.test_folder else 0),
             },
             provenance=Provenance(
                 name="Photographs that scikit-learn and scikit-image bundle",
@@ -109,7 +109,7 @@ class PhotographFolder:
         names, splits = [path.relative_to(root).as_posix() for path in paths], {"train": train}
         if self.test_folder is not None:
             pictures = pictures_in(folder_here(self.test_folder))
-            splits["test"] = _test_columns(pictures, len(names))
+            splits["test"] = whole_pictures(pictures, len(names))
             names += list(pictures)
         return Dataset(
             splits=splits,
@@ -197,7 +197,7 @@ def _sizes(images: np.ndarray) -> np.ndarray:
     return np.tile(np.array(images.shape[2:], dtype=np.int64), (len(images), 1))
 
 
-def _test_columns(pictures: Mapping[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+def whole_pictures(pictures: Mapping[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
     """Whole pictures of any sizes: each lies at the upper left of what holds the largest; `size` says how far it goes."""
     sizes = np.array([picture.shape[:2] for picture in pictures.values()], dtype=np.int64)
     images = np.zeros((len(pictures), 3, *sizes.max(axis=0)), dtype=np.uint8)

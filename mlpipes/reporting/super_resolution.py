@@ -1,6 +1,7 @@
 """The report of super-resolution: fidelity of each photograph beside the baselines', before and after, flicker, speed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,8 +79,8 @@ def super_resolution_report(
         },
         notes=[
             f"×{scale} from {'single frames' if frames == 1 else f'{frames} frames'}, n={n:,} photographs; intervals are "
-            "over photographs (Student's t). Y is luma of BT.601 in limited range, of grey photographs the grey value; the "
-            "border is shaved by the scale, levels are whole. `psnr_y_gain` is PSNR on Y above the better of both "
+            "over photographs (Student's t). Y is luma of BT.601 in limited range; the border is shaved by the "
+            "scale, levels are whole. `psnr_y_gain` is PSNR on Y above the better of both "
             "baselines, photograph by photograph, so the gate that asks for more than 0 compares in pairs.",
             "Motion between frames is made: the truth's warping error is that of interpolation and rounding alone. "
             f"The network put out {megapixels:.2f} megapixels a second where this report was made: "
@@ -93,7 +94,7 @@ def _against(found: Mapping[str, np.ndarray], method: str) -> str | None:
     return str(paired(found[f"{method}psnr_y"], found["psnr_y"])) if method else None
 
 
-def _before_and_after(crops: np.ndarray, names: Sequence[str]) -> bytes:
+def _before_and_after(crops: np.ndarray, names: Sequence[Any]) -> bytes:
     """Rows of photographs; the truth, bicubic and made beside each other."""
     captions = [f"{name.rsplit('/')[-1][:14]}: {what}" for name in names for what in ("trained", "bicubic", "truth")]
     pictures = np.clip(np.rint(crops), 0, 255).astype(np.uint8).reshape(-1, 3, CROP, CROP)

@@ -19,16 +19,6 @@ def luma(pictures: Tensor) -> Tensor:
     return torch.einsum("...chw,c->...hw", pictures.double(), weights) + 16
 
 
-def has_colours(truth: Tensor) -> bool:
-    """Whether a picture (3, H, W) has colours; of a grey one the literature's programs take the grey value, not luma."""
-    return not bool((truth[0] == truth[1]).all() and (truth[0] == truth[2]).all())
-
-
-def plane(picture: Tensor, coloured: bool) -> Tensor:
-    """What is compared of a picture (3, H, W) as its Y, float64 (H, W)."""
-    return luma(picture) if coloured else picture[0].double()
-
-
 def shaved(pictures: Tensor, border: int) -> Tensor:
     """Pictures (..., H, W) without so many pixels at each edge."""
     return pictures[..., border : pictures.shape[-2] - border, border : pictures.shape[-1] - border]

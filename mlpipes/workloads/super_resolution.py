@@ -29,7 +29,7 @@ _EPSILON = 1e-3
 class SuperResolutionHyperparameters(Hyperparameters):
     """What can be set about training an upscaler."""
 
-    scale: Literal[2, 3, 4] = Field(default=2, description="how many times as high and as wide frames become")
+    upscale: Literal[2, 3, 4] = Field(default=2, description="how many times as high and as wide frames become")
     frames: Literal[1, 3, 5] = Field(default=1, description="frames that are seen, the one to upscale in their middle")
     network: Literal["compact", "espcn", "edsr", "rlfn"] = "compact"
     width: int | None = Field(default=None, ge=1, description="channels; null: 24 (compact), 32, 64 (edsr), 52 (rlfn)")
@@ -64,7 +64,7 @@ class SuperResolution(Workload):
 
     def build_model(self, hp: SuperResolutionHyperparameters, info: DataInfo) -> nn.Module:
         """The network that the hyperparameters name, in the memory order that convolutions like best."""
-        model = upscaler(hp.network, hp.scale, hp.frames, hp.colour, hp.width, hp.depth, hp.skip)
+        model = upscaler(hp.network, hp.upscale, hp.frames, hp.colour, hp.width, hp.depth, hp.skip)
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def optimizers(self, model: nn.Module, hp: SuperResolutionHyperparameters) -> Sequence[torch.optim.Optimizer]:
@@ -87,12 +87,12 @@ class SuperResolution(Workload):
         images = columns["image"]
         if not augment:
             return {name: columns[name][rows.to(images.device)] for name in ("image", "size", "photograph")}
-        cut = degradation.margin(hp.scale, hp.frames)
-        patch = min(hp.patch, min(images.shape[2:]) // hp.scale - 2 * cut)
-        high = degradation.crops(images, rows, (patch + 2 * cut) * hp.scale)
+        cut = degradation.margin(hp.upscale, hp.frames)
+        patch = min(hp.patch, min(images.shape[2:]) // hp.upscale - 2 * cut)
+        high = degradation.crops(images, rows, (patch + 2 * cut) * hp.upscale)
         motion = degradation.random_motion(len(rows)) if hp.frames > 1 else torch.zeros(len(rows), 3)
-        low = degradation.downscaled(degradation.clip_of(high, motion, hp.frames), hp.scale)
-        low, high = fidelity.shaved(low, cut), fidelity.shaved(high, cut * hp.scale)
+        low = degradation.downscaled(degradation.clip_of(high, motion, hp.frames), hp.upscale)
+        low, high = fidelity.shaved(low, cut), fidelity.shaved(high, cut * hp.upscale)
         if hp.colour == "luma":
             low, high = (fidelity.luma(each).float().unsqueeze(-3) for each in (low, high))
         return {"low": low, "high": high.float()}
@@ -102,20 +102,23 @@ class SuperResolution(Workload):
         return _losses(model(batch["low"]), batch["high"], hp.loss).sum()
 
     def predict(self, model: nn.Module, batch: Batch, hp: SuperResolutionHyperparameters) -> dict[str, Tensor]:
-        """Figures of each photograph, on whole levels, the border shaved by the scale; of grey ones, Y is the grey value."""
-        found = [self._figures(model, *each, hp) for each in _photographs(batch, hp.scale)]
+        """Figures of each photograph, on whole levels, the border shaved by the scale."""
+        found = [self._figures(model, *each, hp) for each in _photographs(batch, hp.upscale)]
         return {name: torch.tensor([each[name] for each in found]) for name in found[0]}
 
     def _figures(self, model: Any, truth: Tensor, number: int, hp: SuperResolutionHyperparameters) -> dict[str, float]:
         low = _low(truth, number, hp, 0)
         made, middle = model(low), low[:, hp.frames // 2]
-        pictures = {"": made, "bicubic_": degradation.enlarged(middle, hp.scale), "untrained_": model.interpolated(low)}
-        wanted = fidelity.shaved(truth, hp.scale)
-        coloured = fidelity.has_colours(truth)
-        figures = {"loss": float(_losses(made, truth[None].float(), hp.loss)), "scale": hp.scale, "frames": hp.frames}
+        pictures = {
+            "": made,
+            "bicubic_": degradation.enlarged(middle, hp.upscale),
+            "untrained_": model.interpolated(low),
+        }
+        wanted = fidelity.shaved(truth, hp.upscale)
+        figures = {"loss": float(_losses(made, truth[None].float(), hp.loss)), "scale": hp.upscale, "frames": hp.frames}
         for name, picture in pictures.items():
-            seen = fidelity.shaved(_levels(picture)[0], hp.scale)
-            planes = fidelity.plane(seen, coloured), fidelity.plane(wanted, coloured)
+            seen = fidelity.shaved(_levels(picture)[0], hp.upscale)
+            planes = fidelity.luma(seen), fidelity.luma(wanted)
             figures[f"{name}psnr_y"], figures[f"{name}psnr_rgb"] = fidelity.psnr(*planes), fidelity.psnr(seen, wanted)
             if name != "untrained_":  # it costs more than the network
                 figures[f"{name}ssim_y"] = fidelity.ssim(*planes)
@@ -125,7 +128,7 @@ class SuperResolution(Workload):
         """Of made, bicubic and truth: `crops` (B, 3, 3, CROP, CROP) where bicubic errs most, SSIM of colours `ssim_rgb`
         and warping error from one frame to the next `flicker`, (B, 3); `speed` (B, 2): seconds and pixels of a frame.
         """
-        seen = [self._seen(model, *each, hp) for each in _photographs(batch, hp.scale)]
+        seen = [self._seen(model, *each, hp) for each in _photographs(batch, hp.upscale)]
         return {name: torch.stack([each[name] for each in seen]) for name in seen[0]}
 
     def _seen(self, model: Any, truth: Tensor, number: int, hp: SuperResolutionHyperparameters) -> dict[str, Tensor]:
@@ -134,13 +137,14 @@ class SuperResolution(Workload):
             low, began = _low(truth, number, hp, later), time.perf_counter()
             made = _levels(model(low)).cpu()
             seconds = time.perf_counter() - began
-            bicubic = degradation.enlarged(low[:, hp.frames // 2], hp.scale).cpu()
+            bicubic = degradation.enlarged(low[:, hp.frames // 2], hp.upscale).cpu()
             pairs.append(torch.cat([made, bicubic, degradation.moved(truth[None], motion[None], later).cpu()]))
-        flow, first, luma = degradation.flow_of(motion, *truth.shape[1:], 1), pairs[0], map(fidelity.luma, pairs)
-        flicker = [fidelity.warping_error(before, after, flow, 8) for before, after in zip(*luma, strict=True)]
-        inner = fidelity.shaved(first, hp.scale)
+        flow = degradation.flow_of(motion, truth.shape[1], truth.shape[2], 1)
+        frames = zip(*map(fidelity.luma, pairs), strict=True)
+        flicker = [fidelity.warping_error(before, after, flow, 8) for before, after in frames]
+        inner = fidelity.shaved(pairs[0], hp.upscale)
         return {
-            "crops": _worst(first),
+            "crops": _worst(pairs[0]),
             "ssim_rgb": torch.tensor([fidelity.ssim(each, inner[2]) for each in inner]),
             "flicker": torch.tensor(flicker),
             "speed": torch.tensor([seconds, float(truth[0].numel())]),
@@ -171,7 +175,7 @@ class SuperResolution(Workload):
         assert isinstance(model, Upscaler)  # noqa: S101 - built above
         frames = torch.from_numpy(np.array(columns["image"][:2, :, :24, :32])).permute(0, 2, 3, 1)
         clips = frames[:, None].expand(-1, hp.frames, -1, -1, -1) if hp.frames > 1 else frames
-        about = {"scale": hp.scale, "frames": hp.frames, "reach": model.reach, "network": hp.network}
+        about = {"scale": hp.upscale, "frames": hp.frames, "reach": model.reach, "network": hp.network}
         free = (0, 2, 3) if hp.frames > 1 else (0, 1, 2)
         return TorchProgram(_Serving(model), clips.contiguous().numpy(), free, {"super_resolution": about})
 
@@ -213,7 +217,7 @@ def _low(truth: Tensor, number: int, hp: SuperResolutionHyperparameters, later: 
     motion, middle = degradation.settled_motion(number)[None], hp.frames // 2
     times = range(later - middle, later - middle + hp.frames)
     clip = torch.stack([degradation.moved(truth[None], motion, time) for time in times], dim=1)
-    return degradation.downscaled(clip, hp.scale)
+    return degradation.downscaled(clip, hp.upscale)
 
 
 def _worst(pictures: Tensor) -> Tensor:
