@@ -15,7 +15,7 @@ from mlpipes.errors import ConfigError, DataError
 
 PATCH = 144
 """Sides of patches: a multiple of all scales, and larger than what a training step cuts out of one."""
-_CELL, _SPACING = 208, 48
+_CELL, _SPACING, _LEAST = 208, 48, 32
 
 BUNDLED: Mapping[str, str] = {
     "astronaut": "public domain (NASA)",
@@ -198,7 +198,14 @@ def _sizes(images: np.ndarray) -> np.ndarray:
 
 
 def whole_pictures(pictures: Mapping[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
-    """Whole pictures of any sizes: each lies at the upper left of what holds the largest; `size` says how far it goes."""
+    """Whole pictures of any sizes: each lies at the upper left of what holds the largest; `size` says how far it goes.
+
+    `first` is the number of the first. Raises DataError for one that is too small to be judged.
+    """
+    if small := [name for name, picture in pictures.items() if min(picture.shape[:2]) < _LEAST]:
+        raise DataError(
+            f"photographs to test on must have {_LEAST} pixels a side at least, but not so {', '.join(small)}"
+        )
     sizes = np.array([picture.shape[:2] for picture in pictures.values()], dtype=np.int64)
     images = np.zeros((len(pictures), 3, *sizes.max(axis=0)), dtype=np.uint8)
     for image, picture in zip(images, pictures.values(), strict=True):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.photographs import Photographs, names_of
 from mlpipes.data.splits import SplitPlan
+from mlpipes.errors import ConfigError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
 from mlpipes.reporting.super_resolution import CROP, LOOKED_AT, super_resolution_report
@@ -24,6 +25,7 @@ from mlpipes.workloads.upscalers import Upscaler, upscaler
 
 _PIXELS_AT_ONCE = 1 << 25
 _EPSILON = 1e-3
+_LEAST = 8
 
 
 class SuperResolutionHyperparameters(Hyperparameters):
@@ -38,7 +40,7 @@ class SuperResolutionHyperparameters(Hyperparameters):
         default="luma", description="luma: brightness is learned, and colour interpolated; rgb: all three are learned"
     )
     skip: Literal["bicubic", "nearest"] = Field(default="bicubic", description="what the network adds details to")
-    patch: int = Field(default=32, ge=8, description="side of what a step sees, in low-resolution pixels, at most")
+    patch: int = Field(default=32, ge=_LEAST, description="side of what a step sees, in low-resolution pixels, at most")
     logical_shards: int | None = Field(
         default=2, ge=1, description="parts of a global batch, the most workers that can share it; small ones are slow"
     )
@@ -48,7 +50,8 @@ class SuperResolutionHyperparameters(Hyperparameters):
 
 
 class SuperResolution(Workload):
-    """Upscales frames: columns `image` uint8 (N, 3, H, W), of which `size` (N, 2) is real, and `photograph` (N,).
+    """Upscales frames: columns `image` uint8 (N, 3, H, W), of which `size` (N, 2) is real, and `photograph` (N,), whose name
+    is in the facts' `photographs`.
 
     Low-resolution frames are made of them as they are read, so that a scale needs no data of its own. With several frames,
     a synthetic camera moves over the photograph.
@@ -89,6 +92,11 @@ class SuperResolution(Workload):
             return {name: columns[name][rows.to(images.device)] for name in ("image", "size", "photograph")}
         cut = degradation.margin(hp.upscale, hp.frames)
         patch = min(hp.patch, min(images.shape[2:]) // hp.upscale - 2 * cut)
+        if patch < _LEAST:
+            raise ConfigError(
+                f"pictures of {images.shape[3]}×{images.shape[2]} pixels are too small to learn ×{hp.upscale} of "
+                f"{hp.frames} frames from: they must be {(_LEAST + 2 * cut) * hp.upscale} pixels a side"
+            )
         high = degradation.crops(images, rows, (patch + 2 * cut) * hp.upscale)
         motion = degradation.random_motion(len(rows)) if hp.frames > 1 else torch.zeros(len(rows), 3)
         low = degradation.downscaled(degradation.clip_of(high, motion, hp.frames), hp.upscale)

@@ -207,7 +207,7 @@ def test_a_broken_one_is_left_out_with_one_error_and_the_others_load(site: Path,
     assert caught.match(said)
     assert "\n" not in str(caught.value)
     names = [entry.name for entry in configured()]
-    assert names == ["digits", "cifar10", "docstrings", "sst2", "good"]
+    assert names == ["digits", "cifar10", "docstrings", "sst2", "video_sr", "good"]
     assert entry_named("digits").implementation.startswith("mlpipes."), "never another one's"
 
 

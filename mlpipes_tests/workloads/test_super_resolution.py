@@ -190,6 +190,9 @@ def test_a_folder_of_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         DataError, match=r"2 of 4 images cannot be used: 'broken.png' .*'small.png' \(100×300 pixels: less"
     ):
         PhotographFolder(tmp_path / "own").load()
+    Image.new("RGB", (31, 300)).save(tmp_path / "test" / "narrow.png")
+    with pytest.raises(DataError, match=r"must have 32 pixels a side at least, but not so narrow.png"):
+        Photographs(tmp_path / "test").load()
     with pytest.raises(DataError, match="has no image"):
         PhotographFolder(tmp_path / "home").load()
     with pytest.raises(ConfigError, match="per_side 0"):
@@ -293,6 +296,15 @@ def test_a_training_crop_is_what_the_whole_picture_would_give() -> None:
         around = around[:, : around.shape[1] // 2 * 2, : around.shape[2] // 2 * 2]
         assert torch.equal(low, degradation.downscaled(around, 2)[:, top // 2 :, left // 2 :][:, :16, :16])
     assert seen == set(range(8))
+
+
+def test_pictures_that_are_too_small_to_learn_from_are_an_error() -> None:
+    columns = on_device(columns_of([drawing(np.random.default_rng(0), 40, 40)]), CPU)
+    hp = SuperResolutionHyperparameters(upscale=4, frames=5)
+    with pytest.raises(
+        ConfigError, match="40×40 pixels are too small to learn ×4 of 5 frames from: they must be 64 pixels"
+    ):
+        video_sr.batch(columns, torch.tensor([0]), hp, augment=True)
 
 
 def _view(picture: Tensor, turns: int, mirrored: bool) -> Tensor:
