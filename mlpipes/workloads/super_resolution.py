@@ -199,7 +199,7 @@ class _Serving(nn.Module):
 
 
 def _levels(pictures: Tensor) -> Tensor:
-    return pictures.float().round().clamp(0, 255)
+    return pictures.round().clamp(0, 255)
 
 
 def _losses(made: Tensor, high: Tensor, kind: str) -> Tensor:

@@ -71,7 +71,8 @@ class Upscaler(nn.Module):
         if self.planes == 1 and frames.shape[2] == 3:
             # A change of luma alone, chroma kept, changes each colour by as much, which has 255 levels for luma's 219.
             seen, share = (seen * self.luma).sum(2, keepdim=True) + 16, 255 / 219
-        added = self.body(((seen - 128) / 128).flatten(1, 2)).float() * (128 * share)
+        # Under autocast in bf16, which the sum with float32 ends: a cast would keep an exported program from it.
+        added = self.body(((seen - 128) / 128).flatten(1, 2)) * (128 * share)
         return self.interpolated(frames) + F.pixel_shuffle(added, self.skip.scale)
 
 

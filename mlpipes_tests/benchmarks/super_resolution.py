@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--folder")
     parser.add_argument("settings", nargs="*", help="hyperparameters, name=value")
     arguments = parser.parse_args()
+    if "MLPIPES_REAL_DATA" not in os.environ:
+        parser.error("MLPIPES_REAL_DATA is not set: no Set5 and Set14 to judge on")
     prepare_process(threads=1, seed=0)
     split = SplitPlan(0.05, test_fraction=0.05, group_by="region", content=("image",))
     workload = SuperResolution(PhotographFolder(arguments.folder), split) if arguments.folder else video_sr
