@@ -95,7 +95,7 @@ def _against(found: Mapping[str, np.ndarray], method: str) -> str | None:
 
 
 def _before_and_after(crops: np.ndarray, names: Sequence[Any]) -> bytes:
-    """Rows of photographs; the truth, bicubic and made beside each other."""
-    captions = [f"{name.rsplit('/')[-1][:14]}: {what}" for name in names for what in ("trained", "bicubic", "truth")]
-    pictures = np.clip(np.rint(crops), 0, 255).astype(np.uint8).reshape(-1, 3, CROP, CROP)
+    """Rows of photographs: bicubic, made and truth beside each other, of `crops` in the order made, bicubic, truth."""
+    captions = [f"{name.rsplit('/')[-1][:14]}: {what}" for name in names for what in ("bicubic", "trained", "truth")]
+    pictures = np.clip(np.rint(crops[:, [1, 0, 2]]), 0, 255).astype(np.uint8).reshape(-1, 3, CROP, CROP)
     return figures.side_by_side(pictures, captions, 6, "Where bicubic errs most")
