@@ -20,6 +20,8 @@ class Calibration(Record):
     """Why nothing is applied, or what was special about the fit."""
 
     def __str__(self) -> str:
-        applied = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items()) or "none"
+        if not self.parameters:
+            return f"{self.note or 'not calibrated'} (validation, n={self.n:,})"
+        applied = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
         loss = "" if self.before is None or self.after is None else f"; loss there {self.before:.4f} → {self.after:.4f}"
         return f"{applied} (fitted to validation, n={self.n:,}{loss})" + (f": {self.note}" if self.note else "")

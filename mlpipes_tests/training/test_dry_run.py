@@ -113,6 +113,7 @@ def test_no_method_of_the_contract_is_left_out() -> None:
             lambda self, model, state: nn.init.ones_(model[0].weight),
             "gives another model than the one whose",
         ),
+        ("calibrate", lambda *_: {"temperature": 1.0}, "`calibrate` gives dict; it must give a `Calibration`"),
         ("deployable", lambda *_: None, "`deployable` gives NoneType"),
         (
             "deployable",
@@ -128,6 +129,14 @@ def test_what_a_method_must_give_is_said(
     text = said_of(tmp_path)
     assert re.search(said, text), text
     assert text.startswith("plain: `")
+
+
+def test_what_is_deployed_is_the_calibrated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpipes_tests.training.blobs import Blobs
+
+    monkeypatch.setattr(Blobs, "calibrated", lambda *_: None)
+    with pytest.raises(TrainingFailedError, match="`calibrated` gives NoneType; it must give a model"):
+        run_here(make_job(tmp_path, "w1-b64-e1-g0", "mlpipes_tests.training.blobs:blobs"))
 
 
 def test_figures_that_a_few_rows_do_not_define_are_asked_of_more(
