@@ -181,6 +181,7 @@ def _tags(context: dg.AssetExecutionContext, entry: Entry, recipe: Recipe) -> di
 
 def _metadata(entry: Entry, recipe: Recipe, outcome: Outcome, folder: TrainingFolder) -> dict[str, Any]:
     from mlpipes.reporting import figures
+    from mlpipes.training.checkpoints import chosen_weights  # not before: it imports torch
 
     best, metric = outcome.best, entry.load().metric.name
     curves = figures.training_curves(outcome.history, outcome.steps_per_epoch, best.step, metric)
@@ -193,7 +194,9 @@ def _metadata(entry: Entry, recipe: Recipe, outcome: Outcome, folder: TrainingFo
         "precision": outcome.precision,
         "steps": outcome.steps,
         "parameters": outcome.parameters,
-        "weights_digest": outcome.weights_digest,
+        # As in reports, history and comparisons; replays look at the last step's.
+        "weights_digest": chosen_weights(folder.checkpoints, outcome) or "its checkpoint cannot be read",
+        "last_step_weights_digest": outcome.weights_digest,
         "fingerprint": recipe.fingerprint,
         "folder": dg.MetadataValue.path(str(folder.path)),
         "environment": mapping_table(outcome.environment),
