@@ -42,6 +42,7 @@ METHODS = (
         "outputs",
         "validate",
         "selection_key",
+        "calibrate",
         "report",
         "scores",
     ),
@@ -83,7 +84,8 @@ def test_an_error_of_each_method_names_workload_method_and_line(
 
 def test_no_method_of_the_contract_is_left_out() -> None:
     own = {name for name, found in vars(Workload).items() if inspect.isfunction(found)}
-    assert own - {"prepare", "statistics"} == set(METHODS), "those two ran when the snapshot was made"
+    before = {"prepare", "statistics"}  # when the snapshot was made
+    assert own - before == {*METHODS, "calibrated"}, "and `calibrated` is called where `calibrate` gives parameters"
 
 
 @pytest.mark.parametrize(
@@ -131,11 +133,20 @@ def test_what_a_method_must_give_is_said(
     assert text.startswith("plain: `")
 
 
-def test_what_is_deployed_is_the_calibrated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("calibrated", "said"),
+    [
+        (lambda *_: None, "`calibrated` gives NoneType; it must give a model"),
+        (lambda self, model, calibration: nn.Linear(7, 3), "a program that does not take its example"),
+    ],
+)
+def test_what_is_deployed_is_the_calibrated_model(
+    calibrated: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlpipes_tests.training.blobs import Blobs
 
-    monkeypatch.setattr(Blobs, "calibrated", lambda *_: None)
-    with pytest.raises(TrainingFailedError, match="`calibrated` gives NoneType; it must give a model"):
+    monkeypatch.setattr(Blobs, "calibrated", calibrated)
+    with pytest.raises(TrainingFailedError, match=said):
         run_here(make_job(tmp_path, "w1-b64-e1-g0", "mlpipes_tests.training.blobs:blobs"))
 
 
