@@ -213,3 +213,21 @@ def test_a_process_becomes_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="MLPIPES_HOME=/dev/null"):
         os.environ["MLPIPES_HOME"] = "/dev/null"
         environment.apply()
+
+
+@pytest.mark.parametrize("command", [["store", "--adopt"], ["ray", "up"], ["demo", "--workload", "digits"]])
+@pytest.mark.parametrize("place", ["/proc/nowhere/home", "link/home", "link"])
+def test_a_home_that_cannot_be_made_is_one_clear_error(
+    place: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions would allow it: only the attempt shows that a kernel's file system, or a link to nothing, does not."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # not in the checkout, which has a dagster.yaml
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before, home = listing(tmp_path), tmp_path / place  # of an absolute place, that place
+    monkeypatch.setenv("MLPIPES_HOME", str(home))
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, command)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.exception
+    assert result.stderr.startswith(f"ConfigError: MLPIPES_HOME={home}: the folder cannot be made ("), result.stderr
+    assert "name one that you may write to" in result.stderr
+    assert listing(tmp_path) == before
