@@ -92,6 +92,8 @@ def materialize_training(
 ) -> dg.MaterializeResult:
     """Train the partition's scale, or attach to the training that runs, or find that it has finished."""
     from mlpipes.compute import preflight
+    from mlpipes.training.checkpoints import Checkpoints
+    from mlpipes.training.model_check import check_model
 
     started = time.monotonic()
     snapshot = open_snapshot(store.store.snapshots / snapshot_reference.digest)
@@ -105,6 +107,8 @@ def materialize_training(
     preflight.check_elastic(recipe.scale, config.min_workers, recipe.hyperparameters["reduction"])
     outcome = finished(folder)
     if outcome is None:  # before anything is written: what does not fit leaves no trace
+        if not Checkpoints(folder.checkpoints).steps():
+            check_model(recipe, snapshot)
         preflight.check_disk(store.store.root)
         ray.jobs(recipe.scale).check(recipe.scale, snapshot.published.size, config.min_workers)
     recipe.write_to(folder.recipe)
