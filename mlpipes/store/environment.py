@@ -216,6 +216,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("HF_ENDPOINT", _K, _address),
         Variable("HF_TOKEN", secret=True),
         *(Variable(name, _K, _proxy) for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy")),
+        *(Variable(name, _K, _proxy) for name in ("ALL_PROXY", "all_proxy")),
         Variable("RAY_AUTH_MODE", _K, _mode),
         Variable("RAY_AUTH_TOKEN", secret=True),
         Variable("RAY_AUTH_TOKEN_PATH", _K, _file),

@@ -74,7 +74,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "HF_HOME": NO_FOLDER,
     "HF_ENDPOINT": NOT_AN_ADDRESS,
     "HF_TOKEN": ("secret ",),
-    **dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"), NO_PROXY_),
+    **dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), NO_PROXY_),
     "RAY_AUTH_MODE": ("yes", "tokens"),
     "RAY_AUTH_TOKEN": ("secret\n", " secret"),
     "RAY_AUTH_TOKEN_PATH": NO_FILE,
