@@ -127,6 +127,7 @@ SETTINGS = [
         "ops: {digits__checkpoints: {}}",
         "ops: {digits__checkpoints: 1}",
     ),
+    *("seed: 1:30", "seed: 0b11", "hyperparameters: {width: 010}", "stall_seconds: 1_0.5"),
     *("ops: {digits__checkpoints: {config: 1}}", "ops: {digits__checkpoints: {config: {nope: 1}}}", "resources: {}"),
 ]
 CHANGES = [
@@ -150,6 +151,7 @@ CHANGES = [
         "fresh=maybe",
         "learning_rate=2024-13-45",
     ),
+    *("width=1:30", "width=010", "width=0x10", "width=1_000", "learning_rate=1:30.5", "learning_rate=0o17"),
     *("network=nope", "learning_rate: 1", "learning_rate=true=1", "min_workers=0", "stall_seconds=.nan"),
 ]
 
@@ -223,6 +225,14 @@ def test_malformed_settings_of_a_training(content: str, tmp_path: Path, isolated
 def test_a_malformed_setting_on_the_command_line(change: str, isolated_home: Path) -> None:
     name = change.partition("=")[0].strip()
     fails(["demo", "--workload", "digits", "--set", change], isolated_home, name)
+
+
+def test_a_setting_that_is_given_twice(isolated_home: Path) -> None:
+    fails(["demo", "--set", "width=3", "--set", " width = 4"], isolated_home, "--set width: it is given twice")
+
+
+def test_a_value_as_long_as_a_book_is_shown_in_its_first_letters(isolated_home: Path) -> None:
+    assert len(fails(["demo", "--set", "width=" + "9" * 5000], isolated_home, "--set width: ")) < 500
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, isolated_home: Path) -> None:
