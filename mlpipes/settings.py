@@ -23,6 +23,13 @@ class _StrictLoader(yaml.SafeLoader):
     that it is one: `1:30` is 90 in YAML, and `010` is 8. `1e-3` is a number, which in YAML it is not.
     """
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        known = self.anchors.get(event.anchor) if isinstance(event, yaml.AliasEvent) else None
+        if known is not None and known.end_mark is None:  # it has not come to its end yet
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor} contains itself", event.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_number(self, node: yaml.ScalarNode) -> float:
         text = self.construct_scalar(node)
         if not _PLAIN.fullmatch(text):

@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from mlpipes.errors import ConfigError, UserError
-from mlpipes.store.environment import apply, check_all
+from mlpipes.store.environment import apply, check_all, misspelt
 from mlpipes.store.layout import HOME_VARIABLE, default_store, home
 from mlpipes.store.redaction import redact
 from mlpipes.workloads.catalog import entry_named, offered, problems
@@ -48,6 +48,8 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         sys.excepthook = _without_secrets
         try:
+            for told in misspelt():
+                Console(stderr=True).print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
             check_all()
             apply()
             command(*args, **kwargs)

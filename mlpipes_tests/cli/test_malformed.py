@@ -38,7 +38,17 @@ YAML = [  # that no file of ours is, whatever it is of
         "*x",
         "!!python/name:os.system x",
     ),
-    *("!!int abc", "2024-13-45", "a: 2024-13-45", "a: \x01", "[" * 2000, "a: !!binary xx", "<<: 1"),
+    *(
+        "!!int abc",
+        "2024-13-45",
+        "a: 2024-13-45",
+        "a: \x01",
+        "[" * 2000,
+        "a: !!binary xx",
+        "<<: 1",
+        "&a {b: *a}",
+        "a: &a [1, [*a]]",
+    ),
 ]
 SCALES = [
     *YAML,
@@ -127,6 +137,7 @@ SETTINGS = [
         "ops: {digits__checkpoints: {}}",
         "ops: {digits__checkpoints: 1}",
     ),
+    *("hyperparameters: &a {learning_rate: 0.1, width: *a}", "stall_seconds: .inf", "checkpoint_every_seconds: .inf"),
     *("seed: 1:30", "seed: 0b11", "hyperparameters: {width: 010}", "stall_seconds: 1_0.5"),
     *("ops: {digits__checkpoints: {config: 1}}", "ops: {digits__checkpoints: {config: {nope: 1}}}", "resources: {}"),
 ]
@@ -251,6 +262,23 @@ def test_two_places_exclude_each_other(tmp_path: Path, isolated_home: Path, monk
 def test_an_mlflow_that_does_not_answer(uri: str, isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert "pl4nted" not in fails(["demo"], isolated_home, "MLFLOW_TRACKING_URI", "nobody answers", "Start the server")
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql+nodriver://me:pl4nted@127.0.0.1:9/db", "mssql://me:pl4nted@127.0.0.1:9/db"]
+)
+def test_an_mlflow_whose_driver_is_not_installed(
+    uri: str, isolated_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert "pl4nted" not in fails(["demo"], isolated_home, "MLFLOW_TRACKING_URI", "driver", "not installed")
+
+
+@pytest.mark.parametrize(
+    "command", ["promote digits w1-b128-e30-g0 --reason x", "rollback digits --reason x", "release digits"]
+)
+def test_what_only_looks_at_models_makes_no_database(command: str, isolated_home: Path) -> None:
+    fails(command.split(), isolated_home, "no model is registered yet", "Materialize `model` first")
 
 
 def test_a_home_that_no_address_of_a_database_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

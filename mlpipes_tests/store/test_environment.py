@@ -23,13 +23,16 @@ NOT_AN_ADDRESS = (
     "http://host:99999",
     "http://[::1",
     "http://a b",
+    "httpx://host",
+    "http://host:0",
+    "http://host\x7f",
 )
-NO_SWITCH, NO_PRICE = ("maybe", "2", "y e s"), ("free", "-1", "nan", "inf", "1,50", "1e999")
+NO_SWITCH, NO_PRICE = ("maybe", "2", "y e s"), ("free", "-1", "nan", "inf", "1,50", "1e999", "٣", "1_0")
 NO_PROXY_ = ("http://", "http://proxy:port", "ftp://proxy:1", "http://[::1")
 NO_FILE = ("/nowhere/at/all", "~nobody-here/x", "/", "../not/there.yaml")
 NO_FOLDER = ("/dev/null", "/dev/null/x", "~nobody-here/x")
 BAD: dict[str, tuple[str, ...]] = {
-    "MLPIPES_HOME": NO_FOLDER,
+    "MLPIPES_HOME": (*NO_FOLDER, "http://host/home", "s3://bucket/home", "$HOME/x", "a/${NOWHERE}/b"),
     "MLPIPES_SCALES": NO_FILE,
     "MLPIPES_RAY_ADDRESS": (*NOT_AN_ADDRESS, "ray://head:10001", "auto", "head:6379"),
     "MLPIPES_SLURM": NO_FILE,
@@ -55,6 +58,7 @@ BAD: dict[str, tuple[str, ...]] = {
             "sqlite://",
         ),
         *("sqlite:///", "sqlite:///:memory:", "sqlite:////", "sqlite:////dev", "postgresql://", "oracle://host/db"),
+        *("sqlite+foo:///x.db", "sqlite:////dev/null/x/y.db"),
         *("sqlite:///~nobody-here/x.db", "databricks", "databricks://x"),
     ),
     "MLFLOW_TRACKING_USERNAME": (" me",),
@@ -213,6 +217,18 @@ def test_a_process_becomes_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="MLPIPES_HOME=/dev/null"):
         os.environ["MLPIPES_HOME"] = "/dev/null"
         environment.apply()
+
+
+def test_a_name_that_is_nearly_one_of_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLPIPES_HOMES", "MLPIPES_NIGTHLY", "MLPIPES_REAL_DATA", "MLPIPES_UNHEARD_OF"):
+        monkeypatch.setenv(name, "1")
+    told = [
+        f"{name} is no variable of mlpipes, and has no effect. Is {meant} meant?"
+        for name, meant in (("MLPIPES_HOMES", "MLPIPES_HOME"), ("MLPIPES_NIGTHLY", "MLPIPES_NIGHTLY"))
+    ]
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["scales"])
+    assert (result.exit_code, result.stderr.splitlines()) == (0, told)
+    assert "no effect" not in result.stdout
 
 
 @pytest.mark.parametrize("command", [["store", "--adopt"], ["ray", "up"], ["demo", "--workload", "digits"]])
