@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlpipes.data.dataset import Dataset, Provenance
-from mlpipes_tests import evidence, leftovers
+from mlpipes_tests import evidence, leftovers, prepared
 from mlpipes_tests.barriers import HASTE
 
 REAL_DATA = "MLPIPES_REAL_DATA"
@@ -110,6 +110,7 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     folder = tmp_path_factory.mktemp("ray-home")
     evidence.collect_from(folder)
+    prepared.mlflow_store(folder / "mlflow" / "mlflow.db")
     ray = LocalRay(folder / "ray")
     try:
         ray.ensure()
