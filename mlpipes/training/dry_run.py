@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError, UserError
 from mlpipes.reporting.report import Estimate, Report
+from mlpipes.store.calibration import Calibration
 from mlpipes.training.determinism import mixed_seed, random_numbers_from
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
@@ -76,11 +78,11 @@ class DryRun:
             model = self._model()
             self._step(model)
             try:
-                self._evaluate(model, EVALUATED)
+                calibration = self._evaluate(model, EVALUATED)
             except Exception:
                 # Figures may not be defined for so few rows, a correlation or a class that is not there.
-                self._evaluate(model, MORE)
-            self._deploy(model)
+                calibration = self._evaluate(model, MORE)
+            self._deploy(model, calibration)
 
     @staticmethod
     def _wrong(method: str, what: str) -> TrainingFailedError:
@@ -148,10 +150,14 @@ class DryRun:
         for optimizer in optimizers:
             optimizer.load_state_dict(optimizer.state_dict())
 
-    def _evaluate(self, model: nn.Module, count: int) -> None:
+    def _evaluate(self, model: nn.Module, count: int) -> Calibration | None:
+        """What the workload's `calibrate` gives."""
         workload, (columns, rows) = self.workload, self._rows(count)
         predictions, moved = self._predictions(model, columns), on_device(columns, self.device)
         self._check_metrics(workload.validate(predictions, columns))
+        calibration = workload.calibrate(predictions, columns)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise self._wrong("calibrate", f"gives {type(calibration).__name__}; it must give a `Calibration`, or None")
 
         def look(wanted: np.ndarray) -> Mapping[str, np.ndarray]:
             numbers = torch.from_numpy(np.ascontiguousarray(wanted, dtype=np.int64))
@@ -165,6 +171,7 @@ class DryRun:
                 "scores",
                 f"gives {scores.dtype} of shape {scores.shape} for {rows} samples; it must give a number for each",
             )
+        return calibration
 
     def _check_metrics(self, metrics: Any) -> None:
         metric = self.workload.metric.name
@@ -202,8 +209,13 @@ class DryRun:
         except Exception as error:
             raise self._wrong("report", f"cannot be written as JSON and Markdown: {error}") from error
 
-    def _deploy(self, model: nn.Module) -> None:
-        found = self.workload.deployable(model.eval().cpu(), self.hp, self.info, self.train)
+    def _deploy(self, model: nn.Module, calibration: Calibration | None) -> None:
+        model = model.eval().cpu()
+        if calibration is not None and calibration.parameters:
+            model = self.workload.calibrated(model, calibration)
+            if not isinstance(model, nn.Module):
+                raise self._wrong("calibrated", f"gives {type(model).__name__}; it must give a model")
+        found = self.workload.deployable(model, self.hp, replace(self.info, calibration=calibration), self.train)
         if not callable(getattr(found, "log", None)):
             raise self._wrong("deployable", f"gives {type(found).__name__}; it must give what has a method `log`")
         if isinstance(found, TorchProgram):
