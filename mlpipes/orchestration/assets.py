@@ -60,11 +60,15 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         code_version=preparing,
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from mlpipes.data.dataset import dropped_rows, dropped_warning
+
         with user_errors():
             # A tag by hand, or a run from before the scale was dropped: what Dagster says of it later names no remedy.
             entry.scale(context.partition_key)
             loaded = entry.load().source.load()
-        digest = loaded.digest()
+        digest, left_out = loaded.digest(), dropped_rows(loaded)
+        if warning := dropped_warning(loaded):
+            context.log.warning(warning)
         return dg.MaterializeResult(
             value=DatasetReference(digest=digest, provenance=loaded.provenance.as_dict(), counts=loaded.counts),
             data_version=dg.DataVersion(digest),
@@ -72,6 +76,8 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
                 "provenance": mapping_table(loaded.provenance.as_dict()),
                 "counts": mapping_table(loaded.counts),
                 "digest": digest,
+                **({"left_out": mapping_table(left_out)} if left_out else {}),
+                **({"warning": warning} if warning else {}),
             },
         )
 

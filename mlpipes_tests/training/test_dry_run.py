@@ -88,6 +88,13 @@ def test_no_method_of_the_contract_is_left_out() -> None:
     assert own - before == {*METHODS, "calibrated"}, "and `calibrated` is called where `calibrate` gives parameters"
 
 
+class _Branching(nn.Module):
+    """What it computes depends on the numbers that it gets, which no exported program can."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0] if rows.sum().item() > 0 else rows[:, 1]
+
+
 @pytest.mark.parametrize(
     ("method", "found", "said"),
     [
@@ -121,6 +128,11 @@ def test_no_method_of_the_contract_is_left_out() -> None:
             "deployable",
             lambda self, model, hp, info, columns: TorchProgram(model, np.zeros((4, 7), np.float32)),
             "a program that does not take its example",
+        ),
+        (
+            "deployable",
+            lambda self, model, hp, info, columns: TorchProgram(_Branching(), np.array(columns["row"][:4])),
+            "a program that torch cannot export: .*data-dependent",
         ),
     ],
 )
