@@ -27,7 +27,7 @@ class _StrictLoader(yaml.SafeLoader):
         event = self.peek_event()
         known = self.anchors.get(event.anchor) if isinstance(event, yaml.AliasEvent) else None
         if known is not None and known.end_mark is None:  # it has not come to its end yet
-            raise yaml.composer.ComposerError(None, None, f"*{event.anchor} contains itself", event.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"*{event.anchor} contains itself", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
