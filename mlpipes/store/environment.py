@@ -239,6 +239,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("RAY_USAGE_STATS_ENABLED", _P, value="0"),
         *(Variable(name, _P) for name in ("MLPIPES_RAY_HEAD", "MLPIPES_FINGERPRINT", "MLPIPES_SLURM_PYTHON")),
         *(Variable(name, _P) for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "no_proxy", "NO_PROXY", "no_grpc_proxy")),
+        *(Variable(name, _P) for name in ("OMP_NUM_THREADS", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER")),
         Variable("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", _P),
         Variable("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", _P),
         Variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", _P),
