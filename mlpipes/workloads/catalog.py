@@ -45,7 +45,7 @@ CATALOG = (
         "video_sr",
         "Super-resolution of video frames, ×2 to ×4, one or several at once; bundled photographs, embedded and offline",
         "mlpipes.workloads.super_resolution:video_sr",
-        ["w1-b16-e45-g0", "w2-b16-e45-g0"],
+        ["w1-b16-e28-g0", "w2-b16-e28-g0"],
     ),
 )
 

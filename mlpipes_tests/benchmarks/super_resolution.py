@@ -1,6 +1,6 @@
 """Benchmark: super-resolution trained on the bundled photographs, judged on Set5 and Set14 beside the literature.
 
-Run as `python -m mlpipes_tests.benchmarks.super_resolution [--epochs 45] [--folder PHOTOGRAPHS] [name=value …]`, with
+Run as `python -m mlpipes_tests.benchmarks.super_resolution [--epochs 28] [--folder PHOTOGRAPHS] [name=value …]`, with
 MLPIPES_REAL_DATA set; `name=value` are hyperparameters. One thread; CPU-seconds are those of training steps. The test sets
 are read after training, and only then. `--folder` trains on a folder of one's own, such as BSD or DIV2K, instead.
 """
@@ -82,7 +82,7 @@ def mean(figures: Mapping[str, np.ndarray], name: str) -> str:
 def main() -> None:
     """Train, judge, print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=45)
+    parser.add_argument("--epochs", type=int, default=28)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder")
