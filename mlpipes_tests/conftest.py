@@ -83,6 +83,14 @@ def real_data() -> Path:
     return Path(str(folder)).absolute()
 
 
+@pytest.fixture
+def cases(real_data: Path) -> Path:
+    """The folder with tables, encoders and images of CIFAR-10's layout as other people have them."""
+    if not (folder := real_data / "cases").is_dir():
+        missing(f"{folder} is not there: no cases to test with")
+    return folder
+
+
 def tiny_dataset(rows: int = 120, classes: int = 3, seed: int = 0) -> Dataset:
     """Images 8×8 of as many brightnesses as classes, with noise."""
     generator = np.random.default_rng(seed)

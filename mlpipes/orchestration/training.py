@@ -36,9 +36,11 @@ class TrainingConfig(dg.Config):
     )
     fresh: bool = Field(default=False, description="train again from the beginning, beside what is there")
     checkpoint_every_seconds: float = Field(
-        default=60.0, gt=0, description="besides the checkpoint at the end of each epoch"
+        default=60.0, gt=0, allow_inf_nan=False, description="besides the checkpoint at the end of each epoch"
     )
-    stall_seconds: float = Field(default=900.0, gt=0, description="silence after which a training is started again")
+    stall_seconds: float = Field(
+        default=900.0, gt=0, allow_inf_nan=False, description="silence after which a training is started again"
+    )
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept besides the best")
     min_workers: int | None = Field(
         default=None,
@@ -46,7 +48,7 @@ class TrainingConfig(dg.Config):
         description="elastic: start, and continue, with as few workers as this; the model stays the same",
     )
     resize_seconds: float = Field(
-        default=60.0, gt=0, description="how often an elastic training looks for more workers"
+        default=60.0, gt=0, allow_inf_nan=False, description="how often an elastic training looks for more workers"
     )
 
 
@@ -92,6 +94,8 @@ def materialize_training(
 ) -> dg.MaterializeResult:
     """Train the partition's scale, or attach to the training that runs, or find that it has finished."""
     from mlpipes.compute import preflight
+    from mlpipes.training.checkpoints import Checkpoints
+    from mlpipes.training.model_check import check_model
 
     started = time.monotonic()
     snapshot = open_snapshot(store.store.snapshots / snapshot_reference.digest)
@@ -105,6 +109,8 @@ def materialize_training(
     preflight.check_elastic(recipe.scale, config.min_workers, recipe.hyperparameters["reduction"])
     outcome = finished(folder)
     if outcome is None:  # before anything is written: what does not fit leaves no trace
+        if not Checkpoints(folder.checkpoints).steps():
+            check_model(recipe, snapshot)
         preflight.check_disk(store.store.root)
         ray.jobs(recipe.scale).check(recipe.scale, snapshot.published.size, config.min_workers)
     recipe.write_to(folder.recipe)

@@ -1,7 +1,7 @@
 """Figures: curves, confusion matrices, calibration and mistakes, each returned as the bytes of a PNG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,19 +67,19 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     return png_of(figure)
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, ece: float, bins: int) -> bytes:
-    """Accuracy against confidence in equal-width bins; `confidence` float (N,), `correct` bool (N,)."""
-    figure, axes = new_figure(3.8, 3.6)
+def reliability(confidences: Mapping[str, np.ndarray], correct: np.ndarray, bins: int) -> bytes:
+    """Accuracy against confidence in equal-width bins, side by side; by title a float (N,), and `correct` bool (N,)."""
+    figure, grid = new_figure(3.8 * len(confidences), 3.6, columns=len(confidences))
     edges = np.linspace(0, 1, bins + 1)
-    which = np.clip(np.digitize(confidence, edges[1:-1]), 0, bins - 1)
-    for number in range(bins):
-        inside = which == number
-        if inside.any():
-            axes.bar(
-                (edges[number] + edges[number + 1]) / 2, correct[inside].mean(), width=0.9 / bins, color=COLOURS[0]
-            )
-    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"Calibration, ECE {ece:.3f}")
+    for axes, (title, confidence) in zip(np.atleast_1d(grid), confidences.items(), strict=True):
+        which = np.clip(np.digitize(confidence, edges[1:-1]), 0, bins - 1)
+        for number in range(bins):
+            inside = which == number
+            if inside.any():
+                middle = (edges[number] + edges[number + 1]) / 2
+                axes.bar(middle, correct[inside].mean(), width=0.9 / bins, color=COLOURS[0])
+        axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=title)
     return png_of(figure)
 
 
@@ -105,6 +105,19 @@ def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: st
             picture = images[number].transpose(1, 2, 0).astype(float) / maximum
             axes.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(captions[number], fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return png_of(figure)
+
+
+def side_by_side(images: np.ndarray, captions: Sequence[str], columns: int, title: str) -> bytes:
+    """Pictures uint8 (N, 3, H, W) in rows of so many, large enough to see single pixels; captions above each."""
+    rows = -(-len(images) // columns)
+    figure, grid = new_figure(2.4 * columns, 2.65 * rows + 0.3, rows=rows, columns=columns)
+    for axes in np.atleast_1d(grid).reshape(-1):
+        axes.axis("off")
+    for axes, picture, caption in zip(np.atleast_1d(grid).reshape(-1), images, captions, strict=False):
+        axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
+        axes.set_title(caption, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return png_of(figure)
 

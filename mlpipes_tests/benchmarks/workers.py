@@ -1,8 +1,8 @@
 """The weights that 1, 2, 3 and 4 workers end in, for every workload that comes with mlpipes: one digest a row.
 
-Run as `python -m mlpipes_tests.benchmarks.workers [WORKLOAD …]`; real data are read from MLPIPES_REAL_DATA. Each training is one pass
-over some batches, in processes of its own over gloo, with the workload's default recipe and 12 logical shards, which 1 to 4
-workers share evenly. Exits with 1 if any digest differs from its row's first.
+Run as `python -m mlpipes_tests.benchmarks.workers [WORKLOAD …]`; real data are read from MLPIPES_REAL_DATA. Each
+training is one pass over some batches, in processes of its own over gloo, with the workload's default recipe and 12
+logical shards, which 1 to 4 workers share evenly. Exits with 1 if any digest differs from its row's first.
 """
 
 import copy

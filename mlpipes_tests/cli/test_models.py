@@ -1,6 +1,5 @@
 """What the command line says of models: their weights by one digest, compared only with their like, asked with pairs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,14 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     home = tmp_path_factory.mktemp("home")
     job = make_job(home / "store", SCALE)
     job.recipe.write_to(job.folder.recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ImageClassification, "selection_key", lambda _, metrics: (metrics["loss"],))
         run_here(job)
-    yield Trained(home, job, Outcome.read(job.folder.result))
+    return Trained(home, job, Outcome.read(job.folder.result))
 
 
 def said(*arguments: str, code: int = 0) -> str:
