@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mlpipes.errors import ConfigError
 from mlpipes.video.job import ModelPin
 
 TILE = (320, 512)
@@ -21,7 +22,7 @@ class Program:
         torch.set_num_threads(1)  # other numbers of threads give other bits
         self.scale, self.frames, self.reach, self.tile = pinned.scale, pinned.frames, pinned.reach, tile
         self.program = torch.export.load(path).module()
-        self.bf16 = pinned.precision == "bf16"
+        self.name, self.bf16 = pinned.name, pinned.precision == "bf16"
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """The frames, upscaled."""
@@ -39,7 +40,13 @@ class Program:
     def _run(self, frames: np.ndarray) -> np.ndarray:
         given = torch.from_numpy(np.ascontiguousarray(frames))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            return self.program(given).numpy()
+            try:
+                return self.program(given).numpy()
+            except RuntimeError as error:
+                if not self.bf16:
+                    raise
+                said = str(error).splitlines()[0]
+                raise ConfigError(f"{self.name} cannot compute in bf16 ({said}); use the precision fp32") from error
 
 
 def spans(length: int, tile: int, reach: int) -> Iterator[tuple[slice, slice]]:

@@ -76,6 +76,33 @@ def test_bf16_is_near(program: Path) -> None:
     assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > 45
 
 
+class Casting(nn.Module):
+    """Refuses anything but fp32 in its middle, as a program does that was exported with a cast."""
+
+    scale = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        x = self.first(frames.permute(0, 3, 1, 2).float())
+        torch._check(x.dtype == torch.float32, lambda: "expected fp32")
+        x = nn.functional.interpolate(self.second(x.to(torch.float32)), scale_factor=2, mode="nearest")
+        return x.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def test_a_model_that_cannot_compute_in_bf16_says_so(tmp_path: Path) -> None:
+    sizes = dict.fromkeys(range(3), torch.export.Dim.AUTO)
+    example = torch.zeros((2, 20, 24, 3), dtype=torch.uint8)
+    exported = torch.export.export(Casting(), (example,), dynamic_shapes={"frames": sizes})
+    torch.export.save(exported, tmp_path / "model.pt2")
+    frames = np.stack([picture(0)])
+    assert Program(tmp_path / "model.pt2", pinned())(frames).shape == (1, 96, 128, 3)
+    with pytest.raises(ConfigError, match=r"x cannot compute in bf16 .*; use the precision fp32"):
+        Program(tmp_path / "model.pt2", pinned(precision="bf16"))(frames)
+
+
 def test_neighbours_across_chunks_and_at_both_ends(tmp_path: Path) -> None:
     """Each frame sees the one before and the one behind it; the first and the last one see themselves."""
     path = write_video(tmp_path / "x.mkv", 13, codec="ffv1", pix_fmt="yuv444p")
