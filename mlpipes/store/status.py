@@ -23,6 +23,8 @@ from mlpipes.store.messages import (
     Resumed,
     Started,
     Stopping,
+    Waits,
+    Warned,
     read_messages,
 )
 from mlpipes.store.references import TrainingReference
@@ -41,6 +43,8 @@ class TrainingState(StrEnum):
     FAILED = "failed"
     STOPPED = "stopped"
     """By request, with a last checkpoint."""
+    WAITING = "waiting"
+    """For nodes, a queue or an image; `reason` says what for."""
     SILENT = "silent"
     """Nothing was heard for a minute."""
 
@@ -63,6 +67,8 @@ class TrainingStatus:
     checkpoint: int | None = None
     """Step of the latest checkpoint of the latest attempt, or of the one that it went on from."""
     error: str | None = None
+    reason: str = ""
+    """What a waiting training waits for."""
 
 
 def latest_attempt(folder: TrainingFolder) -> int:
@@ -78,7 +84,14 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     workload, scale, seed = described
     messages, _ = read_messages(folder.messages(latest_attempt(folder)))
     state, step, total, metrics, error, checkpoint = TrainingState.STARTING, 0, None, {}, None, None
+    reason, stopping = "", False
     for message in messages:
+        if isinstance(message, Waits):
+            reason = message.reason
+        elif not isinstance(message, Warned):
+            reason = ""
+        if isinstance(message, Stopping | Started):  # on other pods or nodes, the attempt may start again
+            stopping = isinstance(message, Stopping)
         if isinstance(message, Started | Resumed | Progressed | Finished):
             state, step, total = TrainingState.RUNNING, message.step, message.total_steps
         if isinstance(message, CheckpointSaved | Resumed):
@@ -92,11 +105,13 @@ def status_of(folder: TrainingFolder) -> TrainingStatus | None:
     last = max((message.time for message in messages), default=0.0)
     if folder.result.is_file():
         state = TrainingState.FINISHED
-    elif state == TrainingState.RUNNING and any(isinstance(message, Stopping) for message in messages):
+    elif state != TrainingState.FAILED and reason:
+        state = TrainingState.WAITING
+    elif state == TrainingState.RUNNING and stopping:
         state = TrainingState.STOPPED
     elif state in (TrainingState.RUNNING, TrainingState.STARTING) and time.time() - last > _SILENT_SECONDS:
         state = TrainingState.SILENT
-    return TrainingStatus(folder, workload, scale, seed, state, step, total, metrics, last, checkpoint, error)
+    return TrainingStatus(folder, workload, scale, seed, state, step, total, metrics, last, checkpoint, error, reason)
 
 
 def _described(folder: TrainingFolder) -> tuple[str, str, int] | None:

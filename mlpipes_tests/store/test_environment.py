@@ -33,6 +33,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "MLPIPES_SCALES": NO_FILE,
     "MLPIPES_RAY_ADDRESS": (*NOT_AN_ADDRESS, "ray://head:10001", "auto", "head:6379"),
     "MLPIPES_SLURM": NO_FILE,
+    "MLPIPES_KUBERNETES": NO_FILE,
     "MLPIPES_CIFAR10": NO_FOLDER,
     "MLPIPES_SST2": NO_FOLDER,
     "MLPIPES_SST2_MODEL": (" bert-base-uncased", "bert\n"),
