@@ -7,10 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mlpipes_tests.cluster import queues, software
 from mlpipes_tests.cluster.cluster import Cluster, end, end_leftovers, lacking
-from mlpipes_tests.cluster.software import PROJECT
 
-_NAME = f"mlpipes-kept-{hashlib.sha256(str(PROJECT).encode()).hexdigest()[:8]}"
+_NAME = f"mlpipes-kept-{hashlib.sha256(str(software.PROJECT).encode()).hexdigest()[:8]}"
+_NAMESPACE = "training"
 
 
 def main(action: str) -> str:
@@ -28,11 +29,19 @@ def main(action: str) -> str:
     cluster = Cluster(folder, _NAME, nodes=int(os.environ.get("NODES", "2")))
     try:
         cluster.start()
+        cluster.kubectl.apply(software.namespace(_NAMESPACE, folder / "store"))
+        cluster.kubectl.apply(queues.queue(_NAMESPACE, {"cpu": "2", "memory": "16Gi"}))
     except BaseException:
         cluster.stop()
         raise
     stages = ", ".join(f"{stage} after {seconds} s" for stage, seconds in cluster.seconds.items())
-    return f"{stages}\nexport KUBECONFIG={cluster.kubeconfig}\nalias kubectl='{cluster.kubectl.command[0]} kubectl'"
+    return (
+        f"{stages}\n"
+        f"namespace {_NAMESPACE}: claims on this host's programs, and on {folder / 'store'} as {software.STORE}; "
+        f"queue {queues.NAME}\n"
+        f"export KUBECONFIG={cluster.kubeconfig}\n"
+        f"alias kubectl='{cluster.kubectl.command[0]} kubectl'"
+    )
 
 
 if __name__ == "__main__":

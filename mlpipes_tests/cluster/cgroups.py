@@ -73,9 +73,6 @@ class Cgroup:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.thaw()
-            for pid in self.pids():
-                with suppress(ChildProcessError):  # ours, or adopted by us
-                    os.waitpid(pid, os.WNOHANG)
             time.sleep(0.05)
 
     def remove(self) -> None:
