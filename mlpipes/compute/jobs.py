@@ -109,7 +109,8 @@ def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float
     deadline = time.monotonic() + seconds
     while started and not answered and time.monotonic() < deadline:
         found, offset = read_messages(path, offset)
-        answered = any(isinstance(message, Stopping | Finished) for message in found)
+        if any(isinstance(message, Stopping | Finished) for message in found):
+            return
         time.sleep(0.1)
 
 

@@ -11,6 +11,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_e
 from mlpipes.compute.kubernetes_manifest import GROUP, PLURAL, VERSION
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
 from mlpipes.errors import ConfigError, PreflightError
+from mlpipes.store.environment import value_of
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -155,7 +156,7 @@ def _connect(context: str | None) -> "ApiClient":
     from kubernetes import client, config
 
     loaded: Any = client.Configuration()
-    place = os.environ.get("KUBECONFIG") or "~/.kube/config"
+    place = value_of("KUBECONFIG") or "~/.kube/config"
     try:
         if context is None and "KUBERNETES_SERVICE_HOST" in os.environ and not Path(place).expanduser().exists():
             config.load_incluster_config(client_configuration=loaded)

@@ -209,6 +209,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("MLFLOW_LOGGING_LEVEL", _K, _level),
         Variable("MLFLOW_DISABLE_TELEMETRY", _K, _switch),
         Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", _K, _switch),
+        Variable("KUBECONFIG"),
         Variable("DAGSTER_HOME", _K, _existing_folder),
         Variable("DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS", _K, _seconds),
         Variable("HF_HUB_OFFLINE", _K, _switch),

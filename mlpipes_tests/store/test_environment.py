@@ -68,6 +68,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "MLFLOW_LOGGING_LEVEL": ("loud", "1"),
     "MLFLOW_DISABLE_TELEMETRY": NO_SWITCH,
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": NO_SWITCH,
+    "KUBECONFIG": (" config", "config\n"),
     "DAGSTER_HOME": ("/nowhere/at/all", "~nobody-here/x", "/dev/null"),
     "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": ("soon", "0", "-1", "1.5", "1e3", "٣"),
     "HF_HUB_OFFLINE": NO_SWITCH,
