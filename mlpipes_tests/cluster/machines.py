@@ -114,6 +114,7 @@ class Machine:
     def kill(self) -> None:
         """End the whole machine at one moment, as when its power goes: its pods, mounts and network too."""
         self.group.kill()
+        self.group.remove()
         for process in [*self.processes.values(), *([self._holder] if self._holder else [])]:
             process.wait(60)
         self.processes.clear()

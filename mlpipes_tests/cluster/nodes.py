@@ -17,7 +17,7 @@ PLUGINS = Path("/usr/lib/cni")
 _CONTAINERD = """\
 version = 2
 root = "{folder}/containerd"
-state = "{folder}/containerd-state"
+state = "/run/containerd-state" # which a restart of the machine forgets
 [grpc]
   address = "{socket}"
 [ttrpc]
