@@ -188,14 +188,15 @@ class KubernetesJobs(Jobs):
             return []
 
     def _bury(self, pods: list[dict[str, Any]]) -> None:
-        """Remove pods whose grace is over: on a node that is dead, they would stay for ever, and nothing in their place.
+        """Remove pods whose node does not end them: they would stay for ever, and nothing would take their place.
 
-        What may still run there is fenced off by the store's lease.
+        At once where the node is silent, else when their grace is over. What may still run there is fenced off by the
+        store's lease.
         """
-        now, leaving = time.monotonic(), dict(terminating(pods))
+        now, leaving, silent = time.monotonic(), dict(terminating(pods)), set(silent_nodes(pods))
         self._leaving = {name: self._leaving.get(name, now) for name in leaving}
         for name, grace in leaving.items():
-            if now - self._leaving[name] > grace + _LATE_SECONDS:
+            if name in silent or now - self._leaving[name] > grace + _LATE_SECONDS:
                 self.api.delete(self.api.core("pods", name), gracePeriodSeconds=0)
 
     def _messages_bytes(self, handle: JobHandle) -> int:

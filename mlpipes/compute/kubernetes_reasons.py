@@ -109,7 +109,7 @@ def ahead(workload: Thing, queued: Sequence[Thing]) -> int:
 def blocked(look: Look) -> Iterator[JobStatus]:
     """What keeps pods from running, the gravest first."""
     if look.dead:
-        text = f"a node does not answer; its pods {', '.join(look.dead)} are removed once their grace is over"
+        text = f"a node does not answer; its pods {', '.join(look.dead)} are removed"
         yield JobStatus(JobState.PENDING, text)
     for pod in look.pods:
         for container in _containers(pod):
@@ -181,14 +181,15 @@ def terminating(pods: Sequence[Thing]) -> Iterator[tuple[str, float]]:
 
 
 def silent_nodes(pods: Sequence[Thing]) -> Iterator[str]:
-    """Pods whose node does not answer: the node's controller has said that they are not ready, or evicts them."""
+    """Pods that are being deleted and whose node does not answer, so that it never ends them.
+
+    The node's controller has taken their readiness from them, and the kubelet has not said that a container is not ready.
+    """
     for pod in pods:
-        conditions = _conditions(pod)
-        lost = pod.get("status", {}).get("reason") == "NodeLost" or any(
-            conditions.get(name, {}).get("reason") in ("NodeStatusUnknown", "DeletionByTaintManager")
-            for name in ("Ready", "DisruptionTarget")
-        )
-        if lost and pod["metadata"].get("deletionTimestamp"):
+        ready, containers = (_conditions(pod).get(name, {}).get("status") for name in ("Ready", "ContainersReady"))
+        if pod["metadata"].get("deletionTimestamp") and (
+            ready == "Unknown" or (ready, containers) == ("False", "True")
+        ):
             yield pod["metadata"]["name"]
 
 

@@ -461,11 +461,24 @@ def test_what_the_cluster_says_of_a_job(look: Look, state: JobState, said: str) 
     assert re.search(said, found.reason), found.reason
 
 
-def test_pods_of_a_silent_node_are_known() -> None:
-    unknown = pod(conditions=[{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}])
-    assert not list(silent_nodes([unknown])), "it may come back"
-    unknown["metadata"]["deletionTimestamp"] = "t"
-    assert list(silent_nodes([unknown, HEAD])) == ["worker-x"]
+@pytest.mark.parametrize(
+    ("ready", "containers", "is_silent"),
+    [
+        ("Unknown", "True", True),
+        ("False", "True", True),  # the node's controller says so, not the kubelet
+        ("False", "False", False),  # the kubelet does: it ends the pod
+        ("True", "True", False),
+    ],
+)
+def test_pods_of_a_silent_node_are_known(ready: str, containers: str, is_silent: bool) -> None:
+    found = pod()
+    found["status"]["conditions"] = [
+        {"type": "Ready", "status": ready},
+        {"type": "ContainersReady", "status": containers},
+    ]
+    assert not list(silent_nodes([found])), "it is not being deleted, and may come back"
+    found["metadata"]["deletionTimestamp"] = "t"
+    assert list(silent_nodes([found, HEAD])) == ["worker-x"] * is_silent
 
 
 @pytest.mark.parametrize(("text", "number"), [("500m", 0.5), ("2", 2), ("4Gi", 2**32), ("1.5k", 1500), ("1e3", 1000)])
