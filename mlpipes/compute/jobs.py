@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from filelock import FileLock
 
+from mlpipes.compute import stacks
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import submission_lock
@@ -208,6 +209,11 @@ class Jobs(ABC):
     @abstractmethod
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         """What the job of a training printed; for people."""
+
+    def stacks(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        """Keep the stacks of a training's processes, for whoever wants to know why it hung; says whose, and where."""
+        target = folder.path / "jobs" / f"a{handle.attempt}.stacks.txt"
+        return f"of the processes on this machine: {stacks.keep_stacks(folder.fingerprint, target)}"
 
     def forget(self, handle: JobHandle, folder: TrainingFolder) -> None:  # noqa: B027
         """Have nothing left of a job that has ended, where the place would keep it; what it printed stays in the store."""

@@ -4,6 +4,7 @@ What a training has achieved is told by the store alone: its heartbeat, its mess
 RayJob whose head is gone reads RUNNING for ever, and its operator may run the entry point again by itself.
 """
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -242,6 +243,20 @@ class KubernetesJobs(Jobs):
         """What the driver printed, or, where it was never started, what its pods did."""
         kept = [folder.log(handle.attempt), _pod_log(folder, handle.attempt)]
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in kept if path.is_file())
+
+    def stacks(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        """Keep the stacks of the training's processes in each pod, where we may execute something in pods."""
+        told = []
+        for pod in self.api.items(self.api.core("pods"), labels=f"{PREFIX}/job={handle.id}"):
+            name = pod["metadata"]["name"]
+            target = folder.path / "jobs" / f"a{handle.attempt}.{name.rpartition('-')[2]}.stacks.txt"
+            program = "import sys; from mlpipes.compute.stacks import *; keep_stacks(sys.argv[1], Path(sys.argv[2]))"
+            command = [*shlex.split(self.python), "-c", program, folder.fingerprint, str(target)]
+            try:
+                told.append(f"of {name}: {self.api.execute(name, command).strip() or target}")
+            except (RefusedError, ConnectionError) as error:
+                told.append(f"of {name}: {error}")
+        return "; ".join(told) or "are not to be had: no pod is there"
 
     def _keep_logs(self, job: dict[str, Any], attempt: int) -> None:
         """Keep the end of what a job's pods printed, as far as they are still there."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KUEUE = "kueue.x-k8s.io"
 _TIMEOUTS = (5, 30)
 """Seconds to connect, and to answer."""
+_EXECUTE_SECONDS = 120
 _PASSING = (408, 429, 500, 502, 503, 504)
 """Answers of an API server, a proxy before it or a webhook behind it, that is in trouble."""
 
@@ -106,6 +107,24 @@ class KubernetesApi:
             reraise=True,
         )(self._request, method, path, query or {}, body)
 
+    def execute(self, pod: str, command: Sequence[str]) -> str:
+        """What a command prints in a pod's first container. Raises RefusedError or ConnectionError."""
+        from kubernetes import client, stream
+        from kubernetes.client.exceptions import ApiException
+
+        core = client.CoreV1Api(_connect(self.settings.context))  # it makes a web socket of its client, so not ours
+        try:
+            return stream.stream(
+                core.connect_get_namespaced_pod_exec,
+                pod,
+                self.settings.namespace,
+                command=list(command),
+                **dict.fromkeys(("stdout", "stderr"), True),
+                _request_timeout=_EXECUTE_SECONDS,
+            )
+        except ApiException as error:
+            raise self._translated(error, f"exec in {pod}") from error
+
     def _request(self, method: str, path: str, query: Mapping[str, str], body: Any) -> Any:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
@@ -164,7 +183,7 @@ def _connect(context: str | None) -> "ApiClient":
             config.load_kube_config(config_file=place, context=context, client_configuration=loaded)
     except Exception as error:  # ConfigException, and whatever a file of another form brings about
         raise ConfigError(
-            f"{SETTINGS_VARIABLE} is set, but the kubeconfig {place} is of no use: {error}. Set KUBECONFIG to one that "
+            f"{SETTINGS_VARIABLE} is set, but the kubeconfig {place} is of no use: {' '.join(str(error).split())}. Set KUBECONFIG to one that "
             "`kubectl` works with, and `context` in the settings to one of its contexts"
         ) from error
     loaded.retries = False  # ours ask again

@@ -99,12 +99,9 @@ def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle, f
 
 def _settle(context: dg.AssetExecutionContext, jobs: Jobs, folder: TrainingFolder, end: "_End") -> str:
     """Deal with a job that ended without a result; returns the end of its log. Raises TrainingFailedError if it is final."""
-    from mlpipes.compute.stacks import keep_stacks
-
     handle = end.handle
     if end.status == JobState.STALLED:
-        stacks = keep_stacks(folder.fingerprint, folder.path / "jobs" / f"a{handle.attempt}.stacks.txt")
-        context.log.warning(f"Stacks of the stalled processes on this machine: {stacks}")
+        context.log.warning(f"Stacks {jobs.stacks(handle, folder)}")
     if end.status == JobState.REFUSED:
         end.error, end.fatal = f"it waits and can never start, because of {end.error}; see `{jobs.doctor}`", True
     if end.fatal or end.status in (JobState.DEAD, JobState.STALLED):
