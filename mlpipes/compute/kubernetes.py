@@ -93,7 +93,7 @@ class KubernetesJobs(Jobs):
                 ) from error
             raise
         for earlier in self.api.items(self.api.ray_jobs(), labels=f"{NAME_LABEL}={made.name}"):
-            if earlier["metadata"]["name"] != made.id:  # one that nobody followed to its end
+            if _first_attempt(earlier) < attempt:  # nobody has followed it to its end
                 self.api.delete(self.api.ray_jobs(earlier["metadata"]["name"]))
         return JobHandle(made.id, attempt, attached=False)
 

@@ -182,8 +182,9 @@ def _connect(context: str | None) -> "ApiClient":
         else:
             config.load_kube_config(config_file=place, context=context, client_configuration=loaded)
     except Exception as error:  # ConfigException, and whatever a file of another form brings about
+        why = " ".join(str(error).split())
         raise ConfigError(
-            f"{SETTINGS_VARIABLE} is set, but the kubeconfig {place} is of no use: {' '.join(str(error).split())}. Set KUBECONFIG to one that "
+            f"{SETTINGS_VARIABLE} is set, but the kubeconfig {place} is of no use: {why}. Set KUBECONFIG to one that "
             "`kubectl` works with, and `context` in the settings to one of its contexts"
         ) from error
     loaded.retries = False  # ours ask again

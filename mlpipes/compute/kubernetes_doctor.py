@@ -94,11 +94,8 @@ def examine_kubernetes(
     for workload, offered in scales.items():
         for scale in offered:
             for found in needs(settings.of_scale(scale.key), scale):
-                what = (
-                    found.what
-                    if found.what not in ("nodes", "memory", "queue")
-                    else f"{workload} {scale.key}, {found.what}"
-                )
+                of_scale = found.what == "nodes" or (found.what == "memory" and not found.good)
+                what = f"{workload} {scale.key}" if of_scale else found.what
                 if (what, found.detail) not in said:
                     said.add((what, found.detail))
                     yield Finding(what, found.good, found.detail)
