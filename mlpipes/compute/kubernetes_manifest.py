@@ -27,7 +27,7 @@ from mlpipes.store.training_job import TrainingJob
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
 PREFIX = "mlpipes.io"
-NAME_LABEL, FOLDER_ANNOTATION = f"{PREFIX}/training", f"{PREFIX}/folder"
+NAME_LABEL, STORE_LABEL, FOLDER_ANNOTATION = f"{PREFIX}/training", f"{PREFIX}/store", f"{PREFIX}/folder"
 QUEUE_LABEL, QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 WORKERS = "workers"
 _NAME_CHARACTERS, _ATTEMPT_CHARACTERS, _LABEL_CHARACTERS = 47, len("-a99999"), 63
@@ -73,6 +73,11 @@ def training_name(identity: str, readable: str) -> str:
 def label_value(text: str) -> str:
     """A text as the value of a label: what a label cannot hold replaced, and cut."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:_LABEL_CHARACTERS].strip("-._")
+
+
+def store_label(store: str) -> str:
+    """By which the RayJobs of one store are told from those of another."""
+    return hashlib.sha256(store.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def ray_job(
         f"{PREFIX}/workload": label_value(attempt.job.recipe.workload),
         f"{PREFIX}/scale": label_value(scale.key),
         f"{PREFIX}/fingerprint": attempt.job.recipe.fingerprint[:_LABEL_CHARACTERS],
-        f"{PREFIX}/store": hashlib.sha256(attempt.job.store.encode()).hexdigest()[:8],
+        STORE_LABEL: store_label(attempt.job.store),
         f"{PREFIX}/dagster-run": label_value(attempt.job.requested_by),
     }
     annotations = {
