@@ -71,12 +71,19 @@ class Machine:
             "exec sleep infinity",
         ]
         unshare = ["unshare", "--mount", "--net", "--propagation", "private", "sh", "-ec", "\n".join(script)]
-        self._holder = subprocess.Popen(
-            self.group.joining(*unshare), stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
+        complaints = self.folder / "namespaces.log"
+        with complaints.open("wb") as log:  # not our own stderr: who reads that would wait for the machine's end
+            self._holder = subprocess.Popen(
+                self.group.joining(*unshare),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
         assert self._holder.stdout is not None
         with self._holder.stdout as output:
-            assert output.readline() == "ready\n", f"{self.name}: no namespaces of its own (see the output above)"
+            assert output.readline() == "ready\n", f"{self.name} has no namespaces of its own: {complaints.read_text()}"
 
     def inside(self, *command: str) -> list[str]:
         """The command that runs another one on this machine."""
