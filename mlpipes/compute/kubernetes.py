@@ -29,6 +29,8 @@ _LATE_SECONDS = 10.0
 """What a kubelet gets beyond a pod's grace to say that the pod is gone."""
 _REFUSAL_SECONDS = 10.0
 """How long a refusal must last: a queue that was just made is unknown to Kueue for a moment."""
+_NO_NEWS = ("Unhealthy", "FailedToCreateRayCluster", "BackOff")
+"""Warnings that say no more than that a pod is not ready yet, or, of the operator, that it looked too early."""
 _LOG_LINES, _EVENTS = 400, 100
 
 
@@ -176,7 +178,7 @@ class KubernetesJobs(Jobs):
             found = self.api.items(self.api.core("events"), fields="type=Warning")
         except RefusedError:
             return []
-        mine = [event for event in found if event["involvedObject"].get("name") in about]
+        mine = [e for e in found if e["involvedObject"].get("name") in about and e.get("reason") not in _NO_NEWS]
         return sorted(mine, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")[-_EVENTS:]
 
     def _nodes(self, look: Look) -> list[dict[str, Any]]:
