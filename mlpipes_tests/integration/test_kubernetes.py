@@ -14,6 +14,8 @@ import dagster as dg
 import pytest
 import yaml
 
+from mlpipes.compute.kubernetes_settings import KubernetesSettings
+from mlpipes.compute.kubernetes_tidy import tidy
 from mlpipes.store.claims import claimed
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
@@ -96,12 +98,9 @@ class Training:
     def run(self) -> "subprocess.Popen[bytes]":
         """Start a Dagster run in a process of its own, as the user that the pods are."""
         self.runs += 1
-        # May look into the test's folders, which are root's alone, and no more.
-        user = ["setpriv", f"--reuid={_USER}", f"--regid={_USER}", "--clear-groups"]
-        user += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
         step = [sys.executable, "-m", "mlpipes_tests.held_step", self.scale, str(self.home / "instance")]
         with self.log_file.open("wb") as log:
-            return subprocess.Popen([*user, *step], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
+            return subprocess.Popen([*as_user(), *step], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
 
     @property
     def log_file(self) -> Path:
@@ -164,6 +163,12 @@ class Training:
 
     def assert_nothing_is_left(self) -> None:
         self.until(lambda: self.things() <= self.before, f"nothing is left but {self.before}")
+
+
+def as_user() -> list[str]:
+    """What has a command run as the pods' user; it may look into the test's folders, which are root's alone."""
+    user = ["setpriv", f"--reuid={_USER}", f"--regid={_USER}", "--clear-groups"]
+    return [*user, "--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
 
 
 def started(folder: TrainingFolder, attempt: int, times: int = 1) -> bool:
@@ -282,8 +287,10 @@ def test_a_cancelled_run_leaves_nothing(cluster: Cluster, namespace: Namespace) 
     training.assert_nothing_is_left()
     training.end(run)
     messages = read_messages(training.folder().messages(1))[0]
-    (stopped,) = [message.step for message in messages if isinstance(message, Stopping)]
-    assert (training.folder().checkpoints / f"step-{stopped:08d}").is_dir(), "a last checkpoint"
+    stopped = [message.step for message in messages if isinstance(message, Stopping)]
+    kept = max(int(path.name.removeprefix("step-")) for path in training.folder().checkpoints.glob("step-*"))
+    assert stopped, "a last checkpoint"
+    assert kept >= stopped[0], "or what came after it, until the job was ended"
 
 
 def cancel(training: Training, run: "subprocess.Popen[bytes]") -> None:
@@ -408,3 +415,84 @@ def test_what_cannot_be_is_one_message_and_nothing_is_left(
     assert training.end(training.run()) == 1
     assert said in training.log(), training.log()[-3000:]
     training.assert_nothing_is_left()
+
+
+def test_a_training_that_nobody_follows_to_its_end_is_tidied_up(
+    cluster: Cluster, namespace: Namespace, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(cluster, namespace, ONE)
+    training.barriers.close(EARLY)
+    run = training.run()
+    training.until_barrier(EARLY)
+    run.kill()
+    run.wait()
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+    settings, store = KubernetesSettings.load(training.file), str(training.store.root)
+    assert list(tidy(settings, store, lambda _: False)) == [], "it trains on"
+    training.barriers.open()
+    training.until(training.folder().result.is_file, "the result is there")
+    assert list(tidy(settings, store, lambda _: True)) == [], "somebody sees it off"
+    assert list(tidy(settings, "/another/store", lambda _: False)) == []
+    training.until(lambda: list(tidy(settings, store, lambda _: False)), "it is tidied up")
+    training.assert_nothing_is_left()
+    assert_equal(training.outcome(), expected)
+
+
+def test_a_run_that_dies_attaches_again(cluster: Cluster, namespace: Namespace, expected: dict[str, Any]) -> None:
+    training = Training(cluster, namespace, ONE)
+    training.barriers.close(EARLY)
+    run = training.run()
+    training.until_barrier(EARLY)
+    job = training.job()
+    run.kill()
+    run = training.run()
+    training.until_said(f"Attached to RayJob {job}")
+    training.barriers.open()
+    assert training.end(run) == 0, training.log()[-5000:]
+    assert_equal(training.outcome(), expected)
+    assert training.outcome()["attempt"] == 1
+    training.assert_nothing_is_left()
+
+
+def test_the_doctor_says_what_is_there_and_what_is_missing(
+    cluster: Cluster, namespace: Namespace, tmp_path: Path
+) -> None:
+    training = Training(cluster, namespace, ONE)
+    (namespace.store / "scales.yaml").write_text("digits: [w1-b128-e3-g0, w1-b128-e3-g1]\n")
+
+    def doctor(*options: str, **environment: str) -> tuple[int, str]:
+        command = [str(Path(sys.executable).parent / "mlpipes"), "doctor", "kubernetes", *options]
+        mine = {"MLPIPES_SCALES": str(namespace.store / "scales.yaml"), "COLUMNS": "300"} | environment
+        done = subprocess.run(
+            [*as_user(), *command], env=training.environment | mine, capture_output=True, text=True, cwd=CHECKOUT
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = doctor("--probe")
+    assert code == 1, "no node has a GPU"
+    assert re.search(r"missing +digits w1-b128-e3-g1: no node fits: a worker pod wants 1 of nvidia.com/gpu", said)
+    for good in ("settings", "API server", "KubeRay", "rights", "store", "digits w1-b128-e3-g0", "a pod"):
+        assert re.search(rf"good +{good}: ", said), said
+    assert re.search(r"a pod: read here: .* torch \d", said), said
+    training.assert_nothing_is_left()
+
+    where = f"--namespace={namespace.name}"
+    cluster.kubectl("create", "serviceaccount", "limited", where)
+    token = cluster.kubectl("create", "token", "limited", where).strip()
+    limited = json.loads(cluster.kubeconfig.read_text())
+    limited["users"][0]["user"] = {"token": token}
+    (tmp_path / "limited").write_text(json.dumps(limited))
+    code, said = doctor(KUBECONFIG=str(tmp_path / "limited"))
+    assert code == 1
+    (create,) = re.findall(r"`kubectl (-n \S+ create role mlpipes [^`]+)`", said)
+    cluster.kubectl(*create.split())
+    account = f"--serviceaccount={namespace.name}:limited"
+    cluster.kubectl("create", "rolebinding", "mlpipes", where, "--role=mlpipes", account)
+    code, said = doctor(KUBECONFIG=str(tmp_path / "limited"))
+    assert code == 0, said
+    assert "the nodes are not for us to see" in said
+    training.settings["imagee"] = "x"
+    training.change()
+    code, said = doctor()
+    assert code == 1
+    assert "imagee: Extra inputs are not permitted" in said
