@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mlpipes_tests.cluster.build import Programs
+from mlpipes_tests.cluster.build import program
 from mlpipes_tests.cluster.certificates import Authority
 from mlpipes_tests.cluster.control_plane import GRACE_SECONDS, ControlPlane
 from mlpipes_tests.cluster.machines import Machine, Network
@@ -34,8 +34,8 @@ state = "/run/containerd-state" # which a restart of the machine forgets
 class Node:
     """A node on a machine that runs and is connected."""
 
-    def __init__(self, machine: Machine, number: int, network: Network, programs: Programs) -> None:
-        self.machine, self.number, self.network, self.programs = machine, number, network, programs
+    def __init__(self, machine: Machine, number: int, network: Network) -> None:
+        self.machine, self.number, self.network = machine, number, network
         self.name, self.folder = machine.name, machine.folder
         self.address = network.address(number)
         self.socket = self.folder / "containerd.sock"
@@ -65,7 +65,7 @@ class Node:
 
     def start_kubelet(self) -> None:
         """Start kubelet and kube-proxy, which need the API server."""
-        kube = str(self.programs.kube)
+        kube = str(program("kube"))
         self.machine.spawn(
             *("kubelet", kube, "kubelet"),
             f"--config={self.folder / 'kubelet.json'}",
