@@ -39,7 +39,7 @@ _ON_CONTROL = {
 
 def make_images(folder: Path, operators: Collection[str]) -> dict[str, list[Path]]:
     """Archives of all images: what every node needs and, under `CONTROL`, what only that one needs."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     thin_image(folder / "thin.tar")
     program_image(folder / "pause.tar", PAUSE, program("pause"), "/pause")
     program_image(folder / "dns.tar", _DNS_IMAGE, program("dns"), "/coredns")
