@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 3000
+NODES ?= 2
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlpipes needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
@@ -49,9 +50,9 @@ benchmark: install
 chaos: install
 	$(BIN)/python -m mlpipes_tests.chaos $(or $(N),1)
 
-# A Kubernetes of one's own to look at, with NODES=2 nodes; it stays until `make cluster-down`.
+# A Kubernetes of one's own to look at; it stays until `make cluster-down`.
 cluster: install
-	$(BIN)/python -m mlpipes_tests.cluster up
+	$(BIN)/python -m mlpipes_tests.cluster up $(NODES)
 
 cluster-down: install
 	$(BIN)/python -m mlpipes_tests.cluster down

@@ -14,11 +14,11 @@ _NAME = f"mlpipes-kept-{hashlib.sha256(str(software.PROJECT).encode()).hexdigest
 _NAMESPACE = "training"
 
 
-def main(action: str) -> str:
-    """Start a cluster or end it; returns what to say about it."""
+def main(action: str, nodes: str = "2") -> str:
+    """`up` with so many nodes, or `down`; returns what to say about it."""
     os.environ["PATH"] += ":/usr/sbin:/sbin:/usr/local/go/bin"
     if lacks := lacking():
-        return lacks
+        raise SystemExit(lacks)
     folder = Path(tempfile.gettempdir()) / _NAME
     end_leftovers()
     end(_NAME)
@@ -26,7 +26,7 @@ def main(action: str) -> str:
     if action == "down":
         return "no cluster of this checkout runs any more"
     folder.mkdir()
-    cluster = Cluster(folder, _NAME, nodes=int(os.environ.get("NODES", "2")))
+    cluster = Cluster(folder, _NAME, nodes=int(nodes))
     try:
         cluster.start()
         cluster.kubectl.apply(software.namespace(_NAMESPACE, folder / "store"))
@@ -45,4 +45,4 @@ def main(action: str) -> str:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1]))
+    print(main(*sys.argv[1:]))

@@ -3,18 +3,20 @@
 import base64
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mlpipes_tests.cluster.build import Programs, configuration
+from mlpipes_tests.cluster.build import configuration, program
 from mlpipes_tests.cluster.certificates import Authority
 from mlpipes_tests.cluster.images import program_image, thin_image
 from mlpipes_tests.cluster.kubectl import Kubectl, Manifest, has_condition
 from mlpipes_tests.cluster.machines import Network
 from mlpipes_tests.cluster.nodes import CONTROL, CONTROL_TAINT, PAUSE
 
-RAY_NAMESPACE, RAY_OPERATOR = "ray-system", "kuberay-operator"
-KUEUE_NAMESPACE, KUEUE_OPERATOR = "kueue-system", "kueue-controller-manager"
+RAY, KUEUE = "ray-operator", "kueue"
+OPERATORS = {RAY: ("kuberay-operator", "ray-system"), KUEUE: ("kueue-controller-manager", "kueue-system")}
+"""Name and namespace of each operator's Deployment."""
 _DNS_IMAGE = "localhost/coredns:1"
 _RAY_IMAGE, _RAY_TAG = "quay.io/kuberay/operator", "v1.6.0"
 _KUEUE_IMAGE, _KUEUE_TAG = "registry.k8s.io/kueue/kueue", "v0.17.0"
@@ -35,17 +37,18 @@ _ON_CONTROL = {
 """Beside the control plane, so that a test may kill any other node and knows what it has killed."""
 
 
-def make_images(folder: Path, programs: Programs) -> dict[str, list[Path]]:
+def make_images(folder: Path, operators: Collection[str]) -> dict[str, list[Path]]:
     """Archives of all images: what every node needs and, under `CONTROL`, what only that one needs."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     thin_image(folder / "thin.tar")
-    program_image(folder / "pause.tar", PAUSE, programs.pause, "/pause")
-    program_image(folder / "dns.tar", _DNS_IMAGE, programs.dns, "/coredns")
-    program_image(folder / "ray.tar", f"{_RAY_IMAGE}:{_RAY_TAG}", programs.ray_operator, "/manager")
-    program_image(folder / "kueue.tar", f"{_KUEUE_IMAGE}:{_KUEUE_TAG}", programs.kueue, "/manager")
+    program_image(folder / "pause.tar", PAUSE, program("pause"), "/pause")
+    program_image(folder / "dns.tar", _DNS_IMAGE, program("dns"), "/coredns")
+    images = {RAY: f"{_RAY_IMAGE}:{_RAY_TAG}", KUEUE: f"{_KUEUE_IMAGE}:{_KUEUE_TAG}"}
+    for operator in operators:
+        program_image(folder / f"{operator}.tar", images[operator], program(operator), "/manager")
     return {
         "": [folder / "pause.tar", folder / "thin.tar"],
-        CONTROL: [folder / f"{name}.tar" for name in ("pause", "dns", "ray", "kueue")],
+        CONTROL: [folder / f"{name}.tar" for name in ("pause", "dns", *operators)],
     }
 
 
@@ -107,41 +110,46 @@ def install_dns(kubectl: Kubectl, network: Network) -> None:
     )
 
 
-def install_kuberay(kubectl: Kubectl, folder: Path) -> None:
-    """Install KubeRay's operator, without waiting for it."""
+def install_operator(kubectl: Kubectl, folder: Path, operator: str) -> None:
+    """Install an operator, without waiting for it."""
+    {RAY: _install_kuberay, KUEUE: _install_kueue}[operator](kubectl, folder)
+
+
+def _install_kuberay(kubectl: Kubectl, folder: Path) -> None:
     image = {"name": _RAY_IMAGE, "newName": _RAY_IMAGE, "newTag": _RAY_TAG}
-    _kustomize(kubectl, folder, configuration("ray-operator") / "default", RAY_NAMESPACE, image)
+    _kustomize(kubectl, folder, RAY, image)
 
 
-def install_kueue(kubectl: Kubectl, folder: Path) -> None:
-    """Install Kueue, without waiting for it."""
-    kubectl.apply(_namespace(KUEUE_NAMESPACE))
+def _install_kueue(kubectl: Kubectl, folder: Path) -> None:
+    _, namespace = OPERATORS[KUEUE]
+    kubectl.apply(_namespace(namespace))
     # The secret that Kueue would make itself, and then wait a minute for until its kubelet has mounted it.
     authority = Authority(folder / "kueue-certificates", "kueue-ca")
     authority.sign("tls", _KUEUE_WEBHOOKS, hosts=[_KUEUE_WEBHOOKS])
     files = {path.name: base64.b64encode(path.read_bytes()).decode() for path in authority.folder.iterdir()}
-    metadata = {"name": "kueue-webhook-server-cert", "namespace": KUEUE_NAMESPACE}
+    metadata = {"name": "kueue-webhook-server-cert", "namespace": namespace}
     kubectl.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": files})
     released = {"name": "us-central1-docker.pkg.dev/k8s-staging-images/kueue/kueue"}
     image = released | {"newName": _KUEUE_IMAGE, "newTag": _KUEUE_TAG}
-    _kustomize(kubectl, folder, configuration("kueue") / "default", KUEUE_NAMESPACE, image)
+    _kustomize(kubectl, folder, KUEUE, image)
 
 
-def wait_for_addons(kubectl: Kubectl) -> None:
-    """Wait until all three answer."""
-    for name, namespace in (
-        ("coredns", "kube-system"),
-        (RAY_OPERATOR, RAY_NAMESPACE),
-        (KUEUE_OPERATOR, KUEUE_NAMESPACE),
-    ):
-        kubectl.wait_for("deployment", name, has_condition("Available"), "is available", namespace=namespace)
+def wait_for_dns(kubectl: Kubectl) -> None:
+    """Wait until CoreDNS answers."""
+    kubectl.wait_for("deployment", "coredns", has_condition("Available"), "is available", namespace="kube-system")
+
+
+def wait_for_operator(kubectl: Kubectl, operator: str) -> None:
+    """Wait until an operator does its work."""
+    name, namespace = OPERATORS[operator]
+    kubectl.wait_for("deployment", name, has_condition("Available"), "is available", namespace=namespace)
 
 
 def _namespace(name: str) -> Manifest:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
 
 
-def _kustomize(kubectl: Kubectl, folder: Path, base: Path, namespace: str, image: Manifest) -> None:
+def _kustomize(kubectl: Kubectl, folder: Path, operator: str, image: Manifest) -> None:
     """Apply a release's own configuration with our namespace, image and node."""
     operations = [
         {"op": "add", "path": f"/spec/template/spec/{key}", "value": value} for key, value in _ON_CONTROL.items()
@@ -149,13 +157,14 @@ def _kustomize(kubectl: Kubectl, folder: Path, base: Path, namespace: str, image
     operations.append(
         {"op": "add", "path": "/spec/template/spec/containers/0/imagePullPolicy", "value": "IfNotPresent"}
     )
+    _, namespace = OPERATORS[operator]
     overlay = folder / namespace
     overlay.mkdir()
     document = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": namespace,
-        "resources": [os.path.relpath(base, overlay)],
+        "resources": [os.path.relpath(configuration(operator) / "default", overlay)],
         "images": [image],
         "patches": [{"target": {"kind": "Deployment"}, "patch": json.dumps(operations)}],
     }

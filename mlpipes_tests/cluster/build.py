@@ -4,6 +4,7 @@ Our modules in `go/` are mains for what is only to be had as a library; operator
 Everything lands in a cache whose names hold the versions, so another version is another file.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,31 +29,18 @@ _STATIC = {"CGO_ENABLED": "0"}
 _FLAGS = ["-trimpath", "-ldflags"]
 
 
-@dataclass(frozen=True)
-class Programs:
-    """Where each program lies."""
-
-    kube: Path
-    etcd: Path
-    dns: Path
-    pause: Path
-    ray_operator: Path
-    kueue: Path
-
-
 def cache() -> Path:
     """The folder that keeps what was built."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlpipes-cluster"
 
 
-def programs() -> Programs:
-    """Every program, built first where it is missing. Raises CalledProcessError with Go's own words above it."""
+@functools.cache
+def program(name: str) -> Path:
+    """Where a program lies, built first if it is missing. Raises CalledProcessError with Go's own words above it."""
     folder = cache()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        ours = {name: _ours(name) for name in OURS}
-        released = {name.replace("-", "_"): _released(name) for name in RELEASED}
-    return Programs(**ours, **released)
+    with FileLock(folder / f"{name}.lock"):
+        return _ours(name) if name in OURS else _released(name)
 
 
 def configuration(operator: str) -> Path:
@@ -115,8 +102,8 @@ def _say(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for path in vars(programs()).values():
-        print(path)
+    for name in (*OURS, *RELEASED):
+        print(program(name))
     for operator in _CONFIGURATIONS:
         configuration(operator)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

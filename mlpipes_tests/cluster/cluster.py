@@ -4,7 +4,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,8 +29,10 @@ _counter = itertools.count()
 class Cluster:
     """A cluster of a control plane and nodes `node-1`, `node-2`, …; its name is the name of its control group."""
 
-    def __init__(self, folder: Path, name: str, nodes: int = 2) -> None:
-        self.folder, self.group, self.size = folder, Cgroup(name), nodes
+    def __init__(
+        self, folder: Path, name: str, nodes: int = 2, operators: Collection[str] = tuple(addons.OPERATORS)
+    ) -> None:
+        self.folder, self.group, self.size, self.operators = folder, Cgroup(name), nodes, operators
         self.switch = Switch(Cgroup(f"{name}/switch"), folder / "switch")
         self.nodes: dict[str, Node] = {}
         self.seconds: dict[str, float] = {}
@@ -43,19 +45,19 @@ class Cluster:
 
     def start(self) -> None:
         """Start everything and wait until it answers."""
-        programs = build.programs()
+        kube = build.program("kube")
+        images = addons.make_images(self.folder / "images", self.operators)
         began = time.monotonic()
-        images = addons.make_images(self.folder / "images", programs)
         self.switch.start()
         network = self.switch.network
         machines = {name: self._machine(name) for name in [CONTROL, *self._worker_names()]}
         for number, machine in enumerate(machines.values()):
             machine.start()
             self.switch.connect(machine, number)
-            self.nodes[machine.name] = Node(machine, number, network, programs)
+            self.nodes[machine.name] = Node(machine, number, network)
         authority = Authority(self.folder / "certificates")
-        self.plane = ControlPlane(machines[CONTROL], network, programs, authority)
-        self.kubectl = Kubectl(programs.kube, self.plane.kubeconfig("admin", "admin", ["system:masters"]))
+        self.plane = ControlPlane(machines[CONTROL], network, authority)
+        self.kubectl = Kubectl(kube, self.plane.kubeconfig("admin", "admin", ["system:masters"]))
         for program in ("etcd", "apiserver"):
             self.plane.start(program)
         for node in self.nodes.values():
@@ -69,12 +71,14 @@ class Cluster:
             node.import_images(images.get(name, images[""]))
             node.start_kubelet()
         addons.install_dns(self.kubectl, network)
-        addons.install_kuberay(self.kubectl, self.folder)
+        for operator in self.operators:
+            addons.install_operator(self.kubectl, self.folder, operator)
         for name in self.nodes:
             self.wait_until_ready(name)
         self._reached("nodes are ready", began)
-        addons.install_kueue(self.kubectl, self.folder)
-        addons.wait_for_addons(self.kubectl)
+        addons.wait_for_dns(self.kubectl)
+        for operator in self.operators:
+            addons.wait_for_operator(self.kubectl, operator)
         self._reached("operators are available", began)
 
     def stop(self) -> None:
@@ -148,8 +152,9 @@ class Cluster:
         """Mend a cut network."""
         self.switch.heal(node)
 
-    def kill_operator(self, name: str, namespace: str) -> None:
+    def kill_operator(self, operator: str) -> None:
         """Delete the pods of an operator without grace; its Deployment makes new ones."""
+        name, namespace = addons.OPERATORS[operator]
         labels = self.kubectl.find("deployment", name, namespace)
         assert labels is not None, f"no deployment {name} in {namespace}"
         selector = ",".join(f"{key}={value}" for key, value in labels["spec"]["selector"]["matchLabels"].items())
@@ -212,7 +217,9 @@ def lacking() -> str:
 
 
 @contextmanager
-def kubernetes_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
+def kubernetes_cluster(
+    folder: Path, nodes: int = 2, operators: Collection[str] = tuple(addons.OPERATORS)
+) -> Iterator[Cluster]:
     """A cluster that ends with the context; skips the test where something is missing."""
     os.environ["PATH"] += ":/usr/sbin:/sbin:/usr/local/go/bin"  # where daemons and Go lie, which not every PATH has
     if lacks := lacking():
@@ -220,7 +227,7 @@ def kubernetes_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
     end_leftovers()
     evidence.collect_from(folder)
     name = f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_counter)}"
-    cluster = Cluster(folder, name, nodes)
+    cluster = Cluster(folder, name, nodes, operators)
     try:
         cluster.start()
         yield cluster

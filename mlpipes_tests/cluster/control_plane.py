@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlpipes_tests.cluster.build import Programs
+from mlpipes_tests.cluster.build import program
 from mlpipes_tests.cluster.certificates import Authority
 from mlpipes_tests.cluster.machines import Machine, Network
 
@@ -17,8 +17,8 @@ GRACE_SECONDS = 16
 class ControlPlane:
     """What runs on the first machine; `start` may be called again for a program that was killed."""
 
-    def __init__(self, machine: Machine, network: Network, programs: Programs, authority: Authority) -> None:
-        self.machine, self.network, self.programs, self.authority = machine, network, programs, authority
+    def __init__(self, machine: Machine, network: Network, authority: Authority) -> None:
+        self.machine, self.network, self.authority = machine, network, authority
         self.folder = machine.folder
         self.server = f"https://{network.address(0)}:{_API_PORT}"
         hosts = ["localhost", "127.0.0.1", network.address(0), network.api_service]
@@ -58,7 +58,7 @@ class ControlPlane:
 
     def _etcd(self) -> list[str]:
         return [
-            str(self.programs.etcd),
+            str(program("etcd")),
             f"--data-dir={self.folder / 'etcd'}",
             f"--listen-client-urls={_ETCD}",
             f"--advertise-client-urls={_ETCD}",
@@ -69,7 +69,7 @@ class ControlPlane:
     def _apiserver(self) -> list[str]:
         keys = self.authority.folder
         return [
-            *(str(self.programs.kube), "apiserver"),
+            *(str(program("kube")), "apiserver"),
             f"--etcd-servers={_ETCD}",
             f"--advertise-address={self.network.address(0)}",
             f"--secure-port={_API_PORT}",
@@ -99,7 +99,7 @@ class ControlPlane:
     def _controllers(self) -> list[str]:
         keys = self.authority.folder
         return [
-            *(str(self.programs.kube), "controllers"),
+            *(str(program("kube")), "controllers"),
             f"--kubeconfig={self.kubeconfig('controllers', 'system:kube-controller-manager')}",
             f"--service-account-private-key-file={keys / 'tokens.key'}",
             f"--root-ca-file={self.authority.certificate}",
@@ -112,4 +112,4 @@ class ControlPlane:
 
     def _scheduler(self) -> list[str]:
         configuration = self.kubeconfig("scheduler", "system:kube-scheduler")
-        return [str(self.programs.kube), "scheduler", f"--kubeconfig={configuration}", "--leader-elect=false"]
+        return [str(program("kube")), "scheduler", f"--kubeconfig={configuration}", "--leader-elect=false"]

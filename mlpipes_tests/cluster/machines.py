@@ -7,6 +7,7 @@ host but one interface, whose other end is in the switch.
 import ipaddress
 import json
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -20,6 +21,10 @@ MAX_NODES = 15
 _CHOICE = range(200, 250)
 _SYSTEM_FOLDERS = ("/run", "/var/lib", "/var/log")
 """Where programs keep state at fixed paths: each machine has its own."""
+
+
+DISK = Path("/run/disk")
+"""Where a machine finds its folder: a path short enough for the sockets in it."""
 
 
 class Network:
@@ -64,6 +69,10 @@ class Machine:
         script = [
             "mount --make-rshared /",  # kubelet's mounts are to be seen by containerd
             *(f"mount -t tmpfs none {folder}" for folder in _SYSTEM_FOLDERS),
+            f"mkdir {DISK}",
+            f"mount --bind {shlex.quote(str(self.folder))} {DISK}",
+            f"mount --make-private {DISK}",  # else what is mounted below it would be mounted twice
+            f"mount --make-shared {DISK}",
             "ip link set lo up",
             "echo 1 >/proc/sys/net/ipv4/ip_forward",
             "if [ -d /proc/sys/net/bridge ]; then echo 0 >/proc/sys/net/bridge/bridge-nf-call-iptables; fi",

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from mlpipes_tests.cluster.build import Programs
+from mlpipes_tests.cluster.build import program
 from mlpipes_tests.cluster.certificates import Authority
 from mlpipes_tests.cluster.control_plane import GRACE_SECONDS, ControlPlane
-from mlpipes_tests.cluster.machines import Machine, Network
+from mlpipes_tests.cluster.machines import DISK, Machine, Network
 from mlpipes_tests.waiting import until
 
 CONTROL = "control"
@@ -14,9 +14,10 @@ CONTROL = "control"
 CONTROL_TAINT = {"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}
 PAUSE = "localhost/pause:1"
 PLUGINS = Path("/usr/lib/cni")
+_SOCKET = "/run/containerd.sock"
 _CONTAINERD = """\
 version = 2
-root = "{folder}/containerd"
+root = "{disk}/containerd"
 state = "/run/containerd-state" # which a restart of the machine forgets
 [grpc]
   address = "{socket}"
@@ -27,25 +28,24 @@ state = "/run/containerd-state" # which a restart of the machine forgets
   restrict_oom_score_adj = true # root without CAP_SYS_RESOURCE may not lower it
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{plugins}"
-    conf_dir = "{folder}/cni"
+    conf_dir = "{disk}/cni"
 """
 
 
 class Node:
     """A node on a machine that runs and is connected."""
 
-    def __init__(self, machine: Machine, number: int, network: Network, programs: Programs) -> None:
-        self.machine, self.number, self.network, self.programs = machine, number, network, programs
+    def __init__(self, machine: Machine, number: int, network: Network) -> None:
+        self.machine, self.number, self.network = machine, number, network
         self.name, self.folder = machine.name, machine.folder
         self.address = network.address(number)
-        self.socket = self.folder / "containerd.sock"
 
     def configure(self, plane: ControlPlane, authority: Authority) -> None:
         """Write all configuration files; once in its life."""
         certificate = authority.sign(f"kubelet-{self.name}", self.name, hosts=[self.name, self.address])
         self._identity = plane.kubeconfig(f"node-{self.name}", f"system:node:{self.name}", ["system:nodes"])
         self._proxy_identity = plane.kubeconfig(f"proxy-{self.name}", "system:kube-proxy")
-        text = _CONTAINERD.format(folder=self.folder, socket=self.socket, pause=PAUSE, plugins=PLUGINS)
+        text = _CONTAINERD.format(disk=DISK, socket=_SOCKET, pause=PAUSE, plugins=PLUGINS)
         (self.folder / "containerd.toml").write_text(text)
         (self.folder / "cni").mkdir()
         (self.folder / "cni" / "pods.conflist").write_text(json.dumps(self._pod_network()))
@@ -54,23 +54,23 @@ class Node:
 
     def start_containerd(self) -> None:
         """Start containerd, which needs nothing of the cluster."""
-        self.socket.unlink(missing_ok=True)
         self.machine.spawn("containerd", "containerd", "--config", str(self.folder / "containerd.toml"))
 
     def import_images(self, images: list[Path]) -> None:
         """Wait for containerd and load images into it."""
-        until(self.socket.exists, f"containerd of {self.name} listens", vain=self.machine.died)
+        socket = Path(f"/proc/{self.machine.pid}/root{_SOCKET}")
+        until(socket.exists, f"containerd of {self.name} listens", vain=self.machine.died)
         for image in images:
-            self.machine.run("ctr", f"--address={self.socket}", "--namespace=k8s.io", "images", "import", str(image))
+            self.machine.run("ctr", f"--address={_SOCKET}", "--namespace=k8s.io", "images", "import", str(image))
 
     def start_kubelet(self) -> None:
         """Start kubelet and kube-proxy, which need the API server."""
-        kube = str(self.programs.kube)
+        kube = str(program("kube"))
         self.machine.spawn(
             *("kubelet", kube, "kubelet"),
             f"--config={self.folder / 'kubelet.json'}",
             f"--kubeconfig={self._identity}",
-            f"--root-dir={self.folder / 'kubelet'}",
+            f"--root-dir={DISK / 'kubelet'}",
             f"--hostname-override={self.name}",
             f"--node-ip={self.address}",
         )
@@ -90,7 +90,7 @@ class Node:
             "type": "host-local",
             "ranges": [[{"subnet": self.network.pods_of(self.number)}]],
             "routes": [{"dst": "0.0.0.0/0"}],
-            "dataDir": str(self.folder / "cni-addresses"),
+            "dataDir": str(DISK / "cni-addresses"),
         }
         plugins = [{"type": "ptp", "ipam": addresses}, {"type": "portmap", "capabilities": {"portMappings": True}}]
         return {"cniVersion": "0.4.0", "name": "pods", "plugins": plugins}
@@ -110,12 +110,12 @@ class Node:
             "registerWithTaints": [CONTROL_TAINT] if self.name == CONTROL else [],
             "cgroupDriver": "cgroupfs",
             "cgroupRoot": f"/{self.machine.group.path}",
-            "containerRuntimeEndpoint": f"unix://{self.socket}",
+            "containerRuntimeEndpoint": f"unix://{_SOCKET}",
             "clusterDNS": [self.network.dns_service],
             "clusterDomain": "cluster.local",
-            "resolvConf": str(self.folder / "resolv.conf"),
-            "podLogsDir": str(self.folder / "pod-logs"),
-            "volumePluginDir": str(self.folder / "volume-plugins"),
+            "resolvConf": str(DISK / "resolv.conf"),
+            "podLogsDir": str(DISK / "pod-logs"),
+            "volumePluginDir": str(DISK / "volume-plugins"),
             "failSwapOn": False,
             "nodeStatusUpdateFrequency": f"{GRACE_SECONDS // 4}s",
             "nodeLeaseDurationSeconds": GRACE_SECONDS,

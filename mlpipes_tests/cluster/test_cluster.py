@@ -257,10 +257,12 @@ def test_control_plane_comes_back_with_its_state(cluster: Cluster, namespace: Na
 
 
 def test_killed_operator_is_replaced(cluster: Cluster) -> None:
+    _, namespace = addons.OPERATORS[addons.RAY]
+
     def pods() -> set[str]:
-        return {p["metadata"]["uid"] for p in cluster.kubectl.objects("pods", addons.RAY_NAMESPACE)}
+        return {p["metadata"]["uid"] for p in cluster.kubectl.objects("pods", namespace)}
 
     before = pods()
-    cluster.kill_operator(addons.RAY_OPERATOR, addons.RAY_NAMESPACE)
+    cluster.kill_operator(addons.RAY)
     until(lambda: pods() and not pods() & before, "the operator has a new pod", every=1)
-    addons.wait_for_addons(cluster.kubectl)
+    addons.wait_for_operator(cluster.kubectl, addons.RAY)

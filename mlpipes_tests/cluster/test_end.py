@@ -20,7 +20,7 @@ _OWNER = """
 import sys, time
 from pathlib import Path
 from mlpipes_tests.cluster.cluster import kubernetes_cluster
-with kubernetes_cluster(Path(sys.argv[1]), nodes=1) as cluster:
+with kubernetes_cluster(Path(sys.argv[1]), nodes=1, operators=()) as cluster:
     print(cluster.group.path, cluster.switch.network.interface, flush=True)
     time.sleep(3600)
 """
@@ -49,7 +49,7 @@ def _command(process: psutil.Process) -> str:
 
 
 def test_orderly_end_leaves_nothing(tmp_path: Path) -> None:
-    with kubernetes_cluster(tmp_path, nodes=0) as cluster:
+    with kubernetes_cluster(tmp_path, nodes=0, operators=()) as cluster:
         before = rules()
         seen = cluster.group.path, cluster.switch.network.interface
         assert len(traces(tmp_path, *seen)) > 5
@@ -58,7 +58,7 @@ def test_orderly_end_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_cluster_of_a_killed_owner_is_ended_by_the_next(tmp_path: Path) -> None:
-    with kubernetes_cluster(tmp_path / "mine", nodes=0) as cluster:
+    with kubernetes_cluster(tmp_path / "mine", nodes=0, operators=()) as cluster:
         folder = tmp_path / "killed"
         owner = subprocess.Popen(
             [sys.executable, "-c", _OWNER, str(folder)],
