@@ -19,8 +19,8 @@ demo: install
 dev: install
 	$(BIN)/mlpipes dev --port $(PORT) $(if $(MLFLOW),--mlflow)
 
-# A module's tests share fixtures, so they stay together; the longest modules go first.
-PYTEST = $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+# A module's tests share fixtures, so they stay together; the longest modules go first. Three for two cores: Ray and Dagster wait a lot.
+PYTEST = $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 # What a change of code can break.
 test: lint types definitions

@@ -67,6 +67,11 @@ class RayScaleConfig(BaseModel):
         """Compute threads of each worker: whole CPUs, at least one. Bits depend on it, so it follows from the scale."""
         return max(1, int(self.cpus_per_worker))
 
+    @property
+    def trains_in_driver(self) -> bool:
+        """Whether the job's own process is the worker: a single one starts sooner without a process of its own."""
+        return self.workers == 1
+
     @classmethod
     def from_key(cls, key: str) -> "RayScaleConfig":
         """The scale that a key names. Raises ScaleError if the key is malformed, invalid or not canonical."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlpipes.data.dataset import Dataset, Provenance
-from mlpipes_tests import evidence, leftovers
+from mlpipes_tests import evidence, leftovers, prepared
 from mlpipes_tests.barriers import HASTE
 
 REAL_DATA = "MLPIPES_REAL_DATA"
@@ -83,6 +83,14 @@ def real_data() -> Path:
     return Path(str(folder)).absolute()
 
 
+@pytest.fixture
+def cases(real_data: Path) -> Path:
+    """The folder with tables, encoders and images of CIFAR-10's layout as other people have them."""
+    if not (folder := real_data / "cases").is_dir():
+        missing(f"{folder} is not there: no cases to test with")
+    return folder
+
+
 def tiny_dataset(rows: int = 120, classes: int = 3, seed: int = 0) -> Dataset:
     """Images 8×8 of as many brightnesses as classes, with noise."""
     generator = np.random.default_rng(seed)
@@ -102,6 +110,7 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     folder = tmp_path_factory.mktemp("ray-home")
     evidence.collect_from(folder)
+    prepared.mlflow_store(folder / "mlflow" / "mlflow.db")
     ray = LocalRay(folder / "ray")
     try:
         ray.ensure()

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import LOCATION, Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.waiting import until
 
@@ -24,6 +25,7 @@ class Desk(Sandbox):
 
     def __init__(self, path: Path, scales: Mapping[str, Sequence[str]], *, held: bool = False) -> None:
         super().__init__(path, held=held)
+        mlflow_store(self.home / "mlflow" / "mlflow.db")
         self.scales = scales
         self.port, self.mlflow_port = str(free_port()), str(free_port())
         self.address = f"http://127.0.0.1:{self.port}"

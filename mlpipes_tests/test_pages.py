@@ -19,7 +19,7 @@ TWO_SCREENS = 110
 """Lines."""
 _VARIABLE = re.compile(
     r"(?:MLPIPES|MLFLOW|DAGSTER|RAY|HF|SLURM|CUDA|CUBLAS|GLOO|NCCL|AWS)_[A-Z0-9_]+|PYTHON[A-Z]+|TMPDIR|"
-    r"https?_proxy|HTTPS?_PROXY|no_(?:grpc_)?proxy|NO_PROXY"
+    r"https?_proxy|HTTPS?_PROXY|all_proxy|ALL_PROXY|no_(?:grpc_)?proxy|NO_PROXY"
 )
 _LANGUAGES = {"bash", "console", "yaml", "python", "text"}
 

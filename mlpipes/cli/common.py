@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from mlpipes.errors import UserError
-from mlpipes.store.environment import apply, check_all
-from mlpipes.store.layout import default_store
+from mlpipes.errors import ConfigError, UserError
+from mlpipes.store.environment import apply, check_all, misspelt
+from mlpipes.store.layout import HOME_VARIABLE, default_store, home
 from mlpipes.store.redaction import redact
 from mlpipes.workloads.catalog import entry_named, offered, problems
 
@@ -48,21 +48,43 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         sys.excepthook = _without_secrets
         try:
+            for told in misspelt():
+                Console(stderr=True).print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
             check_all()
             apply()
             command(*args, **kwargs)
         except UserError as error:
-            text = f"[bold red]{type(error).__name__}:[/] {escape(redact(str(error)))}"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
+            raise _shown(error, str(error)) from None
         except OSError as error:
+            if (told := _without_home(error)) is not None:
+                raise _shown(told, str(told)) from None
             if error.errno not in _OF_THE_MACHINE:
                 raise
-            text = f"[bold red]{type(error).__name__}:[/] {escape(f'{error.strerror}: {error.filename}')}"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
+            raise _shown(error, f"{error.strerror}: {error.filename}") from None
 
     return wrapped
+
+
+def _shown(error: Exception, text: str) -> typer.Exit:
+    """Show an error by its kind and a text; returns what ends the command."""
+    text = f"[bold red]{type(error).__name__}:[/] {escape(redact(text))}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _without_home(error: OSError) -> ConfigError | None:
+    """What is wrong where an error is that the home folder cannot be made; None for any other error.
+
+    Whether it can is only known when it is tried: in a file system of the kernel's, or below a link to nothing, it cannot,
+    whatever the permissions say.
+    """
+    folder = home()
+    if folder.is_dir() or not isinstance(error.filename, str) or Path(error.filename) not in (folder, *folder.parents):
+        return None
+    return ConfigError(
+        f"{HOME_VARIABLE}={folder}: the folder cannot be made ({error.strerror}: {error.filename}); name one that you may "
+        "write to"
+    )
 
 
 def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

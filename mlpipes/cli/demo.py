@@ -16,7 +16,7 @@ from mlpipes.scaling.table import COLUMNS, scaling_cells
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
 from mlpipes.store.references import EvaluationReference
-from mlpipes.store.status import all_statuses
+from mlpipes.store.status import Statuses
 from mlpipes.workloads.catalog import Entry
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ def _run_scale(bars: Progress, store: Store, workload: str, metric: str, key: st
         except BaseException as error:
             problem.append(error)
 
-    thread, began = threading.Thread(target=target, daemon=True), time.time()
+    thread, began, statuses = threading.Thread(target=target, daemon=True), time.time(), Statuses(store)
     thread.start()
     while thread.is_alive():
         thread.join(0.3)
-        for status in all_statuses(store):
+        for status in statuses.latest():
             if (status.workload, status.scale) == (workload, key) and status.last_heard >= began:
                 figures = "starting workers"
                 if status.total_steps:

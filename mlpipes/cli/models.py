@@ -28,10 +28,10 @@ def promote(
     from mlpipes.evaluation.records import evaluations_of
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, answering_uri
+    from mlpipes.tracking.runs import Tracker, existing_uri
 
     key = scale_named(workload, scale)
-    champions = Champions(Tracker(answering_uri()), registered_name(workload))
+    champions = Champions(Tracker(existing_uri()), registered_name(workload))
     version = champions.of_scale(key)
     mine = [e for e in evaluations_of(default_store(), workload, key) if e.meta.fingerprint == version.fingerprint]
     if not (mine and mine[-1].is_good) and not force:
@@ -49,10 +49,10 @@ def release(workload: Annotated[str, typer.Argument(help="which workload")]) -> 
     """Let automation choose a workload's champion again, after one was chosen by hand."""
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, answering_uri
+    from mlpipes.tracking.runs import Tracker, existing_uri
 
     entry_named(workload)
-    now = Champions(Tracker(answering_uri()), registered_name(workload)).release()
+    now = Champions(Tracker(existing_uri()), registered_name(workload)).release()
     console.print(f"Version {now.version} is champion until a better one passes the gates.")
 
 
@@ -65,10 +65,10 @@ def rollback(
     """Give the alias `champion` back to the model that had it before."""
     from mlpipes.tracking.champion import Champions
     from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, answering_uri
+    from mlpipes.tracking.runs import Tracker, existing_uri
 
     entry_named(workload)
-    lost, now = Champions(Tracker(answering_uri()), registered_name(workload)).roll_back(reason)
+    lost, now = Champions(Tracker(existing_uri()), registered_name(workload)).roll_back(reason)
     console.print(f"Version {now} is champion again; version {lost} is not any more.")
 
 

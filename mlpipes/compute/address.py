@@ -4,8 +4,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlpipes.errors import ConfigError
+
+if TYPE_CHECKING:
+    from requests import PreparedRequest
+
+
+def as_given(request: "PreparedRequest") -> "PreparedRequest":
+    """The `auth` of requests that carry our headers: without one, `requests` puts a password of ~/.netrc in their place."""
+    return request
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlpipes.compute.address import RayAddress
+from mlpipes.compute.address import RayAddress, as_given
 from mlpipes.errors import PreflightError
 from mlpipes.scales import RayScaleConfig
 
@@ -39,6 +39,7 @@ def nodes_of(address: RayAddress) -> list[Node]:
             f"{address.dashboard}/api/v0/nodes",
             params={"detail": "true", "timeout": _SECONDS, "limit": 10_000},
             headers=address.headers(),
+            auth=as_given,
             timeout=_SECONDS,
         )
         reply.raise_for_status()

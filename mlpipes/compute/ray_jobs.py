@@ -6,17 +6,19 @@ Submission ids are `<fingerprint>-<store>-aN`.
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from mlpipes.compute.address import RayAddress
+from mlpipes.compute.address import RayAddress, as_given
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.environment import apply
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.training_job import TrainingJob
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -36,6 +38,7 @@ class RayJobs(Jobs):
         apply()  # Ray's clients heed RAY_API_SERVER_ADDRESS and RAY_ADDRESS more than the address that they are given
         # A private head that is away will not come back by itself: better to start it again soon.
         self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
+        self._client: JobSubmissionClient | None = None
         self.shares_machine, self.python = address.local, shlex.quote(sys.executable) if address.local else "python"
 
     def check(self, scale: RayScaleConfig, data_bytes: int, min_workers: int | None = None) -> None:
@@ -54,7 +57,13 @@ class RayJobs(Jobs):
         self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
     ) -> JobHandle:
         """Submit an attempt, or attach to it if somebody else has."""
-        submission_id = f"{name}-a{attempt}"
+        submission_id, scale = f"{name}-a{attempt}", TrainingJob.read(specification).recipe.scale
+        reserved: dict[str, Any] = {}
+        if scale.trains_in_driver:
+            reserved = {
+                "entrypoint_num_cpus": scale.cpus_per_worker,
+                "entrypoint_num_gpus": scale.gpus_per_worker or None,
+            }
         # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
         command = f"exec {self.python} -m {self.module} {shlex.quote(str(specification))}"
         try:
@@ -64,6 +73,7 @@ class RayJobs(Jobs):
                     submission_id=submission_id,
                     runtime_env={"env_vars": dict(environment)},
                     metadata={"about": about},
+                    **reserved,
                 )
             )
         except RuntimeError as error:
@@ -101,19 +111,39 @@ class RayJobs(Jobs):
 
     def _patiently(self, call: Callable[["JobSubmissionClient"], T]) -> T:
         """Call the head; while it is unreachable or in trouble, try again. Raises ConnectionError when patience is out."""
-        from ray.job_submission import JobSubmissionClient
-
         try:
             return Retrying(
                 retry=retry_if_exception(_is_passing),
                 stop=stop_after_delay(self.patience_seconds),
                 wait=wait_exponential(multiplier=0.2, max=3),
                 reraise=True,
-            )(lambda: call(JobSubmissionClient(self.address.dashboard, headers=self.address.headers())))
+            )(lambda: self._call(call))
         except Exception as error:
             if _is_passing(error):
                 raise ConnectionError(f"the Ray head at {self.address.dashboard} is away: {error}") from error
             raise
+
+    def _call(self, call: Callable[["JobSubmissionClient"], T]) -> T:
+        """Call with the client that there is: a new one asks the head for its version first."""
+        if self._client is None:
+            self._client = _client_type()(self.address.dashboard, headers=self.address.headers())
+        try:
+            return call(self._client)
+        except Exception:
+            self._client = None  # another head may answer next
+            raise
+
+
+@cache
+def _client_type() -> "type[JobSubmissionClient]":
+    """Ray's client, whose requests carry the headers that it was given, whatever ~/.netrc has for the host."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **options, auth=as_given)
+
+    return Client
 
 
 def _is_passing(error: BaseException) -> bool:

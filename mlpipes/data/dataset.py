@@ -11,6 +11,8 @@ from mlpipes.data.ragged import Ragged, arrays_of
 from mlpipes.errors import DataError
 from mlpipes.store.files import canonical_json
 
+MANY_DROPPED = 0.05
+"""A greater share of a split's rows that a source leaves out is worth a warning."""
 Columns = Mapping[str, Any]
 """Columns of equal length, one row a sample, by name: arrays (N, …), or `Ragged` where rows differ in length."""
 
@@ -55,9 +57,41 @@ class Dataset:
         """Samples in each split."""
         return {name: len(next(iter(columns.values()))) for name, columns in self.splits.items()}
 
+    @property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """How many rows the source has left out of each split, by reason, where its fact `dropped` says it."""
+        said = self.facts.get("dropped")
+        by_split = {name: said.get(name) for name in self.splits} if isinstance(said, Mapping) else {}
+        return {
+            name: {reason: count for reason, count in found.items() if isinstance(count, int) and count > 0}
+            for name, found in by_split.items()
+            if isinstance(found, Mapping)
+        }
+
     def digest(self) -> str:
         """SHA-256 over the name, dtype, shape and bytes of every column of every split, and over the facts."""
         return digest_splits(self.splits, dict(self.facts))
+
+
+def dropped_rows(dataset: Dataset) -> dict[str, str]:
+    """What a source has left out, for people: count and share of the split's rows by split and reason."""
+    return {
+        f"{split}, {reason}": f"{count:,} of {total:,} rows ({count / total:.1%})"
+        for split, found in dataset.dropped.items()
+        for total in [dataset.counts[split] + sum(found.values())]
+        for reason, count in found.items()
+    }
+
+
+def dropped_warning(dataset: Dataset) -> str | None:
+    """What to tell about a source that has left out many rows of a split; None of any other."""
+    told = []
+    for split, found in dataset.dropped.items():
+        lost = sum(found.values())
+        if lost > MANY_DROPPED * (total := dataset.counts[split] + lost):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.items())
+            told.append(f"{lost:,} of {total:,} rows of {split} were left out ({lost / total:.1%}): {reasons}")
+    return f"{dataset.provenance.name}: {'; '.join(told)}. Is that what you expect of these data?" if told else None
 
 
 class Source(Protocol):

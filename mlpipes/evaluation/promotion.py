@@ -27,7 +27,7 @@ class Decision:
 def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: "Version | None") -> Decision:
     """Whether a model that passed the gates becomes champion, by the rows that both models met.
 
-    Not in the place of one that a person chose.
+    Not in the place of one that a person chose. What has the champion's own weights, exported anew, takes it.
 
     Tested on other rows: it is on newer data, and takes the place. Tested and validated on the same rows: the better one
     by validation, so that test stays unseen by the choice. Tested on the same rows but validated on others (another
@@ -46,6 +46,8 @@ def decide(store: Store, workload: "Workload", candidate: Evaluation, champion: 
             f"a person made {who} champion ({champion.by_hand}), and automation leaves it{value}; "
             f"`mlpipes release {candidate.meta.workload}` lets it choose again",
         )
+    if champion.fingerprint == candidate.meta.fingerprint:
+        return Decision(True, f"the weights of {who}, exported anew{value}")
     found = evaluations_of(store, candidate.meta.workload, champion.scale)
     theirs = next((e for e in reversed(found) if e.meta.fingerprint == champion.fingerprint), None)
 

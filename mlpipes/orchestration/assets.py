@@ -21,7 +21,7 @@ from mlpipes.store.references import (
     SnapshotReference,
     TrainingReference,
 )
-from mlpipes.training.code_version import code_version, preparation_version
+from mlpipes.training.code_version import code_version, export_version, preparation_version
 from mlpipes.workloads.catalog import Entry
 
 OWNERS = ["team:ml-platform"]
@@ -60,11 +60,15 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         code_version=preparing,
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from mlpipes.data.dataset import dropped_rows, dropped_warning
+
         with user_errors():
             # A tag by hand, or a run from before the scale was dropped: what Dagster says of it later names no remedy.
             entry.scale(context.partition_key)
             loaded = entry.load().source.load()
-        digest = loaded.digest()
+        digest, left_out = loaded.digest(), dropped_rows(loaded)
+        if warning := dropped_warning(loaded):
+            context.log.warning(warning)
         return dg.MaterializeResult(
             value=DatasetReference(digest=digest, provenance=loaded.provenance.as_dict(), counts=loaded.counts),
             data_version=dg.DataVersion(digest),
@@ -72,6 +76,8 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
                 "provenance": mapping_table(loaded.provenance.as_dict()),
                 "counts": mapping_table(loaded.counts),
                 "digest": digest,
+                **({"left_out": mapping_table(left_out)} if left_out else {}),
+                **({"warning": warning} if warning else {}),
             },
         )
 
@@ -131,11 +137,15 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
             return materialize_training(context, entry, snapshot, config, store, ray, mlflow)
 
     def made_of(
-        source: type[Reference], make: Callable[..., dg.MaterializeResult], pool: str | None = None, **about: Any
+        source: type[Reference],
+        make: Callable[..., dg.MaterializeResult],
+        pool: str | None = None,
+        code: str | None = None,
+        **about: Any,
     ) -> dg.AssetsDefinition:
         """An asset made of the one before it, by what that points to in the store and in MLflow."""
 
-        @dg.asset(**common(**about), ins={"source": upstream(source.asset)}, pool=pool)
+        @dg.asset(**common(**about), ins={"source": upstream(source.asset)}, pool=pool, code_version=code)
         def asset(
             context: dg.AssetExecutionContext, source: Any, store: StoreResource, mlflow: MlflowResource
         ) -> dg.MaterializeResult:
@@ -147,8 +157,10 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     model = made_of(
         TrainingReference,
         materialize_model,
+        code=export_version(entry.implementation),
         name="model",
-        description="The best checkpoint by validation (never by test), exported, registered in MLflow, with its card.",
+        description="The best checkpoint by validation (never by test), calibrated there, exported, registered in MLflow, "
+        "with its card.",
         kinds={"pytorch", "mlflow"},
     )
     eval_report = made_of(

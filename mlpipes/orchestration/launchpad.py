@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError, create_model
 
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration.training import TrainingConfig, make_recipe
-from mlpipes.settings import load_mapping, problems
+from mlpipes.settings import load_mapping, load_value, problems, shown
 from mlpipes.store.layout import Store
 from mlpipes.store.references import (
     ChampionReference,
@@ -44,8 +43,12 @@ def settings_of(
         raise ConfigError(f"{file}: `hyperparameters` is to be a mapping, lines of `name: value`")
     content["hyperparameters"] = dict(hyperparameters)
     known = entry.load().hyperparameters.model_fields
+    given = set[str]()
     for change in changes:
         name, value = _change(change)
+        if name in given:
+            raise ConfigError(f"--set {name}: it is given twice; say it once")
+        given.add(name)
         if name in known:
             content["hyperparameters"][name] = value
         elif name in TrainingConfig.model_fields and name != "hyperparameters":
@@ -106,10 +109,9 @@ def _change(text: str) -> tuple[str, Any]:
     if not equals or not name.strip() or not value.strip():
         raise ConfigError(f"--set {text}: write name=value, such as learning_rate=0.1")
     try:
-        return name.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--set {text}: the value cannot be read as YAML, as the launchpad does: {reason}") from error
+        return name.strip(), load_value(value)
+    except ValueError as error:
+        raise ConfigError(f"--set {name.strip()}: {shown(value)} cannot be read as YAML: {error}") from error
 
 
 def run_config(entry: Entry, config: TrainingConfig | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mlpipes.orchestration.metadata import table
 from mlpipes.reporting.report import Table
 from mlpipes.store.layout import Store
 from mlpipes.store.messages import CheckpointSaved, EpochEnded, Finished, Message, Progressed
-from mlpipes.store.status import all_statuses, progress_text
+from mlpipes.store.status import Statuses, TrainingStatus, progress_text
 from mlpipes.store.training_job import TrainingJob
 
 OBSERVATION_SECONDS = 5.0
@@ -33,6 +33,7 @@ class LiveView:
 
     def __init__(self, context: dg.AssetExecutionContext, job: TrainingJob, links: Mapping[str, Any]) -> None:
         self.context, self.job, self.links, self._shown = context, job, dict(links), 0.0
+        self._statuses = Statuses(Store(Path(job.store)))
         self._figures: dict[str, float] = {}
         self._where, self._is_news = "", False
 
@@ -66,11 +67,11 @@ class LiveView:
         )
         curves: dict[str, Any] = {f"{name} · {recipe.scale.key}": value for name, value in self._figures.items()}
         curves[f"mlflow · {recipe.scale.key}"] = self.links["mlflow"]
-        curves["trainings"] = table(_table_of(Store(Path(self.job.store)), recipe.workload))
+        curves["trainings"] = table(_table_of(self._statuses.latest(), recipe.workload))
         self.context.log_event(dg.AssetObservation(live_asset(recipe.workload), metadata=curves))
 
 
-def _table_of(store: Store, workload: str) -> Table:
-    """The state of a workload's trainings, the latest heard of first."""
-    rows = [progress_text(status) for status in all_statuses(store) if status.workload == workload]
+def _table_of(statuses: list[TrainingStatus], workload: str) -> Table:
+    """The state of a workload's trainings, in the order given."""
+    rows = [progress_text(status) for status in statuses if status.workload == workload]
     return Table("Trainings", _COLUMNS, [[row[name] for name in _COLUMNS] for row in rows[:_SHOWN]])

@@ -48,14 +48,18 @@ def materialize_model(
     store: StoreResource,
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
-    """Export the best checkpoint by validation, write its card, register it."""
-    from mlpipes.tracking.models import FINGERPRINT, SCALE, SNAPSHOT, register, registered_name
-    from mlpipes.training.model import deployable, export_best, load_model
+    """Export the best checkpoint by validation, calibrate it there, write its card, register it."""
+    from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, SNAPSHOT, register, registered_name
+    from mlpipes.training.model import calibrated_model, deployable, export_best
 
     folder, recipe, snapshot, outcome = _open(store, reference)
-    trained = load_model(export_best(folder, recipe, outcome), snapshot)
+    trained = calibrated_model(export_best(folder, recipe, outcome), snapshot)
+    calibration, exported = trained.calibration, trained.exported_digest
+    if calibration is not None and calibration.note:
+        context.log.warning(f"calibration: {calibration}")
     card = folder.path / "card.md"
-    card.write_text(model_card(entry.summary, recipe, snapshot, outcome, trained.meta), encoding="utf-8")
+    about = {"exported": exported} | ({"calibration": str(calibration)} if calibration is not None else {})
+    card.write_text(model_card(entry.summary, recipe, snapshot, outcome, trained.meta | about), encoding="utf-8")
     tracker = mlflow.tracker()
     name = registered_name(entry.name)
     version = register(
@@ -65,16 +69,23 @@ def materialize_model(
         deployable(trained, snapshot),
         tags={
             FINGERPRINT: recipe.fingerprint,
+            EXPORTED: exported,
             SCALE: recipe.scale.key,
             "mlpipes.weights_digest": trained.meta["weights_digest"],
             SNAPSHOT: recipe.snapshot,
         },
         extra_files=[card],
+        parameters=calibration.parameters if calibration is not None else {},
     )
+    # Only now: until the version is there, what is evaluated is the one before.
+    if calibration is not None:
+        calibration.write_to(folder.calibration)
+    else:
+        folder.calibration.unlink(missing_ok=True)
     metric = trained.workload.metric.name
     return dg.MaterializeResult(
         value=ModelReference(**dict(reference), registered_model=name, version=version),
-        data_version=dg.DataVersion(trained.meta["weights_digest"]),
+        data_version=dg.DataVersion(exported),
         metadata={
             "card": dg.MetadataValue.md(card.read_text(encoding="utf-8")),
             "registered_model": f"models:/{name}/{version}",
@@ -82,6 +93,8 @@ def materialize_model(
             **{f"validation_{metric}": v for name, v in trained.meta["metrics"].items() if name == metric},
             "epoch": trained.meta["epoch"],
             "weights_digest": trained.meta["weights_digest"],
+            "exported_digest": exported,
+            "calibration": str(calibration or "none"),
             "folder": dg.MetadataValue.path(str(folder.model)),
             "mlflow": run_link(tracker, reference.mlflow_run_id),
         },
@@ -126,7 +139,7 @@ def materialize_evaluation(
     history = evaluations_of(store.store, entry.name, recipe.scale.key)
     return dg.MaterializeResult(
         value=EvaluationReference(**dict(reference), evaluation=evaluation.name, estimates=evaluation.meta.estimates),
-        data_version=dg.DataVersion(trained.meta["weights_digest"]),
+        data_version=dg.DataVersion(trained.exported_digest),
         metadata=report_metadata(report)
         | {
             "history": picture(

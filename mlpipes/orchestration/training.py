@@ -36,9 +36,11 @@ class TrainingConfig(dg.Config):
     )
     fresh: bool = Field(default=False, description="train again from the beginning, beside what is there")
     checkpoint_every_seconds: float = Field(
-        default=60.0, gt=0, description="besides the checkpoint at the end of each epoch"
+        default=60.0, gt=0, allow_inf_nan=False, description="besides the checkpoint at the end of each epoch"
     )
-    stall_seconds: float = Field(default=900.0, gt=0, description="silence after which a training is started again")
+    stall_seconds: float = Field(
+        default=900.0, gt=0, allow_inf_nan=False, description="silence after which a training is started again"
+    )
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept besides the best")
     min_workers: int | None = Field(
         default=None,
@@ -46,7 +48,7 @@ class TrainingConfig(dg.Config):
         description="elastic: start, and continue, with as few workers as this; the model stays the same",
     )
     resize_seconds: float = Field(
-        default=60.0, gt=0, description="how often an elastic training looks for more workers"
+        default=60.0, gt=0, allow_inf_nan=False, description="how often an elastic training looks for more workers"
     )
 
 
@@ -92,6 +94,8 @@ def materialize_training(
 ) -> dg.MaterializeResult:
     """Train the partition's scale, or attach to the training that runs, or find that it has finished."""
     from mlpipes.compute import preflight
+    from mlpipes.training.checkpoints import Checkpoints
+    from mlpipes.training.model_check import check_model
 
     started = time.monotonic()
     snapshot = open_snapshot(store.store.snapshots / snapshot_reference.digest)
@@ -105,6 +109,8 @@ def materialize_training(
     preflight.check_elastic(recipe.scale, config.min_workers, recipe.hyperparameters["reduction"])
     outcome = finished(folder)
     if outcome is None:  # before anything is written: what does not fit leaves no trace
+        if not Checkpoints(folder.checkpoints).steps():
+            check_model(recipe, snapshot)
         preflight.check_disk(store.store.root)
         ray.jobs(recipe.scale).check(recipe.scale, snapshot.published.size, config.min_workers)
     recipe.write_to(folder.recipe)
@@ -181,6 +187,7 @@ def _tags(context: dg.AssetExecutionContext, entry: Entry, recipe: Recipe) -> di
 
 def _metadata(entry: Entry, recipe: Recipe, outcome: Outcome, folder: TrainingFolder) -> dict[str, Any]:
     from mlpipes.reporting import figures
+    from mlpipes.training.checkpoints import chosen_weights  # not before: it imports torch
 
     best, metric = outcome.best, entry.load().metric.name
     curves = figures.training_curves(outcome.history, outcome.steps_per_epoch, best.step, metric)
@@ -193,7 +200,9 @@ def _metadata(entry: Entry, recipe: Recipe, outcome: Outcome, folder: TrainingFo
         "precision": outcome.precision,
         "steps": outcome.steps,
         "parameters": outcome.parameters,
-        "weights_digest": outcome.weights_digest,
+        # As in reports, history and comparisons; replays look at the last step's.
+        "weights_digest": chosen_weights(folder.checkpoints, outcome) or "its checkpoint cannot be read",
+        "last_step_weights_digest": outcome.weights_digest,
         "fingerprint": recipe.fingerprint,
         "folder": dg.MetadataValue.path(str(folder.path)),
         "environment": mapping_table(outcome.environment),

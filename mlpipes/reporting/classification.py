@@ -1,12 +1,14 @@
 """The report of a classifier: accuracy with its interval, per-class table, confusion, calibration, mistakes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from mlpipes.reporting import figures
 from mlpipes.reporting.report import Estimate, Report, Table
+from mlpipes.store.calibration import Calibration
 
 ECE_BINS = 15
 MISTAKES = 24
@@ -44,10 +46,12 @@ def classification_report(
     labels: np.ndarray,
     names: Sequence[str],
     show_mistakes: Callable[[np.ndarray, Sequence[str]], bytes | Table],
+    calibration: Calibration | None = None,
 ) -> Report:
     """The report of predictions `logits` float (N, C) against `labels` int (N,).
 
-    `show_mistakes(rows, captions)` shows the rows that were most confidently wrong, as a picture or a table.
+    `show_mistakes(rows, captions)` shows the rows that were most confidently wrong, as a picture or a table. `calibration`
+    says by which temperature the logits have been divided; confidence without it is shown beside.
     """
     from sklearn import metrics
 
@@ -56,22 +60,23 @@ def classification_report(
     confidence = probabilities.max(axis=1)
     correct = predicted == labels
     n = len(labels)
-    ece = expected_calibration_error(confidence, correct)
+    temperature = None if calibration is None else calibration.parameters.get("temperature")
+    versions = [_confidence("as trained", probabilities, labels)]
+    if temperature is not None:
+        before = _confidence("as trained", probabilities_of(logits.astype(np.float64) * temperature), labels)
+        versions = [before, _confidence(f"calibrated, T = {temperature:g}", probabilities, labels)]
     wrong = np.flatnonzero(~correct).tolist()
     worst = sorted(wrong, key=lambda row: -confidence[row])[:MISTAKES]
     captions = [f"{names[labels[i]]} → {names[predicted[i]]} {confidence[i]:.0%}" for i in worst]
-    pictures = {"calibration": figures.reliability(confidence, correct, ece, ECE_BINS)}
+    titles = {f"{each.title}: ECE {each.error:.3f}": each.values for each in versions}
+    pictures = {"calibration": figures.reliability(titles, correct, ECE_BINS)}
     shown = [_per_class(labels, predicted, names)]
     if len(names) <= SHOWN_CLASSES:
         confusion: np.ndarray = metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
         pictures = {"confusion": figures.confusion_matrix(confusion, names)} | pictures
-    calibration = [
-        ece,
-        float(confidence.mean()),
-        float(metrics.log_loss(labels, probabilities, labels=range(len(names)))),
-    ]
-    columns = ["expected calibration error", "mean confidence", "negative log-likelihood"]
-    shown.append(Table("Calibration", columns, [calibration]))
+    columns = ["probabilities", "expected calibration error", "mean confidence", "negative log-likelihood"]
+    rows = [[v.title, v.error, float(v.values.mean()), v.loss] for v in versions]
+    shown.append(Table("Calibration", columns, rows))
     if worst:
         mistakes = show_mistakes(np.asarray(worst), captions)
         if isinstance(mistakes, Table):
@@ -86,13 +91,48 @@ def classification_report(
         },
         tables=shown,
         figures=pictures,
-        quantities={"baseline": majority / n, "expected_calibration_error": ece},
+        quantities={"baseline": majority / n} | _quantities(versions, temperature),
         notes=[
             f"{len(wrong)} of {n:,} wrong; always the most frequent class would be right in {majority / n:.1%}. Intervals: "
             f"Wilson score for accuracy, percentiles of {RESAMPLES:,} bootstrap resamples for macro F1 and Matthews "
             "correlation, which are degenerate where nothing was wrong.",
+            *([f"Calibration: {calibration}."] if calibration is not None else []),
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Confidence:
+    """How sure some probabilities are, and how well that says what is right."""
+
+    title: str
+    values: np.ndarray
+    """Of each sample's most probable class, float64 (N,)."""
+    error: float
+    loss: float
+
+
+def _confidence(title: str, probabilities: np.ndarray, labels: np.ndarray) -> _Confidence:
+    from sklearn import metrics
+
+    values = probabilities.max(axis=1)
+    error = expected_calibration_error(values, probabilities.argmax(axis=1) == labels)
+    return _Confidence(
+        title, values, error, float(metrics.log_loss(labels, probabilities, labels=range(probabilities.shape[1])))
+    )
+
+
+def _quantities(versions: Sequence[_Confidence], temperature: float | None) -> dict[str, float]:
+    """Figures of the probabilities that are served (the last ones), and of those as trained where these differ."""
+    found = {"expected_calibration_error": versions[-1].error, "negative_log_likelihood": versions[-1].loss}
+    if temperature is None:
+        return found
+    first = versions[0]
+    return found | {
+        "temperature": temperature,
+        "expected_calibration_error_as_trained": first.error,
+        "negative_log_likelihood_as_trained": first.loss,
+    }
 
 
 def _per_class(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Table:

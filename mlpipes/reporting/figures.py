@@ -1,7 +1,7 @@
 """Figures: curves, confusion matrices, calibration and mistakes, each returned as the bytes of a PNG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,19 +67,19 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     return png_of(figure)
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, ece: float, bins: int) -> bytes:
-    """Accuracy against confidence in equal-width bins; `confidence` float (N,), `correct` bool (N,)."""
-    figure, axes = new_figure(3.8, 3.6)
+def reliability(confidences: Mapping[str, np.ndarray], correct: np.ndarray, bins: int) -> bytes:
+    """Accuracy against confidence in equal-width bins, side by side; by title a float (N,), and `correct` bool (N,)."""
+    figure, grid = new_figure(3.8 * len(confidences), 3.6, columns=len(confidences))
     edges = np.linspace(0, 1, bins + 1)
-    which = np.clip(np.digitize(confidence, edges[1:-1]), 0, bins - 1)
-    for number in range(bins):
-        inside = which == number
-        if inside.any():
-            axes.bar(
-                (edges[number] + edges[number + 1]) / 2, correct[inside].mean(), width=0.9 / bins, color=COLOURS[0]
-            )
-    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"Calibration, ECE {ece:.3f}")
+    for axes, (title, confidence) in zip(np.atleast_1d(grid), confidences.items(), strict=True):
+        which = np.clip(np.digitize(confidence, edges[1:-1]), 0, bins - 1)
+        for number in range(bins):
+            inside = which == number
+            if inside.any():
+                middle = (edges[number] + edges[number + 1]) / 2
+                axes.bar(middle, correct[inside].mean(), width=0.9 / bins, color=COLOURS[0])
+        axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=title)
     return png_of(figure)
 
 

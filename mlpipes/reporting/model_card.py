@@ -30,6 +30,7 @@ def model_card(
         _rows(
             {
                 "weights": model["weights_digest"],
+                **{name: model[name] for name in ("exported", "calibration") if name in model},
                 "parameters": f"{outcome.parameters:,}",
                 "chosen": f"epoch {model['epoch']} of {recipe.scale.epochs}, the best by validation",
                 "precision of training": outcome.precision,

@@ -3,6 +3,7 @@
 What is not in the table is kept as it is. docs/configuration.md lists the same variables; a test compares the two.
 """
 
+import difflib
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ from mlpipes.errors import ConfigError
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """What no proxy ever stands before: our own servers."""
 TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+_PROXIES = ("http", "https", "socks4", "socks4a", "socks5", "socks5h")
 _PROXY_EXEMPTIONS = ("no_proxy", "NO_PROXY")
 _GRPC_EXEMPTION = "no_grpc_proxy"
 """Where it is set, gRPC looks at it instead of `no_proxy`."""
@@ -50,6 +52,10 @@ class Variable:
 
 # -- what values may be ----------------------------------------------------------------------------------------------
 def _path(text: str) -> Path:
+    if "://" in text:
+        raise ValueError("that is an address; name a folder or a file of this machine")
+    if variable := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", text, re.ASCII):
+        raise ValueError(f"{variable[0]} in it is not replaced by what it stands for; write the path itself")
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
@@ -85,17 +91,18 @@ def _is_address(text: str, schemes: tuple[str, ...]) -> bool:
         _ = parts.port  # not a number, or beyond 65535: ValueError
     except ValueError:
         return False
-    return parts.scheme.startswith(schemes) and bool(parts.hostname) and not re.search(r"\s", text)
+    odd = re.search(r"[\s\x00-\x20\x7f]", text) or parts.port == 0
+    return parts.scheme in schemes and bool(parts.hostname) and not odd
 
 
 def _address(text: str) -> None:
     """`http://host[:port]`, with or without a path."""
-    if not _is_address(text, ("http",)):
+    if not _is_address(text, ("http", "https")):
         raise ValueError("write an address such as http://host:8265")
 
 
 def _proxy(text: str) -> None:
-    if not _is_address(text if "://" in text else f"http://{text}", ("http", "socks")):
+    if not _is_address(text if "://" in text else f"http://{text}", _PROXIES):
         raise ValueError("write an address such as http://proxy:3128")
 
 
@@ -108,11 +115,16 @@ def _tracking(text: str) -> None:
     if scheme in ("http", "https"):
         _address(text)
     elif scheme.startswith("sqlite"):
+        if scheme not in ("sqlite", "sqlite+pysqlite"):
+            raise ValueError(
+                f"there is no driver {scheme.partition('+')[2]!r} of SQLite; use sqlite:///folder/mlflow.db"
+            )
         place = rest.partition("?")[0].removeprefix("/")
         if not place or ":memory:" in place:
             raise ValueError("a database in memory is gone with each process; use sqlite:///folder/mlflow.db")
         if _path(place).is_dir():
             raise ValueError("that is a folder; name a file in it, such as sqlite:///folder/mlflow.db")
+        _folder(str(_path(place).parent))
     elif not _is_address(text, (scheme,)):
         raise ValueError(f"the database's server is missing; write {scheme}://user@host/database")
 
@@ -132,11 +144,9 @@ def _timezone(text: str) -> None:
 
 
 def _price(text: str) -> None:
-    try:
-        good = 0 <= float(text) < float("inf")
-    except ValueError:
-        good = False
-    if not good:
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.ASCII | re.IGNORECASE) or float(text) == float(
+        "inf"
+    ):
         raise ValueError("it is not a price per hour, such as 2.50")
 
 
@@ -212,10 +222,11 @@ TABLE: Mapping[str, Variable] = {
         Variable("DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS", _K, _seconds),
         Variable("HF_HUB_OFFLINE", _K, _switch),
         Variable("HF_HUB_DISABLE_PROGRESS_BARS", _K, _switch),
-        Variable("HF_HOME", _K, _folder),
+        Variable("HF_HOME", _K, lambda text: _folder(os.path.expandvars(text))),  # as the hub's library does
         Variable("HF_ENDPOINT", _K, _address),
         Variable("HF_TOKEN", secret=True),
         *(Variable(name, _K, _proxy) for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy")),
+        *(Variable(name, _K, _proxy) for name in ("ALL_PROXY", "all_proxy")),
         Variable("RAY_AUTH_MODE", _K, _mode),
         Variable("RAY_AUTH_TOKEN", secret=True),
         Variable("RAY_AUTH_TOKEN_PATH", _K, _file),
@@ -228,6 +239,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("RAY_USAGE_STATS_ENABLED", _P, value="0"),
         *(Variable(name, _P) for name in ("MLPIPES_RAY_HEAD", "MLPIPES_FINGERPRINT", "MLPIPES_SLURM_PYTHON")),
         *(Variable(name, _P) for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "no_proxy", "NO_PROXY", "no_grpc_proxy")),
+        *(Variable(name, _P) for name in ("OMP_NUM_THREADS", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER")),
         Variable("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", _P),
         Variable("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", _P),
         Variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", _P),
@@ -288,6 +300,17 @@ def check_all() -> None:
     for variable in TABLE.values():
         if variable.fate is Fate.KEPT:
             value_of(variable.name)
+
+
+def misspelt() -> list[str]:
+    """What to tell about variables whose names are nearly, and only nearly, those of ours: they have no effect."""
+    ours = [name for name in TABLE if name.startswith("MLPIPES_")]
+    strange = (name for name in sorted(os.environ) if name.startswith("MLPIPES_") and name not in ours)
+    return [
+        f"{name} is no variable of mlpipes, and has no effect. Is {near[0]} meant?"
+        for name in strange
+        if (near := difflib.get_close_matches(name, ours, 1, 0.85))
+    ]
 
 
 # -- our processes ---------------------------------------------------------------------------------------------------

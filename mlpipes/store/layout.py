@@ -55,6 +55,11 @@ class TrainingFolder:
         """The exported best model."""
         return self.path / "model"
 
+    @property
+    def calibration(self) -> Path:
+        """How the exported model's outputs are corrected; not there for a model of before that was done."""
+        return self.path / "calibration.json"
+
     def messages(self, attempt: int) -> Path:
         """The append-only progress file of one attempt: for display, never the truth."""
         return self.path / "messages" / f"a{attempt}.jsonl"

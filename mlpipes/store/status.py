@@ -19,6 +19,7 @@ from mlpipes.store.messages import (
     EpochEnded,
     Failed,
     Finished,
+    Message,
     Progressed,
     Resumed,
     Started,
@@ -71,32 +72,75 @@ def latest_attempt(folder: TrainingFolder) -> int:
     return max((int(name[1]) for name in names if name), default=0)  # also beside somebody's copies
 
 
-def status_of(folder: TrainingFolder) -> TrainingStatus | None:
-    """The status of one training, or None if its recipe cannot be read."""
-    if (described := _described(folder)) is None:
-        return None
-    workload, scale, seed = described
-    messages, _ = read_messages(folder.messages(latest_attempt(folder)))
-    state, step, total, metrics, error, checkpoint = TrainingState.STARTING, 0, None, {}, None, None
-    for message in messages:
+class _Reading:
+    """What was read of one training's messages so far: those of a million steps are not read again for each look."""
+
+    def __init__(self, folder: TrainingFolder) -> None:
+        self.folder = folder
+        self._described: tuple[str, str, int] | None = None
+        self._begin(0)
+
+    def _begin(self, attempt: int) -> None:
+        self.attempt, self.offset = attempt, 0
+        self.state, self.step, self.total, self.checkpoint = TrainingState.STARTING, 0, None, None
+        self.metrics: dict[str, float] = {}
+        self.error: str | None = None
+        self.stopping, self.last = False, 0.0
+
+    def status(self) -> TrainingStatus | None:
+        """The status now, or None if the recipe cannot be read."""
+        self._described = self._described or _described(self.folder)  # what is there once never changes
+        if self._described is None:
+            return None
+        if (attempt := latest_attempt(self.folder)) != self.attempt:
+            self._begin(attempt)
+        messages, self.offset = read_messages(self.folder.messages(attempt), self.offset)
+        for message in messages:
+            self._note(message)
+        state = self.state
+        if self.folder.result.is_file():
+            state = TrainingState.FINISHED
+        elif state == TrainingState.RUNNING and self.stopping:
+            state = TrainingState.STOPPED
+        elif state in (TrainingState.RUNNING, TrainingState.STARTING) and time.time() - self.last > _SILENT_SECONDS:
+            state = TrainingState.SILENT
+        figures = (state, self.step, self.total, dict(self.metrics), self.last, self.checkpoint, self.error)
+        return TrainingStatus(self.folder, *self._described, *figures)
+
+    def _note(self, message: Message) -> None:
+        self.last = max(self.last, message.time)
         if isinstance(message, Started | Resumed | Progressed | Finished):
-            state, step, total = TrainingState.RUNNING, message.step, message.total_steps
+            self.state, self.step, self.total = TrainingState.RUNNING, message.step, message.total_steps
         if isinstance(message, CheckpointSaved | Resumed):
-            checkpoint = message.step
+            self.checkpoint = message.step
         if isinstance(message, Progressed):
-            metrics |= message.model_dump(include={"loss", "samples_per_second", "eta_seconds", "epoch"})
+            self.metrics |= message.model_dump(include={"loss", "samples_per_second", "eta_seconds", "epoch"})
         elif isinstance(message, EpochEnded):
-            metrics |= {f"validation_{name}": value for name, value in message.metrics.items()}
+            self.metrics |= {f"validation_{name}": value for name, value in message.metrics.items()}
         elif isinstance(message, Failed):
-            state, error = TrainingState.FAILED, message.error
-    last = max((message.time for message in messages), default=0.0)
-    if folder.result.is_file():
-        state = TrainingState.FINISHED
-    elif state == TrainingState.RUNNING and any(isinstance(message, Stopping) for message in messages):
-        state = TrainingState.STOPPED
-    elif state in (TrainingState.RUNNING, TrainingState.STARTING) and time.time() - last > _SILENT_SECONDS:
-        state = TrainingState.SILENT
-    return TrainingStatus(folder, workload, scale, seed, state, step, total, metrics, last, checkpoint, error)
+            self.state, self.error = TrainingState.FAILED, message.error
+        elif isinstance(message, Stopping):
+            self.stopping = True
+
+
+class Statuses:
+    """The status of every training in a store, for whoever looks again and again: each look reads only what is new."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._readings: dict[Path, _Reading] = {}
+
+    def latest(self) -> list[TrainingStatus]:
+        """As they are now, the latest heard of first."""
+        folders = sorted((self._store.root / "trainings").glob("*/"))
+        self._readings = {path: self._readings.get(path) or _Reading(TrainingFolder(path)) for path in folders}
+        found = [status for reading in self._readings.values() if (status := reading.status())]
+        return sorted(found, key=lambda status: -status.last_heard)
+
+
+def all_statuses(store: Store) -> list[TrainingStatus]:
+    """The status of every training in the store, the latest heard of first."""
+    return Statuses(store).latest()
 
 
 def _described(folder: TrainingFolder) -> tuple[str, str, int] | None:
@@ -116,13 +160,6 @@ def trained_scales(store: Store, workload: str) -> Iterator[str]:
         if described is not None and described[0] == workload and described[1] not in found:
             found.add(described[1])
             yield described[1]
-
-
-def all_statuses(store: Store) -> Iterator[TrainingStatus]:
-    """The status of every training in the store, the latest heard of first."""
-    folders: list[Path] = sorted((store.root / "trainings").glob("*/"))
-    found = [status for path in folders if (status := status_of(TrainingFolder(path)))]
-    yield from sorted(found, key=lambda status: -status.last_heard)
 
 
 def progress_text(status: TrainingStatus) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlpipes.workloads.base import Deployable
 
 FINGERPRINT, SCALE, SNAPSHOT = "mlpipes.fingerprint", "mlpipes.scale", "mlpipes.snapshot"
+EXPORTED = "mlpipes.exported_digest"
 """Tags of a registered version."""
 
 
@@ -28,15 +29,17 @@ def register(
     deployable: "Deployable",
     tags: Mapping[str, str],
     extra_files: Sequence[Path],
+    parameters: Mapping[str, float] | None = None,
 ) -> str:
-    """Log a model, check that it comes back and computes the same, register it; returns the version.
+    """Log a model with its `parameters`, check that it comes back and computes the same, register it; returns the version.
 
-    A fingerprint is registered once: a model that is there already is found by its tag, so retries make no copies.
+    What is exported of a training is registered once: a version with both digests is found by its tags, so retries make no
+    copies; one that was exported otherwise, with another temperature say, is another version.
     Raises ValueError if the stored model computes something else than the trained one.
     """
     found = tracker.client.search_model_versions(f"name='{registered_name}'")
     for model_version in found:
-        if model_version.tags.get(FINGERPRINT) == tags[FINGERPRINT]:
+        if all(model_version.tags.get(name) == tags[name] for name in (FINGERPRINT, EXPORTED)):
             return str(model_version.version)
     # Progress bars of a file that lies on the same disk are noise; read when MLflow is imported.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -50,6 +53,8 @@ def register(
     mlflow.set_registry_uri(tracker.uri)
     with mlflow.start_run(run_id=run_id):
         logged = deployable.log(extra_files)
+        if parameters:
+            tracker.client.log_model_params(logged.model_id, {name: f"{value:g}" for name, value in parameters.items()})
     with suppress(MlflowException):  # it exists: another scale was first
         tracker.client.create_registered_model(registered_name)
     registered = tracker.client.create_model_version(

@@ -64,10 +64,25 @@ def answering_uri() -> str:
         elif not uri.startswith("sqlite"):
             _connect(uri)
     except Exception as error:  # of any driver of a database
+        if type(error).__name__ in ("ModuleNotFoundError", "NoSuchModuleError"):
+            raise ConfigError(
+                f"{URI_VARIABLE}={redact(uri)}: the driver of this database is not installed. Install it, correct the "
+                "address, or use sqlite:///…"
+            ) from None
         raise ConfigError(
             f"{URI_VARIABLE}={redact(uri)}: nobody answers there ({type(error).__name__}). Start the server, correct the "
             "address, or unset the variable"
         ) from None
+    return uri
+
+
+def existing_uri() -> str:
+    """The same, for what only looks at what was tracked before: raises ConfigError where nothing was, and makes nothing."""
+    uri = answering_uri()
+    if (path := _sqlite_file(uri)) is not None and not path.is_file():
+        raise ConfigError(
+            f"no model is registered yet: there is no {path}. Materialize `model` first, or set {URI_VARIABLE}"
+        )
     return uri
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from mlpipes.errors import CorruptionError, FormatError
 from mlpipes.store.files import Published, open_published, publishing, quarantine
 from mlpipes.store.layout import Store
-from mlpipes.store.outcome import Best
+from mlpipes.store.outcome import Best, Outcome
 from mlpipes.store.status import all_statuses
+from mlpipes.training.determinism import weights_digest
 
 KIND = "checkpoint"
 VERSION = 1
@@ -173,6 +174,18 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = moved.clone() if memory in taken else moved
         taken.add(memory)
     return found
+
+
+def chosen_weights(folder: Path, outcome: Outcome) -> str | None:
+    """The digest of the weights of the chosen epoch, which is what is exported, evaluated and compared; `folder` has the
+    checkpoints. None if its checkpoint is gone or corrupt.
+    """
+    if outcome.best.step == outcome.steps:
+        return outcome.weights_digest
+    try:
+        return weights_digest(Checkpoints(folder).load(outcome.best.step).model_state())
+    except (FileNotFoundError, CorruptionError, FormatError):
+        return None
 
 
 def checkpoint_rows(store: Store, workload: str, scale: str) -> Iterator[dict[str, str]]:

@@ -22,11 +22,14 @@ ENGINE_MODULES = (
 """Engine code that numbers depend on. The rest (checkpoints, messages, tracking) may change without retraining."""
 PREPARING_MODULES = ("mlpipes.data.dataset", "mlpipes.data.ragged", "mlpipes.data.snapshot", "mlpipes.data.splits")
 """What makes a snapshot of any workload's data."""
+EXPORTING_MODULES = tuple(f"mlpipes.workloads.{name}" for name in ("deployables", "served_text_model", "temperature"))
+"""What makes what is served of a trained model."""
 _PACKAGES = frozenset({"mlpipes", "mlpipes.data", "mlpipes.reporting", "mlpipes.training", "mlpipes.workloads"})
 _NOT_RUN = frozenset(
-    f"mlpipes.workloads.{name}" for name in ("catalog", "deployables", "entry", "packages", "served_text_model")
+    f"mlpipes.workloads.{name}"
+    for name in ("catalog", "deployables", "entry", "packages", "served_text_model", "temperature")
 )
-"""What lists workloads, and what serves models: neither trains."""
+"""What lists workloads, and what calibrates and serves models: none of it trains."""
 _NO_NUMBERS = frozenset({"dagster", "matplotlib", "mlflow", "pydantic", "ray", "rich", "tqdm", "typer"})
 """Libraries that workloads import and whose release changes neither data nor weights."""
 
@@ -51,6 +54,14 @@ def preparation_version(implementation: str) -> str:
     As `code_version`, with `mlpipes.data` in the engine's place. Bytes that come out equal make the same snapshot again.
     """
     return _version(implementation, PREPARING_MODULES, "mlpipes.workloads.", "mlpipes.data.")
+
+
+def export_version(implementation: str) -> str:
+    """Digest (16 hex digits) of the code that makes of a model of `module:attribute` what is served of it.
+
+    As `code_version`, with calibration and deployables in the engine's place: other code exports the same weights anew.
+    """
+    return _version(implementation, EXPORTING_MODULES, "mlpipes.workloads.")
 
 
 def unreadable(offers: Iterable[Offer]) -> dict[str, str]:

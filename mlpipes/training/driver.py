@@ -1,4 +1,4 @@
-"""The driver of a training: what the Ray job runs. Starts the workers, and passes the curve on to MLflow.
+"""The driver of a training: what the Ray job runs. Starts the workers, or is the only one; passes the curve on to MLflow.
 
 Run as `python -m mlpipes.training.driver <specification>`. It exits with 0 only if the result is in the store.
 """
@@ -22,6 +22,12 @@ def main(path: Path) -> int:
     """Drive one attempt to its end; returns the exit code."""
     job = TrainingJob.read(path)
     job.take_over()
+    if job.recipe.scale.trains_in_driver:
+        # As Ray does in its workers, and before NumPy is imported: what its threads add up may depend on their number.
+        os.environ["OMP_NUM_THREADS"] = str(job.recipe.scale.threads)
+        os.environ["MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"] = (
+            "0"  # its client would draw from Python's random numbers here
+        )
     notify = MessageWriter(job.folder.messages(job.attempt))
     notify(DriverStarted(attempt=job.attempt, workload=job.recipe.workload, scale=job.recipe.scale.key))
     lease = Lease.take(job.folder.path, f"job a{job.attempt}")
@@ -71,23 +77,27 @@ def _watch_over(job: TrainingJob, lease: Lease, notify: Notify, stop: threading.
 
 
 def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from mlpipes.training.ray_backend import GroupConfig
+    from mlpipes.training.ray_backend import GroupConfig, LeanTrainer
 
     scale = job.recipe.scale
+    if scale.trains_in_driver:
+        ray.init()  # with its own node this process ends, as a worker would
     # Ray's own bookkeeping is not needed for recovery (our checkpoints are the truth) and is not written atomically, so
     # every attempt gets a folder of its own, and nothing is ever restored from it.
     bookkeeping = job.folder.path / "ray" / f"a{job.attempt}"
     # nccl needs a whole GPU per rank; workers that share one talk through gloo.
     backend = "nccl" if scale.gpus_per_worker >= 1 else "gloo"
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    DataParallelTrainer(  # what TorchTrainer is, less its import of torch
+    LeanTrainer(
         _worker,
         train_loop_config={"job": str(path), "lease": lease.token},
         backend_config=GroupConfig(backend=backend),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(num_workers=0)  # Ray Train's local mode
+        if scale.trains_in_driver
+        else ScalingConfig(
             num_workers=(job.min_workers, scale.workers) if job.min_workers else scale.workers,
             elastic_resize_monitor_interval_s=job.resize_seconds,
             use_gpu=scale.gpus_per_worker > 0,

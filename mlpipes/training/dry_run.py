@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError, UserError
 from mlpipes.reporting.report import Estimate, Report
+from mlpipes.store.calibration import Calibration
 from mlpipes.training.determinism import mixed_seed, random_numbers_from
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
@@ -29,6 +31,8 @@ from mlpipes.workloads.tensors import on_device
 TRAINED, EVALUATED, MORE = 8, 32, 2000
 """Rows that are trained on, rows that are evaluated, and rows for figures that so few do not define."""
 
+_SAID = 600
+"""Characters of torch's error in ours."""
 LATEST = 1 - 2**-30
 """Progress behind which no training has a step."""
 
@@ -74,11 +78,11 @@ class DryRun:
             model = self._model()
             self._step(model)
             try:
-                self._evaluate(model, EVALUATED)
+                calibration = self._evaluate(model, EVALUATED)
             except Exception:
                 # Figures may not be defined for so few rows, a correlation or a class that is not there.
-                self._evaluate(model, MORE)
-            self._deploy(model)
+                calibration = self._evaluate(model, MORE)
+            self._deploy(model, calibration)
 
     @staticmethod
     def _wrong(method: str, what: str) -> TrainingFailedError:
@@ -146,10 +150,14 @@ class DryRun:
         for optimizer in optimizers:
             optimizer.load_state_dict(optimizer.state_dict())
 
-    def _evaluate(self, model: nn.Module, count: int) -> None:
+    def _evaluate(self, model: nn.Module, count: int) -> Calibration | None:
+        """What the workload's `calibrate` gives."""
         workload, (columns, rows) = self.workload, self._rows(count)
         predictions, moved = self._predictions(model, columns), on_device(columns, self.device)
         self._check_metrics(workload.validate(predictions, columns))
+        calibration = workload.calibrate(predictions, columns)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise self._wrong("calibrate", f"gives {type(calibration).__name__}; it must give a `Calibration`, or None")
 
         def look(wanted: np.ndarray) -> Mapping[str, np.ndarray]:
             numbers = torch.from_numpy(np.ascontiguousarray(wanted, dtype=np.int64))
@@ -163,6 +171,7 @@ class DryRun:
                 "scores",
                 f"gives {scores.dtype} of shape {scores.shape} for {rows} samples; it must give a number for each",
             )
+        return calibration
 
     def _check_metrics(self, metrics: Any) -> None:
         metric = self.workload.metric.name
@@ -200,8 +209,13 @@ class DryRun:
         except Exception as error:
             raise self._wrong("report", f"cannot be written as JSON and Markdown: {error}") from error
 
-    def _deploy(self, model: nn.Module) -> None:
-        found = self.workload.deployable(model.eval().cpu(), self.hp, self.info, self.train)
+    def _deploy(self, model: nn.Module, calibration: Calibration | None) -> None:
+        model = model.eval().cpu()
+        if calibration is not None and calibration.parameters:
+            model = self.workload.calibrated(model, calibration)
+            if not isinstance(model, nn.Module):
+                raise self._wrong("calibrated", f"gives {type(model).__name__}; it must give a model")
+        found = self.workload.deployable(model, self.hp, replace(self.info, calibration=calibration), self.train)
         if not callable(getattr(found, "log", None)):
             raise self._wrong("deployable", f"gives {type(found).__name__}; it must give what has a method `log`")
         if isinstance(found, TorchProgram):
@@ -214,3 +228,16 @@ class DryRun:
                     ) from error
             if not isinstance(answer, Tensor) or len(answer) != len(found.example):
                 raise self._wrong("deployable", "gives a program that does not answer with a row for each sample")
+            self._export(found)
+
+    def _export(self, program: TorchProgram) -> None:
+        """As MLflow will at the end: 0.3 to 1 CPU-seconds for the networks that come with mlpipes."""
+        try:
+            torch.export.export(
+                program.module.to(memory_format=torch.contiguous_format),  # pyright: ignore[reportCallIssue]
+                (torch.from_numpy(program.example),),
+                dynamic_shapes=[{0: torch.export.Dim.AUTO}],
+            )
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise self._wrong("deployable", f"gives a program that torch cannot export: {said[:_SAID]}") from error

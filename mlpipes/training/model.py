@@ -1,7 +1,8 @@
 """The model: the best checkpoint by validation as a verified file, and its evaluation on a split."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import nn
 from mlpipes.data.snapshot import Snapshot
 from mlpipes.errors import ConfigError
 from mlpipes.reporting.report import Report
-from mlpipes.store.files import open_published, publishing
+from mlpipes.store.calibration import Calibration
+from mlpipes.store.files import digest_of, open_published, publishing
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.outcome import Outcome
 from mlpipes.store.recipe import Recipe
 from mlpipes.training.checkpoints import Checkpoints
+from mlpipes.training.code_version import export_version
 from mlpipes.training.determinism import mixed_seed, random_numbers_from, weights_digest
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import outputs_of, predictions_of
@@ -27,6 +30,13 @@ from mlpipes.workloads.tensors import on_device
 
 KIND = "model"
 VERSION = 1
+VALIDATION = "validation"
+_NOT_APPLIED = (
+    "not calibrated, for what `predict` gives does not follow from the model that `calibrated` returns as it should; "
+    "override `calibrated`"
+)
+_SAME_LOSS = 1e-3
+"""How far, relatively, the loss of calibrated outputs may lie from what the fit has said."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,19 @@ class TrainedModel:
     network: nn.Module
     meta: dict[str, Any]
     """`step`, `epoch`, validation `metrics`, `weights_digest`, `precision`."""
+    calibration: Calibration | None
+    """How its outputs are corrected, which `network` does; None: its workload does not, or it is of before that was done."""
 
+    @property
+    def exported_digest(self) -> str:
+        """Of all that what is served depends on: weights, calibration, and the code that makes it of them."""
+        parameters = self.calibration.parameters if self.calibration else {}
+        code = export_version(self.recipe.implementation)
+        return digest_of({"weights": self.meta["weights_digest"], "calibration": parameters, "code": code})
 
-def _info(snapshot: Snapshot) -> DataInfo:
-    return DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
+    def info(self, snapshot: Snapshot) -> DataInfo:
+        """What its workload may know about the data, and the calibration."""
+        return DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files, self.calibration)
 
 
 def export_best(folder: TrainingFolder, recipe: Recipe, outcome: Outcome) -> Path:
@@ -69,18 +88,60 @@ def open_model(folder: Path) -> dict[str, Any]:
 
 
 def load_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
-    """A published model on the best device of this machine. Raises CorruptionError if a byte has changed."""
+    """A published model on the best device of this machine, calibrated as it was when it was registered.
+
+    Raises CorruptionError if a byte has changed.
+    """
+    try:
+        calibration = Calibration.read(TrainingFolder(folder.parent).calibration)
+    except FileNotFoundError:
+        calibration = None
+    return _loaded(folder, snapshot, calibration)
+
+
+def calibrated_model(folder: Path, snapshot: Snapshot) -> TrainedModel:
+    """A published model, calibrated anew on the validation split; nothing is recorded.
+
+    Where the workload's `calibrated` does not do to its `predict` what the fit has assumed, outputs stay as they were
+    trained, and the calibration's note says so.
+    """
+    model = _loaded(folder, snapshot, None)
+    found = _calibration_of(model, snapshot)
+    if found is None or not found.parameters:
+        return replace(model, calibration=found)
+    calibrated = _loaded(folder, snapshot, found)
+    seen = _calibration_of(calibrated, snapshot)
+    said, done = found.after, None if seen is None else seen.before
+    if said is not None and done is not None and math.isclose(said, done, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS**2):
+        return calibrated
+    left = found.model_copy(update={"parameters": {}, "after": None, "note": _NOT_APPLIED})
+    return _loaded(folder, snapshot, left)
+
+
+def _calibration_of(model: TrainedModel, snapshot: Snapshot) -> Calibration | None:
+    columns = snapshot.columns(VALIDATION)
+    moved = on_device(columns, next(model.network.parameters()).device)
+    predictions = predictions_of(
+        model.workload, model.network, moved, model.hp, SingleWorker(), model.meta["precision"]
+    )
+    return model.workload.calibrate(predictions, columns)
+
+
+def _loaded(folder: Path, snapshot: Snapshot, calibration: Calibration | None) -> TrainedModel:
     published = open_published(folder, kind=KIND, versions=frozenset({VERSION}))
     recipe = Recipe.model_validate(published.meta["recipe"])
     workload = load_workload(recipe.implementation)
     hp = workload.hyperparameters.model_validate(recipe.hyperparameters)
     # As when training began: a workload may keep only what training changes.
+    info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
     with random_numbers_from(mixed_seed(recipe.seed, "model")):
-        network = workload.build_model(hp, _info(snapshot))
+        network = workload.build_model(hp, info)
     workload.load_state(network, load_file(folder / "model.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    return TrainedModel(recipe, workload, hp, network, published.meta)
+    if calibration is not None and calibration.parameters:
+        network = workload.calibrated(network, calibration)
+    return TrainedModel(recipe, workload, hp, network, published.meta, calibration)
 
 
 def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Report, np.ndarray]:
@@ -97,7 +158,7 @@ def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Repor
         numbers = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))  # torch has no negative strides
         return outputs_of(workload, network, moved, numbers, hp, precision)
 
-    report = workload.report(predictions, columns, _info(snapshot), look)
+    report = workload.report(predictions, columns, model.info(snapshot), look)
     scores = np.asarray(workload.scores(predictions, columns))
     _assert_comparable(report, scores, workload.metric.name, snapshot.counts[split])
     return report, scores
@@ -125,7 +186,7 @@ def _assert_comparable(report: Report, scores: np.ndarray, metric: str, rows: in
 
 def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:
     """What to deploy of a model, on the CPU, with examples from the training split."""
-    return model.workload.deployable(model.network.cpu(), model.hp, _info(snapshot), snapshot.columns("train"))
+    return model.workload.deployable(model.network.cpu(), model.hp, model.info(snapshot), snapshot.columns("train"))
 
 
 def predict_texts(
@@ -139,7 +200,7 @@ def predict_texts(
         raise ConfigError(f"{model.recipe.workload} does not read texts; use its registered MLflow model")
     if ("types" in snapshot.meta["columns"] or "text_pair" in snapshot.meta["columns"]) != (pairs is not None):
         raise ConfigError(f"{model.recipe.workload} reads {'single texts' if pairs is not None else 'pairs of texts'}")
-    info = _info(snapshot)
+    info = model.info(snapshot)
     columns = on_device(workload.raw_columns(texts, pairs, info), next(model.network.parameters()).device)
     outputs = predictions_of(workload, model.network, columns, model.hp, SingleWorker(), model.meta["precision"])
     return workload.answers(outputs, info)

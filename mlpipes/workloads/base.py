@@ -17,6 +17,7 @@ from mlpipes.data.splits import SplitPlan
 from mlpipes.errors import TrainingFailedError
 from mlpipes.reporting.metric import Metric
 from mlpipes.reporting.report import Report
+from mlpipes.store.calibration import Calibration
 
 Batch = dict[str, Tensor]
 Look = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -62,6 +63,8 @@ class DataInfo:
     statistics: Mapping[str, Any]
     files: Path | None = None
     """The folder of the snapshot's files, such as a tokenizer and pretrained weights."""
+    calibration: Calibration | None = None
+    """How the outputs of a finished model are corrected; `predict` gives corrected ones then."""
 
 
 class Deployable(Protocol):
@@ -180,6 +183,17 @@ class Workload(ABC):
         By `metric`; the loss decides between equals, which a small validation split has often.
         """
         return self.metric.score(metrics[self.metric.name]), -metrics["loss"]
+
+    def calibrate(self, predictions: Mapping[str, np.ndarray], columns: Columns) -> Calibration | None:
+        """How the chosen model's outputs are to be corrected, by its predictions of the validation split; None: not."""
+        return None
+
+    def calibrated(self, model: nn.Module, calibration: Calibration) -> nn.Module:
+        """The model as the calibration's parameters correct it, in `predict`, `outputs` and `deployable`; may be in place.
+
+        `calibrate` of its predictions must then say as loss before what the calibration says as loss after.
+        """
+        return model
 
     @abstractmethod
     def report(self, predictions: Mapping[str, np.ndarray], columns: Columns, info: DataInfo, look: Look) -> Report:

@@ -101,6 +101,11 @@ class ImageClassification(Classification):
         shape = info.statistics.get("shape", [])  # snapshots of before lack it
         model = networks.Normalized(self.network(len(mean), len(info.facts["class_names"]), hp), mean, std)
         if shape:
+            # Pixels are reflected at the border once.
+            if hp.crop_padding >= min(shape[1:]):
+                raise ConfigError(
+                    f"crop_padding is {hp.crop_padding}, but the images are {shape[1]}×{shape[2]} pixels; it must be less"
+                )
             _try(model, shape, getattr(hp, "network", "this network"))
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

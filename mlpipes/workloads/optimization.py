@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlpipes.errors import ConfigError
+
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) without decay on biases, norms and other vectors."""
@@ -36,7 +38,7 @@ def muon(
     hidden = [p for p in trainable.values() if p.ndim == 2 and all(p is not h for h in head)]
     rest = [p for p in trainable.values() if p.ndim != 2]
     if not hidden:
-        raise ValueError("muon needs hidden matrices; choose another optimizer for this network")
+        raise ConfigError("muon needs hidden matrices, and this network has none; set the hyperparameter `optimizer`")
     matrices = torch.optim.Muon(
         hidden, lr=learning_rate, weight_decay=0.0, momentum=0.6, nesterov=True, ns_steps=3, adjust_lr_fn="original"
     )

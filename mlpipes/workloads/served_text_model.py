@@ -38,6 +38,7 @@ class TextModel(PythonModel):
         found = np.concatenate(outputs)
         if config.num_labels == 1:
             return pd.DataFrame({"value": found[:, 0] * config.mlpipes["label_std"] + config.mlpipes["label_mean"]})
+        found /= config.mlpipes.get("temperature", 1.0)
         probabilities = np.exp(found - found.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         names = [config.id2label[number] for number in range(config.num_labels)]

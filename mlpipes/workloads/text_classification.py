@@ -24,6 +24,7 @@ from mlpipes.data.tables import sst2_source
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.reporting.classification import probabilities_of
 from mlpipes.reporting.report import Table
+from mlpipes.store.calibration import Calibration
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import PythonCode
@@ -32,6 +33,7 @@ from mlpipes.workloads.encoder_trial import Trial
 from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
 from mlpipes.workloads.regression import Regression
+from mlpipes.workloads.temperature import TEMPERATURE
 from mlpipes.workloads.tensors import RaggedTensor, on_device
 
 SST2_VARIABLE = "MLPIPES_SST2"
@@ -235,6 +237,8 @@ class TextWorkload(Workload):
         model.config.mlpipes = {"max_length": self.max_length, "pooling": hp.pooling} | {
             name: info.statistics[name] for name in ("label_mean", "label_std") if name in info.statistics
         }
+        if info.calibration is not None:
+            model.config.mlpipes |= info.calibration.parameters
 
         def write(folder: Path) -> None:
             assert info.files is not None  # noqa: S101 - `prepare` has put the tokenizer there
@@ -285,7 +289,12 @@ class TextClassification(Classification, TextWorkload):
 
     def predict(self, model: nn.Module, batch: Batch, hp: TextHyperparameters) -> dict[str, Tensor]:
         """`logits` (B, classes)."""
-        return {"logits": self._logits(model, batch, hp)}
+        return {"logits": self._logits(model, batch, hp) / getattr(model, "temperature", 1.0)}
+
+    def calibrated(self, model: Any, calibration: Calibration) -> nn.Module:
+        """The same model, with the temperature that `predict` divides by."""
+        model.temperature = calibration.parameters[TEMPERATURE]  # pooling may pass `forward` by
+        return model
 
     def answers(self, outputs: Mapping[str, Any], info: DataInfo) -> dict[str, Sequence[Any]]:
         """`label`, and `p(<class>)` for each class."""

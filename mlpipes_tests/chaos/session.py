@@ -14,6 +14,7 @@ from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Message, read_messages
 from mlpipes_tests.chaos.processes import command_of, environment_of
 from mlpipes_tests.held import REFERENCE as IMPLEMENTATION
+from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
 from mlpipes_tests.waiting import until
@@ -83,7 +84,7 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         places = [
             "--backend-store-uri",
-            f"sqlite:///{folder / 'mlflow.db'}",
+            mlflow_store(folder / "mlflow.db"),
             "--artifacts-destination",
             str(folder / "files"),
         ]

@@ -38,7 +38,17 @@ YAML = [  # that no file of ours is, whatever it is of
         "*x",
         "!!python/name:os.system x",
     ),
-    *("!!int abc", "2024-13-45", "a: 2024-13-45", "a: \x01", "[" * 2000, "a: !!binary xx", "<<: 1"),
+    *(
+        "!!int abc",
+        "2024-13-45",
+        "a: 2024-13-45",
+        "a: \x01",
+        "[" * 2000,
+        "a: !!binary xx",
+        "<<: 1",
+        "&a {b: *a}",
+        "a: &a [1, [*a]]",
+    ),
 ]
 SCALES = [
     *YAML,
@@ -127,6 +137,8 @@ SETTINGS = [
         "ops: {digits__checkpoints: {}}",
         "ops: {digits__checkpoints: 1}",
     ),
+    *("hyperparameters: &a {learning_rate: 0.1, width: *a}", "stall_seconds: .inf", "checkpoint_every_seconds: .inf"),
+    *("seed: 1:30", "seed: 0b11", "hyperparameters: {width: 010}", "stall_seconds: 1_0.5"),
     *("ops: {digits__checkpoints: {config: 1}}", "ops: {digits__checkpoints: {config: {nope: 1}}}", "resources: {}"),
 ]
 CHANGES = [
@@ -150,6 +162,7 @@ CHANGES = [
         "fresh=maybe",
         "learning_rate=2024-13-45",
     ),
+    *("width=1:30", "width=010", "width=0x10", "width=1_000", "learning_rate=1:30.5", "learning_rate=0o17"),
     *("network=nope", "learning_rate: 1", "learning_rate=true=1", "min_workers=0", "stall_seconds=.nan"),
 ]
 
@@ -225,6 +238,14 @@ def test_a_malformed_setting_on_the_command_line(change: str, isolated_home: Pat
     fails(["demo", "--workload", "digits", "--set", change], isolated_home, name)
 
 
+def test_a_setting_that_is_given_twice(isolated_home: Path) -> None:
+    fails(["demo", "--set", "width=3", "--set", " width = 4"], isolated_home, "--set width: it is given twice")
+
+
+def test_a_value_as_long_as_a_book_is_shown_in_its_first_letters(isolated_home: Path) -> None:
+    assert len(fails(["demo", "--set", "width=" + "9" * 5000], isolated_home, "--set width: ")) < 500
+
+
 def test_files_that_cannot_be_read(tmp_path: Path, isolated_home: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("network: é".encode("latin-1"))
     for path in (tmp_path, tmp_path / "none.yaml", tmp_path / "latin.yaml", "~nobody-here/x.yaml"):
@@ -241,6 +262,23 @@ def test_two_places_exclude_each_other(tmp_path: Path, isolated_home: Path, monk
 def test_an_mlflow_that_does_not_answer(uri: str, isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert "pl4nted" not in fails(["demo"], isolated_home, "MLFLOW_TRACKING_URI", "nobody answers", "Start the server")
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql+nodriver://me:pl4nted@127.0.0.1:9/db", "mssql://me:pl4nted@127.0.0.1:9/db"]
+)
+def test_an_mlflow_whose_driver_is_not_installed(
+    uri: str, isolated_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert "pl4nted" not in fails(["demo"], isolated_home, "MLFLOW_TRACKING_URI", "driver", "not installed")
+
+
+@pytest.mark.parametrize(
+    "command", ["promote digits w1-b128-e30-g0 --reason x", "rollback digits --reason x", "release digits"]
+)
+def test_what_only_looks_at_models_makes_no_database(command: str, isolated_home: Path) -> None:
+    fails(command.split(), isolated_home, "no model is registered yet", "Materialize `model` first")
 
 
 def test_a_home_that_no_address_of_a_database_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

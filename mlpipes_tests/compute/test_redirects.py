@@ -16,9 +16,10 @@ import pytest
 from mlpipes.compute import local
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
+from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.ray_node import short_folder, temporary_files
-from mlpipes.errors import ConfigError
+from mlpipes.errors import ConfigError, PreflightError
 
 
 class Cluster:
@@ -82,6 +83,29 @@ def test_jobs_and_tokens_go_where_they_are_meant_to(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
         RayAddress(given.address).headers()
+
+
+@pytest.mark.parametrize("place", ["HOME", "NETRC"])
+def test_a_password_of_netrc_does_not_stand_in_for_the_token(
+    place: str, clusters: tuple[Cluster, Cluster, Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, given, _ = clusters
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password planted\ndefault login me password planted\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv(place, str(tmp_path if place == "HOME" else tmp_path / ".netrc"))
+    (tmp_path / "token").write_text("our-own")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the-users")
+    mine = RayAddress(
+        own.address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, local=True
+    )
+    for address in (mine, RayAddress(given.address)):
+        assert RayJobs(address).latest("x") is None
+        with pytest.raises(PreflightError, match="does not answer"):  # what stands for a dashboard knows of no nodes
+            nodes_of(address)
+    assert own.tokens == {"Bearer our-own"}
+    assert given.tokens == {"Bearer the-users"}
+    assert {path.partition("?")[0] for path, _ in own.asked} == {"/api/version", "/api/jobs/", "/api/v0/nodes"}
 
 
 # -- who ends the private Ray -----------------------------------------------------------------------------------------

@@ -110,6 +110,16 @@ def test_a_champion_that_a_person_chose_stays_and_is_named(desk: Desk) -> None:
     assert "mlpipes release" in reason
 
 
+def test_the_champions_own_weights_exported_anew_take_its_place(desk: Desk) -> None:
+    candidate = desk.model("a", 0.9, 380)
+    before = replace(candidate[1], version="1")
+    assert desk.decided(candidate, before) == (
+        True,
+        f"the weights of version 1 ({SCALE}), exported anew; validation accuracy 0.9000",
+    )
+    assert not desk.decided(candidate, replace(before, by_hand="by hand: I like it"))[0]
+
+
 def test_a_champion_of_another_metric_is_compared_on_test(desk: Desk) -> None:
     _, champion = desk.model("a", None, 380)
     assert not desk.decided(desk.model("b", 0.99, 381), champion)[0]

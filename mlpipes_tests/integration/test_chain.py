@@ -14,6 +14,7 @@ import pytest
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
 from mlpipes.definitions import build_defs
+from mlpipes.evaluation.records import open_evaluation
 from mlpipes.scales import scales_of
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
@@ -108,7 +109,12 @@ def test_the_chain_shows_what_people_want_to_see(pipeline: Pipeline) -> None:
         assert "n=359" in report["accuracy_95"]
         assert "data:image/png;base64," in report["confusion_plot"]
         assert "snapshot" in report["measured_on"]
-        assert "Limits" in pipeline.metadata("model", partition)["card"]
+        model = pipeline.metadata("model", partition)
+        assert "Limits" in model["card"]
+        assert "temperature" in model["calibration"]
+        assert "validation, n=180" in model["calibration"]
+        assert model["calibration"] in model["card"]
+        assert report["expected_calibration_error"] < report["expected_calibration_error_as_trained"]
     digests = {pipeline.metadata("checkpoints", partition)["weights_digest"] for partition in SCALES}
     assert len(digests) == 1, "1 and 2 workers on real Ray must end in the same bits"
 
@@ -165,6 +171,10 @@ def test_the_registered_model_answers_like_the_trained_one(pipeline: Pipeline) -
     mlflow.set_tracking_uri(default_uri())
     model = mlflow.pyfunc.load_model(f"models:/{reference.registered_model}/{reference.version}")
     test = open_snapshot(pipeline.store.snapshots / reference.snapshot).columns("test")
+    assert model.metadata.model_id is not None
+    logged = Tracker(default_uri()).client.get_logged_model(model.metadata.model_id)
+    calibration = read_record(pipeline.store.training(reference.fingerprint).calibration)
+    assert float(logged.params["temperature"]) == calibration["parameters"]["temperature"]
     answers = np.asarray(model.predict(np.array(test["image"][:77])))  # another batch size than the example's
     accuracy = float((answers.argmax(axis=1) == test["label"][:77]).mean())
     assert accuracy > 0.8
@@ -288,6 +298,9 @@ def test_cifar10_on_real_data_at_one_and_two_workers(
             assert reference is not None
             assert reference.estimates["accuracy"].value > 0.4
             assert reference.estimates["accuracy"].n == 1017
+            verdict = open_evaluation(Store(home / "store"), reference).verdict
+            assert verdict is not None
+            assert verdict["gates"]["calibration"]["passed"], verdict
             folder = Store(home / "store").training(reference.fingerprint)
             digests.add(json.loads(folder.result.read_text())["content"]["weights_digest"])
     assert len(digests) == 1

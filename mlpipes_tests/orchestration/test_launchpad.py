@@ -45,6 +45,16 @@ def test_a_file_has_the_lines_of_the_launchpad_or_all_of_it(content: str, tmp_pa
     assert described(found) == "seed 7, keep_last 3, min_workers 1, learning_rate 0.2"
 
 
+@pytest.mark.parametrize("written", ["1e-3", "1E-3", "0.001", "1.0e-3"])
+def test_a_number_is_one_however_it_is_written(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"stall_seconds: {written}\nhyperparameters: {{learning_rate: {written}}}\n")
+    changes = [f"stall_seconds={written}", f"learning_rate={written}"]
+    for found in (settings_of(DIGITS, path), settings_of(DIGITS, changes=changes)):
+        assert found is not None
+        assert (found.stall_seconds, found.hyperparameters) == (0.001, {"learning_rate": 0.001})
+
+
 def test_nothing_set_is_no_setting() -> None:
     assert settings_of(DIGITS) is None
     assert run_config(DIGITS, None) == {}

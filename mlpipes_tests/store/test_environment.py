@@ -23,13 +23,16 @@ NOT_AN_ADDRESS = (
     "http://host:99999",
     "http://[::1",
     "http://a b",
+    "httpx://host",
+    "http://host:0",
+    "http://host\x7f",
 )
-NO_SWITCH, NO_PRICE = ("maybe", "2", "y e s"), ("free", "-1", "nan", "inf", "1,50", "1e999")
+NO_SWITCH, NO_PRICE = ("maybe", "2", "y e s"), ("free", "-1", "nan", "inf", "1,50", "1e999", "٣", "1_0")
 NO_PROXY_ = ("http://", "http://proxy:port", "ftp://proxy:1", "http://[::1")
 NO_FILE = ("/nowhere/at/all", "~nobody-here/x", "/", "../not/there.yaml")
 NO_FOLDER = ("/dev/null", "/dev/null/x", "~nobody-here/x")
 BAD: dict[str, tuple[str, ...]] = {
-    "MLPIPES_HOME": NO_FOLDER,
+    "MLPIPES_HOME": (*NO_FOLDER, "http://host/home", "s3://bucket/home", "$HOME/x", "a/${NOWHERE}/b"),
     "MLPIPES_SCALES": NO_FILE,
     "MLPIPES_RAY_ADDRESS": (*NOT_AN_ADDRESS, "ray://head:10001", "auto", "head:6379"),
     "MLPIPES_SLURM": NO_FILE,
@@ -55,6 +58,7 @@ BAD: dict[str, tuple[str, ...]] = {
             "sqlite://",
         ),
         *("sqlite:///", "sqlite:///:memory:", "sqlite:////", "sqlite:////dev", "postgresql://", "oracle://host/db"),
+        *("sqlite+foo:///x.db", "sqlite:////dev/null/x/y.db"),
         *("sqlite:///~nobody-here/x.db", "databricks", "databricks://x"),
     ),
     "MLFLOW_TRACKING_USERNAME": (" me",),
@@ -74,7 +78,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "HF_HOME": NO_FOLDER,
     "HF_ENDPOINT": NOT_AN_ADDRESS,
     "HF_TOKEN": ("secret ",),
-    **dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"), NO_PROXY_),
+    **dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), NO_PROXY_),
     "RAY_AUTH_MODE": ("yes", "tokens"),
     "RAY_AUTH_TOKEN": ("secret\n", " secret"),
     "RAY_AUTH_TOKEN_PATH": NO_FILE,
@@ -213,3 +217,33 @@ def test_a_process_becomes_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="MLPIPES_HOME=/dev/null"):
         os.environ["MLPIPES_HOME"] = "/dev/null"
         environment.apply()
+
+
+def test_a_name_that_is_nearly_one_of_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLPIPES_HOMES", "MLPIPES_NIGTHLY", "MLPIPES_REAL_DATA", "MLPIPES_UNHEARD_OF"):
+        monkeypatch.setenv(name, "1")
+    told = [
+        f"{name} is no variable of mlpipes, and has no effect. Is {meant} meant?"
+        for name, meant in (("MLPIPES_HOMES", "MLPIPES_HOME"), ("MLPIPES_NIGTHLY", "MLPIPES_NIGHTLY"))
+    ]
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["scales"])
+    assert (result.exit_code, result.stderr.splitlines()) == (0, told)
+    assert "no effect" not in result.stdout
+
+
+@pytest.mark.parametrize("command", [["store", "--adopt"], ["ray", "up"], ["demo", "--workload", "digits"]])
+@pytest.mark.parametrize("place", ["/proc/nowhere/home", "link/home", "link"])
+def test_a_home_that_cannot_be_made_is_one_clear_error(
+    place: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions would allow it: only the attempt shows that a kernel's file system, or a link to nothing, does not."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # not in the checkout, which has a dagster.yaml
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before, home = listing(tmp_path), tmp_path / place  # of an absolute place, that place
+    monkeypatch.setenv("MLPIPES_HOME", str(home))
+    result = CliRunner(env={"COLUMNS": "400"}).invoke(app, command)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.exception
+    assert result.stderr.startswith(f"ConfigError: MLPIPES_HOME={home}: the folder cannot be made ("), result.stderr
+    assert "name one that you may write to" in result.stderr
+    assert listing(tmp_path) == before

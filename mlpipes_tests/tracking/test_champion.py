@@ -8,11 +8,13 @@ from mlpipes.errors import ConfigError
 from mlpipes.tracking.champion import REASON, Champions
 from mlpipes.tracking.models import FINGERPRINT, SCALE, SNAPSHOT
 from mlpipes.tracking.runs import Tracker, default_uri
+from mlpipes_tests import prepared
 
 
 @pytest.fixture
 def champions(isolated_home: Path) -> Champions:
     """A registered model with versions 1, 2 and 3 of two scales."""
+    prepared.mlflow_store(isolated_home / "mlflow" / "mlflow.db")
     tracker = Tracker(default_uri())
     tracker.client.create_registered_model("mlpipes-w")
     for number, scale in enumerate(("w1-b8-e1-g0", "w2-b8-e1-g0", "w1-b8-e1-g0"), start=1):

@@ -8,11 +8,12 @@ from mlflow.exceptions import MlflowException
 
 from mlpipes.errors import ConfigError
 from mlpipes.tracking.runs import Tracker, default_uri
+from mlpipes_tests import prepared
 
 
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
-    return Tracker(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+    return Tracker(prepared.mlflow_store(tmp_path_factory.mktemp("mlflow") / "mlflow.db"))
 
 
 def run_of(tracker: Tracker, fingerprint: str) -> str:
@@ -28,7 +29,7 @@ def test_a_fingerprint_has_one_run_however_often_it_is_asked_for(tracker: Tracke
 def test_what_was_deleted_in_mlflow_is_restored_with_a_warning(
     tmp_path: Path, isolated_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracker = Tracker(prepared.mlflow_store(tmp_path / "mlflow.db"))
     run_id = run_of(tracker, "f" * 64)
     tracker.client.delete_experiment(tracker.experiment("experiment"))
     assert run_of(tracker, "f" * 64) == run_id

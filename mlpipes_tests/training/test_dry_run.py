@@ -42,6 +42,7 @@ METHODS = (
         "outputs",
         "validate",
         "selection_key",
+        "calibrate",
         "report",
         "scores",
     ),
@@ -83,7 +84,15 @@ def test_an_error_of_each_method_names_workload_method_and_line(
 
 def test_no_method_of_the_contract_is_left_out() -> None:
     own = {name for name, found in vars(Workload).items() if inspect.isfunction(found)}
-    assert own - {"prepare", "statistics"} == set(METHODS), "those two ran when the snapshot was made"
+    before = {"prepare", "statistics"}  # when the snapshot was made
+    assert own - before == {*METHODS, "calibrated"}, "and `calibrated` is called where `calibrate` gives parameters"
+
+
+class _Branching(nn.Module):
+    """What it computes depends on the numbers that it gets, which no exported program can."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0] if rows.sum().item() > 0 else rows[:, 1]
 
 
 @pytest.mark.parametrize(
@@ -113,11 +122,17 @@ def test_no_method_of_the_contract_is_left_out() -> None:
             lambda self, model, state: nn.init.ones_(model[0].weight),
             "gives another model than the one whose",
         ),
+        ("calibrate", lambda *_: {"temperature": 1.0}, "`calibrate` gives dict; it must give a `Calibration`"),
         ("deployable", lambda *_: None, "`deployable` gives NoneType"),
         (
             "deployable",
             lambda self, model, hp, info, columns: TorchProgram(model, np.zeros((4, 7), np.float32)),
             "a program that does not take its example",
+        ),
+        (
+            "deployable",
+            lambda self, model, hp, info, columns: TorchProgram(_Branching(), np.array(columns["row"][:4])),
+            "a program that torch cannot export: .*data-dependent",
         ),
     ],
 )
@@ -128,6 +143,23 @@ def test_what_a_method_must_give_is_said(
     text = said_of(tmp_path)
     assert re.search(said, text), text
     assert text.startswith("plain: `")
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "said"),
+    [
+        (lambda *_: None, "`calibrated` gives NoneType; it must give a model"),
+        (lambda self, model, calibration: nn.Linear(7, 3), "a program that does not take its example"),
+    ],
+)
+def test_what_is_deployed_is_the_calibrated_model(
+    calibrated: Callable[..., Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlpipes_tests.training.blobs import Blobs
+
+    monkeypatch.setattr(Blobs, "calibrated", calibrated)
+    with pytest.raises(TrainingFailedError, match=said):
+        run_here(make_job(tmp_path, "w1-b64-e1-g0", "mlpipes_tests.training.blobs:blobs"))
 
 
 def test_figures_that_a_few_rows_do_not_define_are_asked_of_more(

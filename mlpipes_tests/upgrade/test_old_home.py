@@ -150,7 +150,9 @@ def test_the_model_evaluates_to_the_same_figures(store: Store) -> None:
         folder, recipe = opened(store, name, scale)
         snapshot = open_snapshot(store.snapshots / recipe.snapshot)
         (old, *_) = evaluations_of(store, name, scale)
-        report, scores = evaluate(load_model(folder.model, snapshot), snapshot, "test")
+        model = load_model(folder.model, snapshot)
+        assert model.calibration is None, "it is evaluated as it is served"
+        report, scores = evaluate(model, snapshot, "test")
         np.testing.assert_allclose(scores, old.scores(), atol=1e-4)
         for metric, estimate in report.estimates.items():
             assert estimate.value == pytest.approx(old.estimate(metric).value, abs=1e-4)
