@@ -51,7 +51,7 @@ def standing(look: Look) -> JobStatus:
         return JobStatus(state, "; ".join(filter(None, [*out_of_memory(look.pods), _failure(status)])))
     if look.job["spec"].get("suspend") or deployed in ("Suspending", "Suspended"):
         return queueing(look)
-    if why := next(blocked(look), None):
+    if why := forbidden(look) or next(blocked(look), None):
         return why
     if deployed != "Running" or ray not in ("RUNNING", "SUCCEEDED", "FAILED", "STOPPED"):
         return JobStatus(JobState.PENDING, _starting(look))
@@ -106,6 +106,19 @@ def ahead(workload: Thing, queued: Sequence[Thing]) -> int:
 
 
 # -- pods ----------------------------------------------------------------------------------------------------------
+def forbidden(look: Look) -> JobStatus | None:
+    """Why pods are not even made: their namespace does not let them in as they are, or its ResourceQuota is used up."""
+    if len(look.pods) > _wanted(look.job):
+        return None
+    told = [
+        event for event in look.events if str(event.get("reason", "")).endswith("Pod") and "forbidden" in _said(event)
+    ]
+    if not told:
+        return None
+    state = JobState.PENDING if "exceeded quota" in _said(told[-1]) else JobState.REFUSED
+    return JobStatus(state, f"its pods are forbidden: {_said(told[-1]).partition('forbidden: ')[2]}")
+
+
 def blocked(look: Look) -> Iterator[JobStatus]:
     """What keeps pods from running, the gravest first."""
     if look.dead:
@@ -196,9 +209,9 @@ def silent_nodes(pods: Sequence[Thing]) -> Iterator[str]:
 def _starting(look: Look) -> str:
     if not look.pods:
         return f"KubeRay's operator makes its pods{_because(look)}"
-    ready = [pod for pod in look.pods if _is_ready(pod)]
-    if len(ready) < len(look.pods):
-        return f"{len(ready)} of {len(look.pods)} pods are ready{_because(look)}"
+    ready, all_of_them = [pod for pod in look.pods if _is_ready(pod)], 1 + _wanted(look.job)
+    if len(ready) < all_of_them:
+        return f"{len(ready)} of {all_of_them} pods are ready{_because(look)}"
     return "its pods are ready; KubeRay's operator starts the driver"
 
 
@@ -208,8 +221,12 @@ def _because(look: Look) -> str:
 
 
 def _last(events: Sequence[Thing], containing: str = "") -> str:
-    told = [event.get("message", "") for event in events if containing in event.get("message", "")]
-    return " ".join(told[-1].split())[:400] if told else ""
+    told = [_said(event) for event in events if containing in _said(event)]
+    return told[-1][:400] if told else ""
+
+
+def _said(event: Thing) -> str:
+    return " ".join(str(event.get("message", "")).split())
 
 
 def _was_up(job: Thing) -> bool:

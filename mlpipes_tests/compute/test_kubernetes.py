@@ -343,6 +343,11 @@ def workload(number: int = 0, reserved: dict[str, Any] | None = None, **changes:
     }
 
 
+def forbids(why: str) -> dict[str, Any]:
+    said = f'Failed to create worker Pod for the cluster x, pods "x" is forbidden: {why}'
+    return {"reason": "FailedToCreateWorkerPod", "message": said}
+
+
 HEAD, UP = pod("head"), ("Running", "RUNNING")
 UNPLACED = {
     "type": "PodScheduled",
@@ -397,6 +402,25 @@ QUEUED = [workload(1), workload(2), workload(3, priority=5), workload(4, queueNa
             JobState.REFUSED,
             'a container cannot be made: secret "s" not found',
         ),
+        # Pods that a namespace does not let in.
+        (
+            Look(
+                job("Initializing"), [HEAD], events=[forbids('violates PodSecurity "restricted:latest": hostNetwork')]
+            ),
+            JobState.REFUSED,
+            '^its pods are forbidden: violates PodSecurity "restricted:latest": hostNetwork$',
+        ),
+        (
+            Look(job("Initializing"), [HEAD], events=[forbids("exceeded quota: team, requested: cpu=4")]),
+            JobState.PENDING,
+            "^its pods are forbidden: exceeded quota: team",
+        ),
+        (
+            Look(job("Initializing"), [HEAD, pod(ready=False)], events=[forbids("violates PodSecurity")]),
+            JobState.PENDING,
+            "1 of 2 pods are ready",
+        ),
+        (Look(job("Initializing"), [HEAD]), JobState.PENDING, "1 of 2 pods are ready"),
         # Nodes.
         (
             Look(job("Initializing"), [HEAD, pod(ready=False, conditions=[UNPLACED])], nodes=NODES),
