@@ -50,6 +50,7 @@ def upscale(
         place,
         prepare,
         stop,
+        tidy,
     )
     from mlpipes.video.job import Encoding, describe
     from mlpipes.video.preview import preview_of
@@ -75,6 +76,7 @@ def upscale(
     )
     job = job.model_copy(update={"preview": preview})
     if delivered(job, result):
+        tidy(job)  # where a crash came between
         console.print(f"{result} is this video, upscaled so, already.", soft_wrap=True, highlight=False)
         return
     if result.exists() and not overwrite:

@@ -263,5 +263,10 @@ def deliver(job: VideoJob, result: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(result.parent)
+    tidy(job)
+
+
+def tidy(job: VideoJob) -> None:
+    """Remove the parts of a video that was delivered."""
     for part in (*job.folder.parts, job.folder.final, job.folder.preview):
         shutil.rmtree(part, ignore_errors=True)
