@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 3000
+NODES ?= 2
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlpipes needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
@@ -9,7 +10,7 @@ PORT ?= 3000
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all definitions format lint types benchmark chaos clean
+.PHONY: install demo dev test test-all test-cluster definitions format lint types benchmark chaos cluster cluster-down cluster-programs clean
 install: .venv/.installed
 
 demo: install
@@ -23,11 +24,15 @@ PYTEST = $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 1
 
 # What a change of code can break.
 test: lint types definitions
-	$(PYTEST) -m "not slurm and not browser and not chaos"
+	$(PYTEST) -m "not slurm and not browser and not chaos and not cluster"
 
-# All of it; what a program is missing for is skipped, and says so.
+# All but the Kubernetes cluster; what a program is missing for is skipped, and says so.
 test-all: lint types definitions
-	FUZZ_FILES=10000 $(PYTEST)
+	FUZZ_FILES=10000 $(PYTEST) -m "not cluster"
+
+# On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
+test-cluster: install cluster-programs
+	$(BIN)/pytest -m cluster
 
 definitions: install
 	$(BIN)/dagster definitions validate -w workspace.yaml
@@ -48,6 +53,16 @@ benchmark: install
 
 chaos: install
 	$(BIN)/python -m mlpipes_tests.chaos $(or $(N),1)
+
+# A Kubernetes of one's own to look at; it stays until `make cluster-down`.
+cluster: install
+	$(BIN)/python -m mlpipes_tests.cluster up $(NODES)
+
+cluster-down: install
+	$(BIN)/python -m mlpipes_tests.cluster down
+
+cluster-programs: install
+	$(BIN)/python -m mlpipes_tests.cluster.build
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,17 +1,19 @@
 """The Dagster definitions: explicit lists composed, nothing else."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
+from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE
 from mlpipes.orchestration.assets import partitions_of, workload_assets
 from mlpipes.orchestration.checks import workload_checks
 from mlpipes.orchestration.jobs import jobs_of
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
-from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow
+from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow, tidy_kubernetes
 from mlpipes.orchestration.video import GROUP, video_assets, video_job, video_sensor
 from mlpipes.training.code_version import unreadable
 from mlpipes.workloads.catalog import Entry, configured, offered, problems
@@ -38,10 +40,10 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
         jobs=[*jobs_of(entries), *([video_job()] if whole else [])],
         schedules=[nightly(entry) for entry in entries],
         sensors=[
-            failure_message,
+            *(failure_message, reports_follow()),
             *(lost_retries(entry.name) for entry in entries),
             *([lost_retries(GROUP), video_sensor()] if whole else []),
-            reports_follow(),
+            *([tidy_kubernetes] if os.environ.get(SETTINGS_VARIABLE) else []),
         ],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.
         executor=dg.in_process_executor,

@@ -123,6 +123,20 @@ def doctor_slurm(probe: Annotated[bool, typer.Option(help="also send a small job
         raise typer.Exit(1)
 
 
+@doctor_app.command("kubernetes")
+@friendly
+def doctor_kubernetes(probe: Annotated[bool, typer.Option(help="also send a pod to a node")] = False) -> None:
+    """Look at everything that training on Kubernetes needs, and say what is missing and what mends it."""
+    from mlpipes.compute.kubernetes_doctor import examine_kubernetes
+
+    good = True
+    for found in examine_kubernetes({entry.name: entry.scales for entry in configured()}, default_store(), probe=probe):
+        good &= found.good
+        _finding(found.good, found.what, found.detail)
+    if not good:
+        raise typer.Exit(1)
+
+
 @doctor_app.command("workloads")
 @friendly
 def doctor_workloads() -> None:

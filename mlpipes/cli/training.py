@@ -63,13 +63,15 @@ def _status_table() -> Group | str:
     found = list(all_statuses(default_store()))
     if not found:
         return f"No training in {default_store().root} yet."
-    failures = []
+    remarks = []
     for status in found:
         if status.state == "failed" and status.error:
             cause = escape(status.error.strip().partition("\n")[0])
-            failures.append(f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {cause}")
+            remarks.append(f"[red]{status.workload} {status.scale} seed {status.seed}[/]: {cause}")
+        if status.state == "waiting":
+            remarks.append(f"{status.workload} {status.scale} seed {status.seed} waits: {escape(status.reason)}")
     rows = [progress_text(status) for status in found]
-    return Group(fitting(rows, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"), *failures)
+    return Group(fitting(rows, "fingerprint", "checkpoint", "epoch", "samples/s", "seed"), *remarks)
 
 
 @app.command()

@@ -16,8 +16,10 @@ from typing import ClassVar
 
 from filelock import FileLock
 
+from mlpipes.compute import stacks
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.claims import submission_lock
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
 from mlpipes.store.training_job import TrainingJob, forget_handovers
@@ -98,12 +100,17 @@ def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float
 
     Returns at once where there is nothing to save yet, because the workers have not started to train.
     """
-    folder.stop_request(attempt).touch()
-    deadline, offset, started = time.monotonic() + seconds, 0, False
-    while time.monotonic() < deadline:
-        found, offset = read_messages(folder.messages(attempt), offset)
-        started |= any(isinstance(message, Started) for message in found)
-        if not started or any(isinstance(message, Stopping | Finished) for message in found):
+    request, path = folder.stop_request(attempt), folder.messages(attempt)
+    found, offset = read_messages(path)
+    started, was_asked = any(isinstance(message, Started) for message in found), request.exists()
+    # What was answered on pods or nodes that have gone since, the attempt is to be asked again.
+    latest = [message for message in found if isinstance(message, Started | Stopping | Finished)][-1:]
+    answered = any(isinstance(m, Finished) or (was_asked and isinstance(m, Stopping)) for m in latest)
+    request.touch()
+    deadline = time.monotonic() + seconds
+    while started and not answered and time.monotonic() < deadline:
+        found, offset = read_messages(path, offset)
+        if any(isinstance(message, Stopping | Finished) for message in found):
             return
         time.sleep(0.1)
 
@@ -129,6 +136,8 @@ class Jobs(ABC):
     """The command that starts Python there."""
     shares_machine: bool
     """Whether the job finds this checkout where it is here."""
+    doctor: ClassVar[str] = ""
+    """The command that says what is wrong with the place; empty where there is none."""
     poll_seconds: float = 1.0
     """How often the place is asked how a job stands."""
 
@@ -161,7 +170,7 @@ class Jobs(ABC):
         recipe, folder = job.recipe, job.folder
         name, jobs = name or self.name_of(job), folder.specification(0).parent
         jobs.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(jobs / "submit.lock")):  # of two callers at once, one submits and the other attaches
+        with FileLock(str(submission_lock(folder))):  # of two callers at once, one submits and the other attaches
             latest = self.latest(name)
             if latest is not None and latest[1].state in ALIVE:
                 return latest[0]
@@ -200,6 +209,14 @@ class Jobs(ABC):
     @abstractmethod
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         """What the job of a training printed; for people."""
+
+    def stacks(self, handle: JobHandle, folder: TrainingFolder) -> str:
+        """Keep the stacks of a training's processes, for whoever wants to know why it hung; says whose, and where."""
+        target = folder.path / "jobs" / f"a{handle.attempt}.stacks.txt"
+        return f"of the processes on this machine: {stacks.keep_stacks(folder.fingerprint, target)}"
+
+    def forget(self, handle: JobHandle, folder: TrainingFolder) -> None:  # noqa: B027
+        """Have nothing left of a job that has ended, where the place would keep it; what it printed stays in the store."""
 
     def follow(self, handle: JobHandle, folder: TrainingFolder, poll_seconds: float = 0.3) -> Iterator[Event]:
         """All messages of an attempt from its first, until the job has `Ended`.

@@ -113,6 +113,7 @@ class SlurmJobs(Jobs):
 
     name = "Slurm job"
     module = "mlpipes.compute.allocation"
+    doctor = "mlpipes doctor slurm"
 
     def __init__(self, settings: SlurmSettings, scale: RayScaleConfig, patience_seconds: float = 180) -> None:
         self.settings, self.scale = settings.of_scale(scale.key), scale

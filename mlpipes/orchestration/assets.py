@@ -1,12 +1,11 @@
 """The assets of a workload, partitioned by its Ray scales: dataset, snapshot, checkpoints, model, eval_report, champion."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import dagster as dg
 
-from mlpipes.compute.slurm import SETTINGS_VARIABLE
+from mlpipes.compute.places import has_queue
 from mlpipes.orchestration.live import live_asset
 from mlpipes.orchestration.metadata import mapping_table, user_errors
 from mlpipes.orchestration.model import materialize_champion, materialize_evaluation, materialize_model
@@ -26,7 +25,8 @@ from mlpipes.workloads.catalog import Entry
 
 OWNERS = ["team:ml-platform"]
 TRAINING_POOL = "training"
-"""Not used with Slurm: its queue decides how many train at once, and a slot held while a job waits in it helps nobody."""
+"""Not used where the place has a queue of its own: that decides how many train at once, and a slot held while a job waits
+in it helps nobody."""
 EVALUATION_POOL = "evaluation"
 PROMOTION_POOL = "promotion"
 """One at a time: two scales that finish together must not both compare with the same champion."""
@@ -123,7 +123,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         ),
         ins={"snapshot": upstream("snapshot")},
         code_version=code_version(entry.implementation),
-        pool=None if os.environ.get(SETTINGS_VARIABLE) else TRAINING_POOL,
+        pool=None if has_queue() else TRAINING_POOL,
     )
     def checkpoints(
         context: dg.AssetExecutionContext,

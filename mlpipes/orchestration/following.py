@@ -13,6 +13,7 @@ from mlpipes.compute.jobs import (
     JobHandle,
     Jobs,
     JobState,
+    JobStatus,
     Requeued,
     Waiting,
     ask_for_last_checkpoint,
@@ -20,7 +21,17 @@ from mlpipes.compute.jobs import (
 from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration.live import LiveView
 from mlpipes.store.layout import TrainingFolder
-from mlpipes.store.messages import Allocated, EpochEnded, Failed, Finished, Started, Warned
+from mlpipes.store.messages import (
+    Allocated,
+    EpochEnded,
+    Failed,
+    Finished,
+    MessageWriter,
+    Started,
+    Waits,
+    Warned,
+    read_messages,
+)
 from mlpipes.store.redaction import redact
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 
@@ -29,6 +40,8 @@ DEAD_SECONDS = 30.0
 FAREWELL_SECONDS = 20.0
 """What a cancelled training gets for its last checkpoint at most: a large model on a slow disk needs some seconds, and run
 monitoring gives a cancelled run a minute."""
+STOP_SECONDS = 25.0
+"""What the job of a cancelled training gets to end, within that minute."""
 MAX_JOBS = 5
 """Jobs that one step submits for a training that keeps dying without an error of its own and gets no further."""
 
@@ -54,7 +67,7 @@ def follow_training(
             context.log.info(f"{'Attached to' if handle.attached else 'Submitted'} {jobs.name} {handle.id}")
             end = _watch(context, jobs, handle, folder, stall_seconds, view, restarts)
             if folder.result.is_file():
-                _see_off(context, jobs, end.handle)
+                _see_off(context, jobs, end.handle, folder)
             else:
                 log = _settle(context, jobs, folder, end)
             status, cause = end.status, end.error or "no error reported"
@@ -70,7 +83,7 @@ def follow_training(
         )
 
 
-def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle) -> None:
+def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle, folder: TrainingFolder) -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
     deadline = time.monotonic() + DEAD_SECONDS
     while (status := jobs.status(handle)).state in (JobState.PENDING, JobState.RUNNING, JobState.REQUEUED):
@@ -81,20 +94,20 @@ def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle) -
             jobs.stop(handle)
             return
         time.sleep(0.2)
+    jobs.forget(handle, folder)
 
 
 def _settle(context: dg.AssetExecutionContext, jobs: Jobs, folder: TrainingFolder, end: "_End") -> str:
     """Deal with a job that ended without a result; returns the end of its log. Raises TrainingFailedError if it is final."""
-    from mlpipes.compute.stacks import keep_stacks
-
     handle = end.handle
     if end.status == JobState.STALLED:
-        stacks = keep_stacks(folder.fingerprint, folder.path / "jobs" / f"a{handle.attempt}.stacks.txt")
-        context.log.warning(f"Stacks of the stalled processes on this machine: {stacks}")
+        context.log.warning(f"Stacks {jobs.stacks(handle, folder)}")
     if end.status == JobState.REFUSED:
-        end.error, end.fatal = f"it waits and can never start, because of {end.error}; see `mlpipes doctor slurm`", True
+        end.error, end.fatal = f"it waits and can never start, because of {end.error}; see `{jobs.doctor}`", True
     if end.fatal or end.status in (JobState.DEAD, JobState.STALLED):
         jobs.stop(handle)
+    else:
+        jobs.forget(handle, folder)
     if end.fatal or end.status == JobState.STOPPED:
         forget_handovers(folder)
     if end.fatal:
@@ -136,11 +149,11 @@ def _watch(
                 heard = now
             match event:
                 case Waiting(status):
+                    if status.reason not in (why, "None"):
+                        why = status.reason
+                        _tell(context, jobs, handle, folder, status)
                     if status.state == JobState.PENDING:
                         beat_seen = heard = now
-                        if status.reason not in (why, "None"):
-                            why = status.reason
-                            context.log.info(f"{jobs.name} {handle.id} waits: {why}")
                         if folder.result.is_file():  # by an earlier attempt, on a node that was given up too soon
                             break
                     if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
@@ -180,9 +193,35 @@ def _watch(
         # the next attempt attaches to it.
         if is_cancelled(context):
             ask_for_last_checkpoint(folder, handle.attempt, FAREWELL_SECONDS)
-            jobs.stop(handle)
+            try:
+                jobs.stop(handle, STOP_SECONDS)
+            except ConnectionError as error:
+                context.log.warning(f"{error}. Look at it when the cluster answers again")
+            _note(folder, handle.attempt, "")
         raise
     return end
+
+
+def _tell(
+    context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle, folder: TrainingFolder, status: JobStatus
+) -> None:
+    """Have people know why a job waits, or what is wrong with one that runs: in the run's log, and in the store."""
+    reason = redact(status.reason)
+    if status.state == JobState.PENDING:
+        context.log.info(f"{jobs.name} {handle.id} waits: {reason}")
+        _note(folder, handle.attempt, reason)
+        return
+    _note(folder, handle.attempt, "")
+    if reason:
+        context.log.warning(f"{jobs.name} {handle.id}: {reason}")
+
+
+def _note(folder: TrainingFolder, attempt: int, reason: str) -> None:
+    """Note in the store why an attempt waits, for whoever asks it how trainings stand; empty when it does not any more."""
+    messages = MessageWriter(folder.messages(attempt))
+    told = [message for message in read_messages(messages.path)[0] if isinstance(message, Waits)]
+    if reason or (told and told[-1].reason):
+        messages(Waits(reason=reason))
 
 
 def is_cancelled(context: dg.AssetExecutionContext) -> bool:

@@ -44,7 +44,7 @@ class StoreResource(dg.ConfigurableResource):
 
 
 class RayResource(dg.ConfigurableResource):
-    """Where the Ray is that trains: on this machine, at an address, or in allocations of Slurm."""
+    """Where the Ray is that trains: on this machine, at an address, in allocations of Slurm, or in pods."""
 
     address: str | None = Field(
         default=None,
@@ -53,12 +53,16 @@ class RayResource(dg.ConfigurableResource):
     slurm: str | None = Field(
         default=None, description="file with the settings of Slurm, which then trains; default $MLPIPES_SLURM"
     )
+    kubernetes: str | None = Field(
+        default=None,
+        description="file with the settings of Kubernetes, which then trains; default $MLPIPES_KUBERNETES",
+    )
 
     def jobs(self, scale: "RayScaleConfig") -> "Jobs":
         """Where the trainings of a scale run; starts the private local Ray if that is meant and it does not run."""
         from mlpipes.compute.places import jobs_for
 
-        return jobs_for(scale, self.address, self.slurm)
+        return jobs_for(scale, self.address, self.slurm, self.kubernetes)
 
 
 class MlflowResource(dg.ConfigurableResource):

@@ -1,12 +1,13 @@
-"""Sensors: messages about runs that failed for good, retries that Dagster lost, reports that follow evaluations."""
+"""Sensors: messages about failed runs, retries that Dagster lost, reports that follow evaluations, a tidy cluster."""
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import dagster as dg
 from dagster import DagsterEventType
 
-from mlpipes.errors import ConfigError
+from mlpipes.errors import ConfigError, UserError
 from mlpipes.orchestration.alerts import WEBHOOK_VARIABLE, failure_text, send
 from mlpipes.orchestration.resources import StoreResource
 from mlpipes.store.environment import value_of
@@ -122,6 +123,30 @@ def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest
             "dagster/retry_number": str(int(run.tags.get("dagster/retry_number", "0")) + 1),
         },
     )
+
+
+@dg.sensor(
+    name="tidy_kubernetes",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Leaves nothing on the cluster of trainings that nobody follows any more.",
+)
+def tidy_kubernetes(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SkipReason:
+    """Delete RayJobs that have ended and whose run is over, and pods of theirs that a dead node holds."""
+    from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
+    from mlpipes.compute.kubernetes_tidy import tidy
+
+    def is_followed(run_id: str) -> bool:
+        run = context.instance.get_run_by_id(run_id) if run_id else None
+        return run is not None and not run.is_finished
+
+    try:
+        if not (path := value_of(SETTINGS_VARIABLE)):
+            return dg.SkipReason(f"{SETTINGS_VARIABLE} is not set")
+        done = list(tidy(KubernetesSettings.load(Path(path)), str(store.store.root), is_followed))
+    except (UserError, ConnectionError) as error:
+        return dg.SkipReason(str(error))
+    return dg.SkipReason("; ".join(done) or "there was nothing to tidy")
 
 
 def reports_follow() -> dg.AutomationConditionSensorDefinition:

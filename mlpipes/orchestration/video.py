@@ -274,7 +274,7 @@ def _observer(context: dg.AssetExecutionContext) -> Callable[["Progress"], None]
 def video_job() -> Any:
     """The whole chain of a video."""
     selection = dg.AssetSelection.groups(GROUP)
-    return dg.define_asset_job("video_chain", selection, description="Upscale a video", partitions_def=VIDEOS)
+    return dg.define_asset_job("video_chain", selection, description="Upscale a video")
 
 
 # -- the sensor --------------------------------------------------------------------------------------------------------

@@ -168,8 +168,8 @@ def _level(text: str) -> None:
 
 def _interface(text: str) -> None:
     known = [name for _, name in socket.if_nameindex()]
-    elsewhere = os.environ.get("MLPIPES_SLURM") or os.environ.get("MLPIPES_RAY_ADDRESS")
-    if not elsewhere and not all(name in known for name in text.split(",")):
+    elsewhere = ("MLPIPES_SLURM", "MLPIPES_KUBERNETES", "MLPIPES_RAY_ADDRESS", "KUBERNETES_SERVICE_HOST")
+    if not any(map(os.environ.get, elsewhere)) and not all(name in known for name in text.split(",")):
         raise ValueError(f"this machine's network interfaces are {', '.join(known)}")
 
 
@@ -196,6 +196,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("MLPIPES_SCALES", _K, _file),
         Variable("MLPIPES_RAY_ADDRESS", _K, _address),
         Variable("MLPIPES_SLURM", _K, _file),
+        Variable("MLPIPES_KUBERNETES", _K, _file),
         Variable("MLPIPES_CIFAR10", _K, _folder),
         Variable("MLPIPES_SST2", _K, _folder),
         Variable("MLPIPES_SST2_MODEL"),
@@ -219,6 +220,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("MLFLOW_LOGGING_LEVEL", _K, _level),
         Variable("MLFLOW_DISABLE_TELEMETRY", _K, _switch),
         Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", _K, _switch),
+        Variable("KUBECONFIG"),
         Variable("DAGSTER_HOME", _K, _existing_folder),
         Variable("DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS", _K, _seconds),
         Variable("HF_HUB_OFFLINE", _K, _switch),

@@ -76,6 +76,14 @@ class TrainingFolder:
         """A file that one attempt's driver touches while it lives."""
         return self.path / "jobs" / f"a{attempt}.heartbeat"
 
+    def claim(self, attempt: int) -> Path:
+        """Which job an attempt is of, where the job's entry point is run again by others."""
+        return self.path / "jobs" / f"a{attempt}.claim"
+
+    def log(self, attempt: int) -> Path:
+        """What one attempt's driver printed, where nobody else keeps it."""
+        return self.path / "jobs" / f"a{attempt}.log"
+
     def stop_request(self, attempt: int) -> Path:
         """A file whose presence asks one attempt for a last checkpoint, because it is about to be stopped."""
         return self.path / "jobs" / f"a{attempt}.stop"

@@ -45,6 +45,13 @@ class DriverStarted(_Message):
     scale: str
 
 
+class Waits(_Message):
+    """Why the attempt does not train, by whoever follows it; empty when it does not wait any more."""
+
+    kind: Literal["waits"] = "waits"
+    reason: str
+
+
 class Resumed(_Message):
     """The state of a checkpoint was restored."""
 
@@ -136,6 +143,7 @@ Message = Annotated[
     Allocated
     | ClusterUp
     | DriverStarted
+    | Waits
     | Resumed
     | Started
     | Progressed

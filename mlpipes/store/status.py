@@ -24,6 +24,8 @@ from mlpipes.store.messages import (
     Resumed,
     Started,
     Stopping,
+    Waits,
+    Warned,
     read_messages,
 )
 from mlpipes.store.references import TrainingReference
@@ -42,6 +44,8 @@ class TrainingState(StrEnum):
     FAILED = "failed"
     STOPPED = "stopped"
     """By request, with a last checkpoint."""
+    WAITING = "waiting"
+    """For nodes, a queue or an image; `reason` says what for."""
     SILENT = "silent"
     """Nothing was heard for a minute."""
 
@@ -64,6 +68,8 @@ class TrainingStatus:
     checkpoint: int | None = None
     """Step of the latest checkpoint of the latest attempt, or of the one that it went on from."""
     error: str | None = None
+    reason: str = ""
+    """What a waiting training waits for."""
 
 
 def latest_attempt(folder: TrainingFolder) -> int:
@@ -85,7 +91,7 @@ class _Reading:
         self.state, self.step, self.total, self.checkpoint = TrainingState.STARTING, 0, None, None
         self.metrics: dict[str, float] = {}
         self.error: str | None = None
-        self.stopping, self.last = False, 0.0
+        self.stopping, self.reason, self.last = False, "", 0.0
 
     def status(self) -> TrainingStatus | None:
         """The status now, or None if the recipe cannot be read."""
@@ -100,15 +106,21 @@ class _Reading:
         state = self.state
         if self.folder.result.is_file():
             state = TrainingState.FINISHED
+        elif state != TrainingState.FAILED and self.reason:
+            state = TrainingState.WAITING
         elif state == TrainingState.RUNNING and self.stopping:
             state = TrainingState.STOPPED
         elif state in (TrainingState.RUNNING, TrainingState.STARTING) and time.time() - self.last > _SILENT_SECONDS:
             state = TrainingState.SILENT
         figures = (state, self.step, self.total, dict(self.metrics), self.last, self.checkpoint, self.error)
-        return TrainingStatus(self.folder, *self._described, *figures)
+        return TrainingStatus(self.folder, *self._described, *figures, reason=self.reason)
 
     def _note(self, message: Message) -> None:
         self.last = max(self.last, message.time)
+        if isinstance(message, Waits):
+            self.reason = message.reason
+        elif not isinstance(message, Warned):
+            self.reason = ""
         if isinstance(message, Started | Resumed | Progressed | Finished):
             self.state, self.step, self.total = TrainingState.RUNNING, message.step, message.total_steps
         if isinstance(message, CheckpointSaved | Resumed):
@@ -119,8 +131,8 @@ class _Reading:
             self.metrics |= {f"validation_{name}": value for name, value in message.metrics.items()}
         elif isinstance(message, Failed):
             self.state, self.error = TrainingState.FAILED, message.error
-        elif isinstance(message, Stopping):
-            self.stopping = True
+        if isinstance(message, Stopping | Started):  # on other pods or nodes, the attempt may start again
+            self.stopping = isinstance(message, Stopping)
 
 
 class Statuses:

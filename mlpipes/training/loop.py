@@ -152,9 +152,10 @@ class Trainer:
                 self._finish_epoch()
             elif self._checkpoint_is_due():
                 self._save()
-            if not self._stopping and self.workers.rank == 0 and self.stop_is_asked():
-                # Asked for because the job is about to be ended from outside; until then it trains on.
-                self._stopping = True
+            was_stopping, self._stopping = self._stopping, self.workers.rank == 0 and self.stop_is_asked()
+            if self._stopping and not was_stopping:
+                # Asked for because the job is about to be ended from outside; until then it trains on, and where it is not
+                # ended after all, it may be asked again.
                 if step not in self.checkpoints.steps():
                     self._save()
                 self._tell(Stopping(step=step))

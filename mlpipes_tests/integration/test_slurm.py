@@ -81,7 +81,7 @@ class Training:
         environment |= {"MLPIPES_SLURM": str(self.folder / "slurm.yaml"), "MLPIPES_HOME": str(self.folder / "home")}
         with (self.folder / f"run{self.runs}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "mlpipes_tests.slurm_step", self.scale, str(self.folder / "instance")],
+                [sys.executable, "-m", "mlpipes_tests.held_step", self.scale, str(self.folder / "instance")],
                 cwd=CHECKOUT,
                 env=environment,
                 stdout=log,

@@ -16,6 +16,7 @@ from mlpipes.orchestration import following
 from mlpipes.orchestration.following import MAX_JOBS, _Restarts, follow_training
 from mlpipes.store.files import write_record
 from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import Waits, read_messages
 from mlpipes.store.training_job import TrainingJob
 from mlpipes_tests.compute.test_jobs import job_in
 
@@ -32,6 +33,7 @@ class Place(Jobs):
         self.scripts = list(jobs)
         self.submitted: list[JobHandle] = []
         self.stopped: list[JobHandle] = []
+        self.forgotten: list[JobHandle] = []
         self.answers: Answers = iter(())
 
     def latest(self, name: str) -> tuple[JobHandle, JobStatus] | None:
@@ -50,6 +52,9 @@ class Place(Jobs):
     def ask_to_stop(self, handle: JobHandle) -> None:
         self.stopped.append(handle)
         self.answers = iter([JobStatus(JobState.STOPPED)] * 9)
+
+    def forget(self, handle: JobHandle, folder: TrainingFolder) -> None:
+        self.forgotten.append(handle)
 
     def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
         return "what it printed"
@@ -180,3 +185,40 @@ def test_restarts_are_given_up_when_five_in_a_row_bring_no_checkpoint(tmp_path: 
         assert not restarts.are_in_vain()
     assert [restarts.are_in_vain() for _ in range(MAX_JOBS - 1)] == [False] * (MAX_JOBS - 2) + [True]
     assert str(restarts) == "5 jobs in a row ended without a result and got no further than step 19"
+
+
+def test_why_a_job_waits_is_noted_where_it_is_asked_for_and_nothing_is_left_of_it(job: TrainingJob) -> None:
+    def waiting_then_running() -> Answers:
+        for reason in ("3 ahead", "3 ahead", "2 ahead"):
+            yield JobStatus(JobState.PENDING, reason)
+        yield from finishing(job)()
+
+    place = Place(waiting_then_running)
+    follow(place, job)
+    told = [message.reason for message in read_messages(job.folder.messages(1))[0] if isinstance(message, Waits)]
+    assert told == ["3 ahead", "2 ahead", ""], "and that it waits no more"
+    assert place.forgotten == place.submitted
+
+
+def test_nothing_is_left_of_a_job_that_failed(job: TrainingJob) -> None:
+    place = Place(lambda: iter([JobStatus(JobState.FAILED, "exit 1")]), finishing(job))
+    follow(place, job)
+    assert place.forgotten == place.submitted
+
+
+def test_a_cancelled_run_submits_nothing_more_if_its_job_does_not_end(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(Place):
+        def stop(self, handle: JobHandle, timeout_seconds: float = 10) -> None:
+            raise ConnectionError("the operator, which takes its finalizer off, does not")
+
+    def interrupted() -> Answers:
+        yield RUNNING
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(following, "is_cancelled", lambda _: True)
+    place = Stuck(interrupted, finishing(job))
+    with pytest.raises(KeyboardInterrupt):
+        follow(place, job)
+    assert len(place.submitted) == 1

@@ -1,13 +1,23 @@
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.store.files import write_record
-from mlpipes.store.layout import Store
-from mlpipes.store.messages import CheckpointSaved, Failed, MessageWriter, Progressed, Stopping, read_messages
-from mlpipes.store.status import all_statuses, find_training, progress_text, trained_scales
+from mlpipes.store.layout import Store, TrainingFolder
+from mlpipes.store.messages import (
+    CheckpointSaved,
+    Failed,
+    MessageWriter,
+    Progressed,
+    Started,
+    Stopping,
+    Waits,
+    read_messages,
+)
+from mlpipes.store.status import TrainingStatus, all_statuses, find_training, progress_text, trained_scales
 from mlpipes.training.checkpoints import checkpoint_rows, prune_checkpoints
 from mlpipes_tests.training.harness import make_job, run_here
 
@@ -105,3 +115,27 @@ def test_a_last_checkpoint_is_written_when_asked_for(tmp_path) -> None:
     saved = next(message for message in messages if isinstance(message, CheckpointSaved))
     assert saved.step == 1
     assert isinstance(messages[messages.index(saved) + 2], Stopping), "after its metrics"
+
+
+def state_in(folder: TrainingFolder) -> TrainingStatus:
+    (found,) = all_statuses(Store(folder.path.parents[1]))
+    return found
+
+
+def test_a_training_that_waits_says_what_for_and_is_neither_silent_nor_stopped(tmp_path: Path) -> None:
+    job = make_job(tmp_path, SCALE)
+    job.recipe.write_to(job.folder.recipe)
+    messages = MessageWriter(job.folder.messages(1))
+    messages(Waits(time=1.0, reason="waits for quota in queue training: 3 ahead"))
+    found = state_in(job.folder)
+    assert (found.state, found.reason) == ("waiting", "waits for quota in queue training: 3 ahead")
+    messages(Waits(reason=""))
+    assert state_in(job.folder).state == "starting"
+    started = Started(step=3, total_steps=9, precision="fp32", workers=2)
+    messages(started)
+    messages(Stopping(step=4))
+    assert state_in(job.folder).state == "stopped"
+    messages(Waits(reason="1 of 2 worker pods are ready"))
+    assert state_in(job.folder).state == "waiting"
+    messages(started)  # on other pods
+    assert state_in(job.folder).state == "running"

@@ -1,6 +1,6 @@
 """A Dagster run that trains one scale of digits, behind barriers, in a process of its own, so that tests can kill it.
 
-`python -m mlpipes_tests.slurm_step <scale> <folder of the Dagster instance>`; exits with 0 if the run succeeded.
+`python -m mlpipes_tests.held_step <scale> <folder of the Dagster instance>`; exits with 0 if the run succeeded.
 """
 
 import sys

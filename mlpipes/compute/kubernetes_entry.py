@@ -1,0 +1,107 @@
+"""Inside a pod: what a RayJob's entry point runs, and what a pod does when it is told to go.
+
+Run as `python -m mlpipes.compute.kubernetes_entry <specification> <RayJob>` it claims an attempt and becomes its driver.
+With `--farewell SECONDS` it asks the job's current attempt for a last checkpoint and waits for it.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlpipes.store.claims import SupersededError, claim, claimed
+from mlpipes.store.environment import for_children
+from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.messages import Failed, Finished, MessageWriter, Started, Stopping, Warned, read_messages
+from mlpipes.store.training_job import TrainingJob
+
+SUPERSEDED = 4
+"""Exit code of a run that has nothing left to do, because another job continues the training."""
+_DEAD_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="mlpipes.compute.kubernetes_entry")
+    parser.add_argument("--farewell", type=float, metavar="SECONDS")
+    parser.add_argument("specification", type=Path)
+    parser.add_argument("job", help="the RayJob's name")
+    chosen = parser.parse_args(arguments)
+    if chosen.farewell is None:
+        return drive(chosen.specification, chosen.job)
+    folder = TrainingFolder(chosen.specification.absolute().parents[1])
+    if attempt := claimed(folder, chosen.job):
+        say_farewell(folder, attempt, chosen.farewell)
+    return 0
+
+
+def drive(specification: Path, rayjob: str) -> int:
+    """Claim an attempt and become its driver; returns only if the training is another job's by now."""
+    job = TrainingJob.read(specification)
+    job.take_over()
+    try:
+        attempt = claim(job.folder, rayjob, job.attempt)
+    except SupersededError as error:
+        print(error, file=sys.stderr)
+        return SUPERSEDED
+    if attempt != job.attempt:
+        first, job = job.attempt, job.model_copy(update={"attempt": attempt})
+        specification = job.write()  # what the first was handed over, it is handed on
+        notify = MessageWriter(job.folder.messages(attempt))
+        notify(Warned(text=f"the job's entry point runs again; attempt {attempt} goes on after attempt {first}"))
+    # What is printed is kept in the store, for the pod is gone with the job.
+    log = os.open(job.folder.log(attempt), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    return os.execve(  # noqa: S606 - no shell
+        sys.executable, [sys.executable, "-m", "mlpipes.training.driver", str(specification)], _environment()
+    )
+
+
+def _environment() -> dict[str, str]:
+    """This process's, by the table; the address of this Ray, which the table drops, is the driver's."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("RAY_") or name == "PYTHONPATH"}
+    return for_children() | kept
+
+
+def say_farewell(folder: TrainingFolder, attempt: int, seconds: float) -> None:
+    """Ask an attempt for a checkpoint and return when it is there, when there is nobody to make one, or in time.
+
+    The attempt may go on afterwards, on other pods, and be asked again; so the request is taken back.
+    """
+    request, beat = folder.stop_request(attempt), folder.heartbeat(attempt)
+    messages, offset = read_messages(folder.messages(attempt))
+    if not any(isinstance(message, Started) for message in messages) or _is_over(messages, folder):
+        return
+    deadline, seen, since = time.monotonic() + seconds, _modified(beat), time.monotonic()
+    try:
+        while (now := time.monotonic()) < deadline:
+            request.touch()  # again and again: another pod's farewell may have taken it back
+            found, offset = read_messages(folder.messages(attempt), offset)
+            if any(isinstance(message, Stopping) for message in found) or _is_over(found, folder):
+                return
+            if (current := _modified(beat)) != seen:
+                seen, since = current, now
+            if now - since > _DEAD_SECONDS:  # its driver is gone: nobody will answer
+                return
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        request.unlink(missing_ok=True)
+
+
+def _is_over(messages: Sequence[object], folder: TrainingFolder) -> bool:
+    return folder.result.is_file() or any(isinstance(message, Finished | Failed) for message in messages)
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,3 @@
+module mlpipes.test/pause
+
+go 1.24.0

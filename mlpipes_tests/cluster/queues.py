@@ -1,0 +1,42 @@
+"""Kueue's objects that make a queue."""
+
+from mlpipes_tests.cluster.kubectl import Manifest
+
+LABEL = "kueue.x-k8s.io/queue-name"
+"""The label by which a job waits in a queue."""
+NAME = "training"
+"""Of the queue in each namespace."""
+_VERSION = "kueue.x-k8s.io/v1beta2"
+
+
+def queue(namespace: str, quota: dict[str, str]) -> list[Manifest]:
+    """A queue of a namespace with a quota (`{"cpu": "2", "memory": "8Gi"}`); a higher priority preempts a lower one."""
+    resources = [{"name": name, "nominalQuota": amount} for name, amount in quota.items()]
+    return [
+        _named("ResourceFlavor", namespace),
+        _named("ClusterQueue", namespace)
+        | {
+            "spec": {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+                "preemption": {"withinClusterQueue": "LowerPriority"},
+                "resourceGroups": [
+                    {"coveredResources": list(quota), "flavors": [{"name": namespace, "resources": resources}]}
+                ],
+            }
+        },
+        _named("LocalQueue", NAME, namespace=namespace) | {"spec": {"clusterQueue": namespace}},
+    ]
+
+
+def priority(name: str, value: int) -> Manifest:
+    """A priority that jobs name by the label `kueue.x-k8s.io/priority-class`."""
+    return _named("WorkloadPriorityClass", name) | {"value": value}
+
+
+def of_cluster(namespace: str) -> list[str]:
+    """Which of a queue's objects a deletion of the namespace leaves: arguments of `kubectl delete`."""
+    return ["clusterqueue,resourceflavor", namespace]
+
+
+def _named(kind: str, name: str, **metadata: str) -> Manifest:
+    return {"apiVersion": _VERSION, "kind": kind, "metadata": {"name": name} | metadata}
