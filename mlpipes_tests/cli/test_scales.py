@@ -150,4 +150,5 @@ def test_what_a_disk_says_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     home.mkdir()
     (home / "store").write_text("no folder")
     monkeypatch.setenv("MLPIPES_HOME", str(home))
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     assert run("store", "--adopt").startswith("NotADirectoryError: Not a directory: ")
