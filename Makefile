@@ -10,7 +10,7 @@ NODES ?= 2
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all definitions format lint types benchmark chaos cluster cluster-down cluster-programs clean
+.PHONY: install demo dev test test-all test-cluster definitions format lint types benchmark chaos cluster cluster-down cluster-programs clean
 install: .venv/.installed
 
 demo: install
@@ -26,9 +26,13 @@ PYTEST = $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 1
 test: lint types definitions
 	$(PYTEST) -m "not slurm and not browser and not chaos and not cluster"
 
-# All of it; what a program is missing for is skipped, and says so.
+# All but the Kubernetes cluster; what a program is missing for is skipped, and says so.
 test-all: lint types definitions
-	FUZZ_FILES=10000 $(PYTEST)
+	FUZZ_FILES=10000 $(PYTEST) -m "not cluster"
+
+# On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
+test-cluster: install cluster-programs
+	$(BIN)/pytest -m cluster
 
 definitions: install
 	$(BIN)/dagster definitions validate -w workspace.yaml

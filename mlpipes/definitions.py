@@ -14,12 +14,15 @@ from mlpipes.orchestration.jobs import jobs_of
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow, tidy_kubernetes
+from mlpipes.orchestration.video import GROUP, video_assets, video_job, video_sensor
 from mlpipes.training.code_version import unreadable
 from mlpipes.workloads.catalog import Entry, configured, offered, problems
 
 
 def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     """All definitions of a catalog (default: as configured: the project's, what other packages add, the file of scales).
+
+    With the default come the assets of videos, which belong to no workload.
 
     What is wrong with another package is a warning in the log of the code location, once. `resources` replaces resources by
     key: `store`, `ray`, `mlflow`, `io_manager`. Raises ScaleError for a bad scale file.
@@ -30,15 +33,16 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
         entries = tuple(entry for entry in entries if entry.name not in without_code)
         for problem in (*problems().values(), *without_code.values()):
             logging.getLogger(__name__).warning(problem)
-    store = StoreResource()
+    store, whole = StoreResource(), catalog is None
     return dg.Definitions(
-        assets=[asset for entry in entries for asset in workload_assets(entry)],
+        assets=[*(asset for entry in entries for asset in workload_assets(entry)), *(video_assets() if whole else ())],
         asset_checks=[check for entry in entries for check in workload_checks(entry, partitions_of(entry))],
-        jobs=jobs_of(entries),
+        jobs=[*jobs_of(entries), *([video_job()] if whole else [])],
         schedules=[nightly(entry) for entry in entries],
         sensors=[
             *(failure_message, reports_follow()),
             *(lost_retries(entry.name) for entry in entries),
+            *([lost_retries(GROUP), video_sensor()] if whole else []),
             *([tidy_kubernetes] if os.environ.get(SETTINGS_VARIABLE) else []),
         ],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.

@@ -37,5 +37,9 @@ class TrainingFailedError(UserError):
     """A training ended without a result; the message carries the cause that its driver reported."""
 
 
+class UpscalingFailedError(UserError):
+    """A video could not be upscaled; the message carries the cause. What was done is kept, and the next call goes on."""
+
+
 class LeaseLostError(UserError):
     """Another job has taken over the training; this one must not write any more."""

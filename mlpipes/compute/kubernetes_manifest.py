@@ -160,6 +160,7 @@ def ray_job(
         "spec": {
             # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
             "entrypoint": " ".join(["exec", *entry, *arguments]),
+            **_reserved(scale),
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
             "shutdownAfterJobFinishes": True,
@@ -191,6 +192,14 @@ def ray_job(
 
 
 _START = {"object-store-memory": str(_OBJECT_STORE_BYTES)}
+
+
+def _reserved(scale: RayScaleConfig) -> dict[str, Any]:
+    """What the entry point itself needs: the only worker of a scale, it is to run in a worker's pod, with its devices."""
+    if not scale.trains_in_driver:
+        return {}
+    gpus = {"entrypointNumGpus": scale.gpus_per_worker} if scale.gpus_per_worker else {}
+    return {"entrypointNumCpus": scale.cpus_per_worker} | gpus
 
 
 def _pod(

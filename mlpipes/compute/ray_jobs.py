@@ -57,13 +57,7 @@ class RayJobs(Jobs):
         self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
     ) -> JobHandle:
         """Submit an attempt, or attach to it if somebody else has."""
-        submission_id, scale = f"{name}-a{attempt}", TrainingJob.read(specification).recipe.scale
-        reserved: dict[str, Any] = {}
-        if scale.trains_in_driver:
-            reserved = {
-                "entrypoint_num_cpus": scale.cpus_per_worker,
-                "entrypoint_num_gpus": scale.gpus_per_worker or None,
-            }
+        submission_id, reserved = f"{name}-a{attempt}", self._reserved(specification)
         # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
         command = f"exec {self.python} -m {self.module} {shlex.quote(str(specification))}"
         try:
@@ -82,6 +76,13 @@ class RayJobs(Jobs):
             return JobHandle(submission_id, attempt, attached=True)
         self.submitted.add(submission_id)
         return JobHandle(submission_id, attempt, attached=False)
+
+    def _reserved(self, specification: Path) -> dict[str, Any]:
+        """What a driver itself needs of the cluster: a worker's part, where it is the worker."""
+        scale = TrainingJob.read(specification).recipe.scale
+        if not scale.trains_in_driver:
+            return {}
+        return {"entrypoint_num_cpus": scale.cpus_per_worker, "entrypoint_num_gpus": scale.gpus_per_worker or None}
 
     def status(self, handle: JobHandle) -> JobStatus:
         """How a job stands; LOST if the head does not know it."""

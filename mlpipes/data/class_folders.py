@@ -58,6 +58,20 @@ def find_images(root: Path, train: Sequence[str] | None, test: str | None, ignor
     return ClassFolders(_class_names(root, splits), splits, passed)
 
 
+def images_below(root: Path) -> tuple[list[Path], set[Path]]:
+    """The images at any depth below a folder in the order of their paths' bytes, and the files that are none.
+
+    Raises DataError if there is no image.
+    """
+    passed: set[Path] = set()
+    found = sorted(_walk(root, passed), key=os.fsencode)
+    if not found:
+        raise DataError(
+            f"{shown(root)} has no image; files are known by their extensions: {', '.join(sorted(EXTENSIONS))}"
+        )
+    return found, passed
+
+
 def _assert_all_named(there: Mapping[str, Path], train: Sequence[str], test: str | None, passed: set[Path]) -> None:
     """Raises DataError for images that are in no split."""
     for name, folder in there.items():

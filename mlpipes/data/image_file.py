@@ -1,5 +1,6 @@
 """One image file as pixels: whatever its mode, depth, transparency and orientation, uint8 of one size and colour."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
@@ -46,44 +47,12 @@ class Decoder:
 
     def __call__(self, content: bytes) -> np.ndarray:
         """The pixels of a file's bytes, uint8 of `shape`. Raises ValueError saying what is wrong with them."""
-        if not content:
-            raise ValueError("it is empty")
-        if ImageFile.LOAD_TRUNCATED_IMAGES:
-            raise ValueError(
-                "something in this process set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: half images would pass"
-            )
-        try:
-            return self._pixels(content)
-        except UnidentifiedImageError as error:
-            raise ValueError(_unidentified(content)) from error
-        except ValueError:
-            raise
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error and others
-            raise ValueError(f"{error} ({type(error).__name__})") from error
+        # A large JPEG is decoded at a half, a quarter or an eighth, at least twice as large as it ends.
+        return _decoded(content, self.background, self._pixels, 2 * max(self.height, self.width))
 
-    def _pixels(self, content: bytes) -> np.ndarray:
-        with Image.open(BytesIO(content), formats=_FORMATS) as opened:
-            # A camera's MPO holds the photograph and then its previews.
-            if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":
-                raise ValueError(f"it is animated: save the one of its {frames} frames that is meant")
-            side = 2 * max(self.height, self.width)
-            # A large JPEG is decoded at a half, a quarter or an eighth, at least twice as large as it ends.
-            opened.draft(None, (side, side))
-            image = ImageOps.exif_transpose(opened)
-        mode = "RGB" if self.colour == "rgb" else "L"
-        image = self._fitted(self._opaque(image).convert(mode))
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        image = self._fitted(image.convert("RGB" if self.colour == "rgb" else "L"))
         return np.asarray(image).reshape(self.height, self.width, -1).transpose(2, 0, 1)
-
-    def _opaque(self, image: Image.Image) -> Image.Image:
-        """In mode L or RGB."""
-        if image.mode == "I;16":
-            image = _of_8_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*(self.background,) * 3, 255)), image)
-        if image.mode not in ("1", "L", "P", "RGB", "RGBA", "CMYK"):
-            raise ValueError(f"its pixels are of Pillow's mode {image.mode}, which has no known range")
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         size = (self.width, self.height)
@@ -99,6 +68,54 @@ class Decoder:
         paper = Image.new(image.mode, size, (self.background,) * len(image.getbands()))
         paper.paste(inside, ((size[0] - inside.width) // 2, (size[1] - inside.height) // 2))
         return paper
+
+
+def whole_picture(content: bytes) -> np.ndarray:
+    """The pixels of a file's bytes at the size that they have, uint8 (H, W, 3), on white where they are transparent.
+
+    Raises ValueError saying what is wrong with them.
+    """
+    return _decoded(content, 255, lambda image: np.asarray(image.convert("RGB")))
+
+
+def _decoded(
+    content: bytes, background: int, pixels: Callable[[Image.Image], np.ndarray], least_side: int | None = None
+) -> np.ndarray:
+    """The `pixels` of the image, upright and opaque, that a file's bytes hold. Raises ValueError saying what is wrong."""
+    if not content:
+        raise ValueError("it is empty")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("something in this process set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: half images would pass")
+    try:
+        return pixels(_opaque(_opened(content, least_side), background))
+    except UnidentifiedImageError as error:
+        raise ValueError(_unidentified(content)) from error
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error and others
+        raise ValueError(f"{error} ({type(error).__name__})") from error
+
+
+def _opened(content: bytes, least_side: int | None) -> Image.Image:
+    with Image.open(BytesIO(content), formats=_FORMATS) as opened:
+        # A camera's MPO holds the photograph and then its previews.
+        if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":
+            raise ValueError(f"it is animated: save the one of its {frames} frames that is meant")
+        if least_side is not None:
+            opened.draft(None, (least_side, least_side))
+        return ImageOps.exif_transpose(opened)
+
+
+def _opaque(image: Image.Image, background: int) -> Image.Image:
+    """In mode L or RGB."""
+    if image.mode == "I;16":
+        image = _of_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*(background,) * 3, 255)), image)
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA", "CMYK"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, which has no known range")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def decoder_versions() -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -74,11 +74,7 @@ class ImageFolder:
     @property
     def folder(self) -> Path:
         """The root as it is on this machine. Raises DataError if it is no folder."""
-        path = Path(os.path.expandvars(self.root)).expanduser().absolute()
-        if not path.is_dir():
-            variable = " Is the environment variable set?" if "$" in str(path) else ""
-            raise DataError(f"there is no folder {shown(path)} to read images from.{variable}")
-        return path
+        return folder_here(self.root)
 
     def load(self) -> Dataset:
         """Splits `train`, and `test` if there is such a folder: `image` uint8 (N, C, H, W), `label` int64 (N,).
@@ -89,7 +85,7 @@ class ImageFolder:
         found = find_images(root, self.train_folders, self.test_folder, self.ignored_folders)
         names, passed = found.names, found.passed
         paths = [path for classes in found.splits.values() for name in names for path in classes.get(name, ())]
-        images, end, splits = self._images(root, paths), 0, {}
+        images, end, splits = decoded_files(root, paths, self.decoder), 0, {}
         for split, classes in found.splits.items():
             counts = [len(classes.get(name, ())) for name in names]
             begin, end = end, end + sum(counts)
@@ -108,29 +104,55 @@ class ImageFolder:
             facts={"class_names": names, "pixel_maximum": 255},
         )
 
-    def _images(self, root: Path, paths: Sequence[Path]) -> np.ndarray:
-        """The decoded files, uint8 (N, C, H, W), memory-mapped from the cache; decoded now if they are not there."""
-        digests, decoder = _each(root, paths, lambda row: _digest(paths[row]), "reading"), self.decoder
-        key = digest_of({"version": VERSION, "decoder": repr(decoder), "with": decoder_versions(), "files": digests})
-        cache = home() / "cache" / KIND
-        cache.mkdir(parents=True, exist_ok=True)
-        # One process decodes, and those that want the same wait for it; one that dies lets go of the lock.
-        with FileLock(str(cache / f"{key}.lock")):
-            if not _is_there(cache / key):
-                for leftover in cache.glob(f".tmp-{key}-*"):
-                    shutil.rmtree(leftover)
-                with publishing(cache / key, kind=KIND, version=VERSION) as draft:
-                    images = _empty(draft.path / _FILE, (len(paths), *decoder.shape))
 
-                    def decode(row: int) -> None:
-                        content = paths[row].read_bytes()
-                        if hashlib.sha256(content).hexdigest() != digests[row]:
-                            raise ValueError("it changed while the folder was read")
-                        images[row] = decoder(content)
+def folder_here(root: str | Path) -> Path:
+    """A folder as it is on this machine, `~` and environment variables expanded. Raises DataError if it is none."""
+    path = Path(os.path.expandvars(root)).expanduser().absolute()
+    if not path.is_dir():
+        variable = " Is the environment variable set?" if "$" in str(path) else ""
+        raise DataError(f"there is no folder {shown(path)} to read images from.{variable}")
+    return path
 
-                    _each(root, paths, decode, "decoding")
-                    images.flush()
-        return np.load(cache / key / _FILE, mmap_mode="r", allow_pickle=False)
+
+class Decoding(Protocol):
+    """What turns a file's bytes into an array uint8 of `shape`; its `repr` says all that the pixels depend on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of every array."""
+        ...
+
+    def __call__(self, content: bytes) -> np.ndarray:
+        """The array. Raises ValueError saying what is wrong with the file."""
+        ...
+
+
+def decoded_files(root: Path, paths: Sequence[Path], decoder: Decoding) -> np.ndarray:
+    """The decoded files, uint8 (N, …), memory-mapped from the cache; decoded now if they are not there.
+
+    Raises DataError naming those that cannot be used, relative to the root.
+    """
+    digests = _each(root, paths, lambda row: _digest(paths[row]), "reading")
+    key = digest_of({"version": VERSION, "decoder": repr(decoder), "with": decoder_versions(), "files": digests})
+    cache = home() / "cache" / KIND
+    cache.mkdir(parents=True, exist_ok=True)
+    # One process decodes, and those that want the same wait for it; one that dies lets go of the lock.
+    with FileLock(str(cache / f"{key}.lock")):
+        if not _is_there(cache / key):
+            for leftover in cache.glob(f".tmp-{key}-*"):
+                shutil.rmtree(leftover)
+            with publishing(cache / key, kind=KIND, version=VERSION) as draft:
+                images = _empty(draft.path / _FILE, (len(paths), *decoder.shape))
+
+                def decode(row: int) -> None:
+                    content = paths[row].read_bytes()
+                    if hashlib.sha256(content).hexdigest() != digests[row]:
+                        raise ValueError("it changed while the folder was read")
+                    images[row] = decoder(content)
+
+                _each(root, paths, decode, "decoding")
+                images.flush()
+    return np.load(cache / key / _FILE, mmap_mode="r", allow_pickle=False)
 
 
 def _is_there(path: Path) -> bool:

@@ -109,6 +109,19 @@ def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: st
     return png_of(figure)
 
 
+def side_by_side(images: np.ndarray, captions: Sequence[str], columns: int, title: str) -> bytes:
+    """Pictures uint8 (N, 3, H, W) in rows of so many, large enough to see single pixels; captions above each."""
+    rows = -(-len(images) // columns)
+    figure, grid = new_figure(2.4 * columns, 2.65 * rows + 0.3, rows=rows, columns=columns)
+    for axes in np.atleast_1d(grid).reshape(-1):
+        axes.axis("off")
+    for axes, picture, caption in zip(np.atleast_1d(grid).reshape(-1), images, captions, strict=False):
+        axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
+        axes.set_title(caption, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return png_of(figure)
+
+
 def history(points: Sequence[tuple[str, Any, bool | None]], metric: str) -> bytes:
     """A figure over time with its intervals; `points` are (date, `Estimate`, passed), and crosses did not pass."""
     figure, axes = new_figure(9, 3.2)

@@ -41,6 +41,12 @@ CATALOG = (
         "mlpipes.workloads.text_classification:sst2",
         ["w1-b32-e2-g0", "w2-b32-e2-g0", "w4-b32-e2-g0", "w1-b128-e3-g1", "w4-b128-e3-g1"],
     ),
+    entry(
+        "video_sr",
+        "Super-resolution of video frames, ×2 to ×4, one or several at once; bundled photographs, embedded and offline",
+        "mlpipes.workloads.super_resolution:video_sr",
+        ["w1-b16-e28-g0", "w2-b16-e28-g0"],
+    ),
 )
 
 

@@ -63,7 +63,7 @@ def test_an_unknown_scale_says_which_there_are_and_how_to_add_one(command: list[
 @names
 def test_an_unknown_workload_says_which_there_are(command: list[str]) -> None:
     output = run(*(word.replace("digits", "nope") for word in command))
-    assert "ConfigError: unknown workload 'nope'; known are digits, cifar10, docstrings, sst2." in output
+    assert "ConfigError: unknown workload 'nope'; known are digits, cifar10, docstrings, sst2, video_sr." in output
     assert "mlpipes.workloads.catalog" in output
 
 

@@ -226,6 +226,14 @@ def test_pods_are_restricted_and_survive_tidying(tmp_path: Path) -> None:
         assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}} in spec["volumes"]
 
 
+def test_an_entry_point_that_is_the_only_worker_goes_to_a_workers_pod(tmp_path: Path) -> None:
+    asked = ("entrypointNumCpus", "entrypointNumGpus")
+    alone = manifest(tmp_path, RayScaleConfig.from_key("w1-b128-e30-g0.5-c2"))["spec"]
+    assert [alone.get(name) for name in asked] == [2, 0.5]
+    assert "entrypointNumGpus" not in manifest(tmp_path, RayScaleConfig.from_key("w1-b128-e30-g0"))["spec"]
+    assert not set(asked) & set(manifest(tmp_path)["spec"])
+
+
 def test_a_job_is_ended_by_us_and_owned_by_the_release(tmp_path: Path) -> None:
     made = manifest(tmp_path)
     spec = made["spec"]

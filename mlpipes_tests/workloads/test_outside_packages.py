@@ -17,7 +17,7 @@ from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import ConfigError, DataError, ScaleError
 from mlpipes.training.code_version import code_version
 from mlpipes.workloads import packages
-from mlpipes.workloads.catalog import configured, entry_named, offered, problems
+from mlpipes.workloads.catalog import CATALOG, configured, entry_named, offered, problems
 from mlpipes_tests.documents import page
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.training.harness import make_job, run_here
@@ -207,7 +207,7 @@ def test_a_broken_one_is_left_out_with_one_error_and_the_others_load(site: Path,
     assert caught.match(said)
     assert "\n" not in str(caught.value)
     names = [entry.name for entry in configured()]
-    assert names == ["digits", "cifar10", "docstrings", "sst2", "good"]
+    assert names == ["digits", "cifar10", "docstrings", "sst2", "video_sr", "good"]
     assert entry_named("digits").implementation.startswith("mlpipes."), "never another one's"
 
 
@@ -216,7 +216,7 @@ def test_two_packages_with_one_name_are_one_error_and_neither_is_taken(site: Pat
     for package in ("first", "second"):
         text = entry_text("mine", f"{package}_package")
         distribution(site, package, f"mine = {package}_package:it", {f"{package}_package": text})
-    assert [entry.name for entry in configured()][4:] == ["good"]
+    assert [entry.name for entry in configured()][len(CATALOG) :] == ["good"]
     assert list(problems()) == ["mine"]
     assert problems()["mine"].startswith(
         "workload 'mine' of first 0 and second 0 (entry point `mine = first_package:it` and `mine = second_package:it` of "

@@ -1,0 +1,272 @@
+"""Following a video: its Ray job is submitted or found again, watched by what it leaves in the store, submitted again."""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mlpipes.compute.jobs import ALIVE, JobHandle, JobState, python_path
+from mlpipes.compute.places import ADDRESS_VARIABLE, resolve
+from mlpipes.compute.ray_jobs import RayJobs
+from mlpipes.compute.slurm import SETTINGS_VARIABLE
+from mlpipes.errors import ConfigError, UpscalingFailedError
+from mlpipes.store.environment import value_of
+from mlpipes.store.files import fsync, read_record, sha256_file, write_record
+from mlpipes.store.layout import Store, home
+from mlpipes.store.messages import Failed, Warned, read_messages
+from mlpipes.video.chunks import UPSCALED, open_chunk
+from mlpipes.video.disk import check_disk, expected_frames
+from mlpipes.video.job import SEGMENT, Encoding, Plan, VideoJob, chunk_length, suffix_of
+from mlpipes.video.joining import check_container, file_of, final_of
+from mlpipes.video.models import pin
+from mlpipes.video.probe import probe
+
+MAX_ATTEMPTS = 5
+"""Jobs in a row that got no further."""
+_POLL_SECONDS = 0.5
+
+
+class VideoJobs(RayJobs):
+    """The Jobs API of a cluster, for videos."""
+
+    module = "mlpipes.video.driver"
+
+    def _reserved(self, specification: Path) -> dict[str, Any]:
+        return {}  # the driver reads the source and joins the result: little beside what its workers do
+
+
+def check_place() -> None:
+    """Raises ConfigError if the environment has jobs run where videos cannot."""
+    if slurm := value_of(SETTINGS_VARIABLE):
+        raise ConfigError(
+            f"{SETTINGS_VARIABLE}={slurm}: videos are not upscaled on Slurm yet. Unset it to use this machine, or "
+            f"name a Ray in {ADDRESS_VARIABLE}"
+        )
+
+
+def place(address: str | None = None) -> VideoJobs:
+    """Where videos are upscaled: the Ray at an address (default as configured), else this machine's, started if need be.
+
+    Raises ConfigError for Slurm.
+    """
+    check_place()
+    return VideoJobs(resolve(address))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a video is, in frames, by what the store holds."""
+
+    total: int
+    """As planned, or as expected while the source is cut."""
+    cut: int
+    upscaled: int
+    encoded: int
+
+    @property
+    def all(self) -> int:
+        """What grows with anything that is done."""
+        return self.cut + self.upscaled + self.encoded
+
+
+def prepare(
+    path: Path,
+    result: Path,
+    store: Store,
+    *,
+    model: str,
+    scale: int | None,
+    workers: int,
+    chunk: int | None = None,
+    precision: str = "fp32",
+    encoding: Encoding | None = None,
+) -> VideoJob:
+    """Look at everything that could be wrong, and say what is to be done; starts nothing.
+
+    Raises DataError for a file that cannot be upscaled, ConfigError for what is asked for, PreflightError for a full disk.
+    """
+    suffix, source = suffix_of(result), probe(path)
+    job = VideoJob(
+        source=source,
+        source_digest=sha256_file(Path(source.path)),
+        model=pin(model, scale, store, precision),
+        encoding=encoding or Encoding(),
+        suffix=suffix,
+        store=str(store.root.absolute()),
+        chunk=chunk_length(chunk),
+        workers=workers,
+    )
+    source.check_unchanged()
+    check_container(job)
+    if final_of(job) is None:
+        check_disk(job)
+    return job
+
+
+def is_done(job: VideoJob) -> bool:
+    """Whether what the job is to make is in the store."""
+    if job.until == "final":
+        return final_of(job) is not None
+    with suppress(FileNotFoundError):
+        plan, folder = Plan.read(job.folder.plan), job.folder
+        return all(open_chunk(folder.upscaled_chunk(i), UPSCALED) is not None for i in range(plan.chunks))
+    return False
+
+
+def progress_of(job: VideoJob) -> Progress:
+    """How far a video is."""
+    folder = job.folder
+    try:
+        total = Plan.read(folder.plan).frames
+    except FileNotFoundError:
+        total = expected_frames(job.source)
+
+    def frames(part: Path, length: int) -> int:
+        found = sum(1 for path in part.iterdir() if path.name.isdigit()) if part.is_dir() else 0
+        return min(found * length, total or found * length)
+
+    return Progress(
+        total=total,
+        cut=frames(folder.source_chunk(0).parent, job.chunk),
+        upscaled=frames(folder.upscaled_chunk(0).parent, job.chunk),
+        encoded=frames(folder.segment(0).parent, SEGMENT),
+    )
+
+
+def follow(
+    job: VideoJob,
+    jobs_of: Callable[[], VideoJobs],
+    show: Callable[[Progress], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Have a video made, whoever dies meanwhile; returns when it `is_done`.
+
+    When it is interrupted, the job goes on, for the next call to find; `stop` ends it. Raises UpscalingFailedError with
+    the cause.
+    """
+    job.write_to(job.folder.job)
+    in_vain, reached = 0, -1
+    while not is_done(job):
+        now = progress_of(job).all
+        in_vain, reached = (1, now) if now > reached else (in_vain + 1, reached)
+        if in_vain > MAX_ATTEMPTS:
+            raise UpscalingFailedError(
+                f"{MAX_ATTEMPTS} jobs in a row got no further; the last one said: {_last_words(job) or 'nothing'}"
+            )
+        try:
+            jobs = jobs_of()
+            fatal = _watch(jobs, attach_or_submit(jobs, job), job, show, warn)
+        except ConnectionError as error:
+            warn(f"{error}; trying again")
+            continue
+        if fatal:
+            raise UpscalingFailedError(fatal)
+    show(progress_of(job))
+
+
+def stop(job: VideoJob, jobs: VideoJobs) -> None:
+    """End the job of a video, if there is one; what was done is kept."""
+    with suppress(ConnectionError):
+        latest = jobs.latest(_name(job))
+        if latest is not None and latest[1].state in ALIVE:
+            jobs.stop(latest[0])
+
+
+def _name(job: VideoJob) -> str:
+    """The name under which a video's jobs are found: which video, and for which store."""
+    return f"video-{job.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
+
+
+def attach_or_submit(jobs: VideoJobs, job: VideoJob) -> JobHandle:
+    """The job of a video: the one that is alive, or the next attempt, submitted."""
+    folder, name = job.folder, _name(job)
+    specifications = folder.specification(0).parent
+    specifications.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(specifications / "submit.lock")):  # of two callers at once, one submits and the other attaches
+        latest = jobs.latest(name)
+        if latest is not None and latest[1].state in ALIVE:
+            return latest[0]
+        earlier = [int(path.stem[1:]) for path in specifications.glob("a*.json")]
+        attempt = 1 + max([latest[0].attempt if latest else 0, *earlier])
+        specification = folder.specification(attempt)
+        job.model_copy(update={"attempt": attempt}).write_to(specification)
+        environment = {"MLPIPES_HOME": str(home()), "PYTHONUNBUFFERED": "1"}
+        if jobs.shares_machine:
+            environment["PYTHONPATH"] = python_path()
+        return jobs.submit(name, specification, attempt, environment, f"video {Path(job.source.path).name}")
+
+
+def _watch(
+    jobs: VideoJobs,
+    handle: JobHandle,
+    job: VideoJob,
+    show: Callable[[Progress], None],
+    warn: Callable[[str], None],
+) -> str:
+    """Follow an attempt to its end; returns the error that another attempt would not mend."""
+    offset, messages = 0, job.folder.messages(handle.attempt)
+    while True:
+        state = jobs.status(handle).state
+        found, offset = read_messages(messages, offset)
+        for message in found:
+            if isinstance(message, Warned):
+                warn(message.text)
+            elif isinstance(message, Failed):
+                if message.fatal:
+                    return message.error
+                warn(message.error)
+        show(progress_of(job))
+        if state not in ALIVE:
+            if state == JobState.STOPPED:
+                raise UpscalingFailedError("the job was stopped; the same command goes on where it was")
+            return ""
+        time.sleep(_POLL_SECONDS)
+
+
+def _last_words(job: VideoJob) -> str:
+    logs = sorted(job.folder.messages(0).parent.glob("a*.jsonl"), key=lambda path: path.stat().st_mtime)
+    said = [m for path in logs[-1:] for m in read_messages(path)[0] if isinstance(m, Failed | Warned)]
+    return str(getattr(said[-1], "error", None) or getattr(said[-1], "text", "")) if said else ""
+
+
+# -- where the result goes -----------------------------------------------------------------------------------------------
+def delivered(job: VideoJob, result: Path) -> bool:
+    """Whether a file is what the job made, by its bytes."""
+    try:
+        record = read_record(job.folder.result)
+    except FileNotFoundError:
+        return False
+    return result.is_file() and result.stat().st_size == record["bytes"] and sha256_file(result) == record["sha256"]
+
+
+def deliver(job: VideoJob, result: Path) -> None:
+    """Move the finished video to where the user wants it, at once or not at all, and remove its parts."""
+    final = final_of(job)
+    if final is None:
+        raise UpscalingFailedError(f"{job.folder.final} is gone; give the same command again")
+    made = file_of(job, final)
+    write_record(job.folder.result, {**final.files[made.name], "file": str(result)})
+    temporary = result.with_name(f".{result.name}.mlpipes-part")
+    try:
+        try:
+            made.rename(result)
+        except OSError:  # another disk
+            shutil.copyfile(made, temporary)
+            fsync(temporary)
+            temporary.replace(result)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(result.parent)
+    tidy(job)
+
+
+def tidy(job: VideoJob) -> None:
+    """Remove the parts of a video that was delivered."""
+    for part in (*job.folder.parts, job.folder.final, job.folder.preview):
+        shutil.rmtree(part, ignore_errors=True)
