@@ -16,7 +16,8 @@ _NO_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNe
 _NO_CONTAINER = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _NEVER_AN_IMAGE = ("not found", "manifest unknown", "denied", "unauthorized", "InvalidImageName", "ErrImageNeverPull")
 _NEVER_ADMITTED = ("doesn't exist", "is inactive", "is stopped", "terminating or missing")
-_NEVER_SET_UP = ("CreateContainerConfigError",)
+_NEVER_SET_UP = ("not found", "non-root", "couldn't find key")
+"""In the kubelet's reason for not making a container: what does not pass by itself."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def blocked(look: Look) -> Iterator[JobStatus]:
                 text = f"image cannot be pulled: {container.get('image', '')}: {said or reason}"
                 yield JobStatus(JobState.REFUSED if never else JobState.PENDING, text)
             elif reason in _NO_CONTAINER:
-                state = JobState.REFUSED if reason in _NEVER_SET_UP else JobState.PENDING
+                state = JobState.REFUSED if any(word in said for word in _NEVER_SET_UP) else JobState.PENDING
                 yield JobStatus(state, f"a container cannot be made: {said or reason}")
             elif reason == "CrashLoopBackOff":
                 ended = (container.get("lastState") or {}).get("terminated") or {}

@@ -410,6 +410,14 @@ QUEUED = [workload(1), workload(2), workload(3, priority=5), workload(4, queueNa
             JobState.REFUSED,
             'a container cannot be made: secret "s" not found',
         ),
+        (
+            Look(
+                job("Initializing"),
+                [pod(container=waiting("CreateContainerConfigError", "failed to sync secret cache"))],
+            ),
+            JobState.PENDING,
+            "a container cannot be made: failed to sync secret cache",
+        ),
         # Pods that a namespace does not let in.
         (
             Look(
