@@ -132,6 +132,17 @@ def _install_kueue(kubectl: Kubectl, folder: Path) -> None:
     released = {"name": "us-central1-docker.pkg.dev/k8s-staging-images/kueue/kueue"}
     image = released | {"newName": _KUEUE_IMAGE, "newTag": _KUEUE_TAG}
     _kustomize(kubectl, folder, KUEUE, image)
+    # kustomize's `namespace` moves this one, too, away from the role that it binds.
+    group, reader = "rbac.authorization.k8s.io", "extension-apiserver-authentication-reader"
+    kubectl.apply(
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": "kueue-visibility-server-auth-reader", "namespace": "kube-system"},
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": reader},
+            "subjects": [{"kind": "ServiceAccount", "name": "kueue-controller-manager", "namespace": namespace}],
+        }
+    )
 
 
 def wait_for_dns(kubectl: Kubectl) -> None:
