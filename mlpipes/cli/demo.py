@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlpipes.orchestration.instance import dagster_home, execute, execute_report, quiet_instance
+from mlpipes.orchestration.store_identity import check_store
 from mlpipes.scaling.table import COLUMNS, scaling_cells
 from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
@@ -58,6 +59,7 @@ def run_demo(
     metric, definitions = entry.load().metric.name, build_defs(catalog=[entry])
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
+            check_store(instance, store)  # which the first asset does, too, but a Ray later
             with console.status("Starting a private Ray on loopback, and MLflow's store …"):
                 tracker = pool.submit(Tracker, uri)
                 if local:
