@@ -108,6 +108,10 @@ class Store:
         """The folder of one training."""
         return TrainingFolder(self.root / "trainings" / fingerprint)
 
+    def dry_run(self, digest: str) -> Path:
+        """What says that a dry run was passed; `digest` is of all that it depends on, which scales of a workload share."""
+        return self.root / "dry_runs" / f"{digest}.json"
+
     def report(self, workload: str) -> Path:
         """The folder of a workload's scaling report."""
         return self.root / "reports" / workload

@@ -6,9 +6,11 @@ training has is changed: a model of its own is built, and random numbers are put
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError, UserError
 from mlpipes.reporting.report import Estimate, Report
 from mlpipes.store.calibration import Calibration
+from mlpipes.store.files import write_record
 from mlpipes.training.determinism import mixed_seed, random_numbers_from
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
@@ -71,6 +74,15 @@ class DryRun:
         self.trainer, self.info, self.train = trainer, info, train
         self.workload, self.hp, self.device = trainer.workload, trainer.hp, trainer.device
         self.seed = mixed_seed(trainer.progress.seed, "model")
+
+    def run_once(self, passed: Path) -> None:
+        """Run, unless a file says that this was passed; it is written then. A dry run takes seconds, and scales are many."""
+        if passed.is_file():
+            return
+        self.run()
+        with suppress(OSError):  # a disk that is full has better occasions to say so
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            write_record(passed, {"time": time.time()})
 
     def run(self) -> None:
         """All of it, in the order in which a training comes to it."""

@@ -11,11 +11,15 @@ import torch
 
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
+from mlpipes.store.files import digest_of
+from mlpipes.store.layout import Store
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import Failed, Finished, MessageWriter
 from mlpipes.store.outcome import Outcome
+from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import TrainingJob
 from mlpipes.training.checkpoints import Checkpoints
+from mlpipes.training.code_version import export_version
 from mlpipes.training.determinism import environment, prepare_process
 from mlpipes.training.disk_full import write_with_patience
 from mlpipes.training.dry_run import DryRun, faults_named
@@ -102,6 +106,13 @@ def known_cause(error: Exception) -> str | None:
     return None
 
 
+def _tried(recipe: Recipe, device: torch.device) -> str:
+    """Digest of all that a dry run depends on: not the scale, nor the seed."""
+    export, torchs = export_version(recipe.implementation), str(torch.__version__)
+    asked = recipe.model_dump(mode="json", include={"implementation", "snapshot", "hyperparameters", "code"})
+    return digest_of(asked | {"export": export, "device": device.type, "torch": torchs})
+
+
 def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease | None = None) -> None:
     """Train from the latest checkpoint to the end; rank 0 writes the result, as long as the lease is its driver's.
 
@@ -136,7 +147,7 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
             stop_is_asked=job.folder.stop_request(job.attempt).exists,
         )
         if workers.rank == 0 and not checkpoints.steps():
-            DryRun(trainer, info, columns).run()
+            DryRun(trainer, info, columns).run_once(Store(Path(job.store)).dry_run(_tried(recipe, device)))
     trainer.resume()
     result = trainer.run()
     if workers.rank == 0:

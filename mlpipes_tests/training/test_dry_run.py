@@ -14,6 +14,7 @@ from torch import nn
 from mlpipes.errors import TrainingFailedError
 from mlpipes.reporting.report import Report
 from mlpipes.training import worker
+from mlpipes.training.dry_run import DryRun
 from mlpipes.training.loop import Trainer
 from mlpipes.workloads.base import Workload
 from mlpipes.workloads.deployables import TorchProgram
@@ -197,3 +198,25 @@ def test_it_trains_on_from_a_checkpoint_without_another_dry_run(
     (job.folder.result).unlink()
     monkeypatch.setattr(worker.DryRun, "run", divides)
     assert run_here(job)["weights_digest"] == before["weights_digest"]
+
+
+def test_what_was_passed_is_not_run_again_until_something_that_trains_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[object] = []
+    run = DryRun.run
+    monkeypatch.setattr(DryRun, "run", lambda self: (ran.append(self), run(self))[1])
+    for scale, seed, options, expected in (
+        (SCALE, 0, {}, 1),
+        (SCALE, 1, {}, 1),
+        ("w1-b12-e2-g0", 0, {}, 1),
+        (SCALE, 0, {"micro_batch": 4}, 2),
+    ):
+        run_here(make_job(tmp_path, scale, PLAIN, seed=seed, **options))
+        assert len(ran) == expected, (scale, seed, options)
+
+
+def test_what_was_not_passed_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(odd.Plain, "validate", lambda *_: None)
+    for _ in range(2):
+        assert "`validate` gives NoneType" in said_of(tmp_path)
