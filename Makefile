@@ -19,16 +19,16 @@ demo: install
 dev: install
 	$(BIN)/mlpipes dev --port $(PORT) $(if $(MLFLOW),--mlflow)
 
-# A module's tests share fixtures, so they stay together; the longest modules go first. Three for two cores: Ray and Dagster wait a lot.
-PYTEST = $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+# A module's tests share fixtures, so they stay together; the longest modules go first.
+PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
-# What a change of code can break.
+# What a change of code can break. Three processes for two cores, for Ray and Dagster wait a lot; browsers do not.
 test: lint types definitions
-	$(PYTEST) -m "not slurm and not browser and not chaos and not cluster"
+	$(PYTEST) -n 3 -m "not slurm and not browser and not chaos and not cluster"
 
 # All but the Kubernetes cluster; what a program is missing for is skipped, and says so.
 test-all: lint types definitions
-	FUZZ_FILES=10000 $(PYTEST) -m "not cluster"
+	FUZZ_FILES=10000 $(PYTEST) -n 2 -m "not cluster"
 
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
 test-cluster: install cluster-programs

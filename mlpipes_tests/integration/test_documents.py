@@ -19,6 +19,8 @@ SCALES = ("w1-b128-e30-g0", "w2-b128-e30-g0", "w4-b128-e30-g0-c0.5")
 SHAPES, FLOWERS, DIABETES, ENTRY = page("docs/own-data-and-workloads.md").blocks("python")
 """What `mlpipes new` writes of the second and the third is in workloads/test_outside_packages.py."""
 (REVIEWS,) = page("docs/text.md").blocks("python")
+SUPER_RESOLUTION = page("docs/super-resolution.md").blocks("python")
+"""Tried in workloads/test_super_resolution.py."""
 (CHAMPION,) = page("docs/mlflow.md").blocks("python")
 YAML = [(document, block) for document in pages() for block in document.blocks("yaml")]
 
@@ -101,7 +103,7 @@ def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Sandbox) ->
 # -- examples ---------------------------------------------------------------------------------------------------------
 def test_every_example_is_tried_below() -> None:
     examples = [block for document in pages() for block in document.blocks("python")]
-    assert set(examples) == {SHAPES, FLOWERS, DIABETES, ENTRY, REVIEWS, CHAMPION}
+    assert set(examples) == {SHAPES, FLOWERS, DIABETES, ENTRY, REVIEWS, CHAMPION, *SUPER_RESOLUTION}
     assert {next(iter(yaml.safe_load(block))) for _, block in YAML} == {"ops", "digits", "run_launcher"}
 
 

@@ -44,7 +44,7 @@ def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
         page.screenshot(path=OUTPUT / "graph.png")
 
         page.goto(f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0")
-        page.get_by_text("weights_digest").wait_for()
+        page.get_by_text("weights_digest", exact=True).wait_for()
         page.get_by_text("[Show Markdown]").first.click()
         picture = page.locator("img[alt='loss and validation curves']")
         picture.wait_for()

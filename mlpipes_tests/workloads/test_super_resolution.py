@@ -25,6 +25,8 @@ from mlpipes.workloads import degradation, fidelity
 from mlpipes.workloads.super_resolution import SuperResolutionHyperparameters, video_sr
 from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.upscalers import NETWORKS, Interpolation, upscaler
+from mlpipes_tests import prepared
+from mlpipes_tests.documents import page
 from mlpipes_tests.training.harness import curve, make_job, run, run_here
 from mlpipes_tests.workloads.drawings import columns_of, drawing
 
@@ -313,3 +315,42 @@ def test_pictures_that_are_too_small_to_learn_from_are_an_error() -> None:
 
 def _view(picture: Tensor, turns: int, mirrored: bool) -> Tensor:
     return (picture.flip(2) if mirrored else picture).rot90(turns, (1, 2))
+
+
+# -- what the docs show -----------------------------------------------------------------------------------------------
+OWN, ASKED = page("docs/super-resolution.md").blocks("python")
+
+
+def test_the_documented_workload_reads_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "home"))
+    for variable in ("MY_PHOTOGRAPHS", "MY_TEST_PHOTOGRAPHS"):
+        (tmp_path / variable).mkdir()
+        picture = np.asarray(some_drawing(160, 200)).transpose(1, 2, 0)
+        Image.fromarray(picture).save(tmp_path / variable / "a.png")
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    found: dict[str, Any] = {}
+    exec(OWN, found)  # noqa: S102 - our own example
+    dataset = found["mine"].source.load()
+    assert dataset.splits["train"]["image"].shape == (16, 3, PATCH, PATCH)
+    assert dataset.splits["test"]["size"].tolist() == [[160, 200]]
+    assert dataset.provenance.licence == "CC BY 4.0"
+
+
+def test_the_documented_way_asks_the_champion(
+    learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    model, snapshot = learned
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(prepared.mlflow_store(tmp_path / ".mlpipes" / "mlflow" / "mlflow.db"))
+    mlflow.set_experiment(experiment_id=mlflow.create_experiment("sr", str(tmp_path / "artifacts")))
+    with mlflow.start_run():
+        logged = deployable(model, snapshot).log([])
+    version = mlflow.register_model(logged.model_uri, "mlpipes-video_sr").version
+    mlflow.MlflowClient().set_registered_model_alias("mlpipes-video_sr", "champion", version)
+    capsys.readouterr()
+    exec(ASKED, {})  # noqa: S102 - our own example
+    about, shape = capsys.readouterr().out.splitlines()[-2:]
+    assert about == str({"frames": 1, "network": "compact", "reach": model.network.reach, "scale": 2})
+    assert shape == "(4, 240, 320, 3)"
