@@ -275,7 +275,12 @@ def test_the_stored_program_takes_clips_of_any_size(trained: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "hp", [{"upscale": 3, "colour": "rgb", "network": "rlfn"}, {"upscale": 4, "network": "edsr", "frames": 5}]
+    "hp",
+    [
+        {"upscale": 3, "colour": "rgb", "network": "rlfn"},
+        {"upscale": 4, "network": "edsr"},
+        {"upscale": 2, "network": "espcn", "frames": 5},
+    ],
 )
 def test_other_scales_networks_and_colours_train(tmp_path: Path, hp: dict[str, Any]) -> None:
     outcome = run_here(make_job(tmp_path, "w1-b8-e1-g0", DRAWINGS, depth=1, **SMALL, **hp))
