@@ -26,11 +26,17 @@ def check_store(instance: "DagsterInstance", store: Store) -> None:
     Not so where it has a history of materializations and the store is empty: then they do not belong together either.
     """
     remembered = remembered_store(instance)
+    if (
+        remembered is None
+        and is_empty(store)
+        and (asset := _some_materialized(instance))
+        # Another run may have come between: it adopts the store first, and materializes then.
+        and (remembered := remembered_store(instance)) is None
+    ):
+        raise ConfigError(
+            f"Dagster's history says that {asset} is materialized, but the store {store.root} is empty. {_REMEDY}"
+        )
     if remembered is None:
-        if is_empty(store) and (asset := _some_materialized(instance)):
-            raise ConfigError(
-                f"Dagster's history says that {asset} is materialized, but the store {store.root} is empty. {_REMEDY}"
-            )
         adopt(instance, store)
         return
     identity, root = remembered

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 
 from mlpipes.errors import ConfigError, CorruptionError
+from mlpipes.orchestration import store_identity
 from mlpipes.orchestration.resources import STORE, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.store_identity import adopt, check_store, remembered_store, store_of_this_dagster
 from mlpipes.store.identity import identify, identity_of
@@ -73,6 +74,23 @@ def test_a_fresh_instance_adopts_the_store_and_refuses_another(tmp_path: Path) -
             "nothing was written into the wrong store"
         )
         assert materialize(instance, first.root).success, "the right one is still the right one"
+
+
+def test_the_first_of_two_runs_at_once_does_not_make_the_other_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looked = Store(tmp_path / "store"), store_identity.is_empty
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def looked_before_the_other_wrote(asked: Store) -> bool:
+            empty = looked(asked)
+            monkeypatch.setattr(store_identity, "is_empty", looked)
+            assert materialize(instance, store.root).success  # the other one, from its adoption to its event
+            return empty
+
+        monkeypatch.setattr(store_identity, "is_empty", looked_before_the_other_wrote)
+        check_store(instance, store)
+        assert remembered_store(instance) == (identity_of(store), str(store.root))
 
 
 def test_a_step_that_only_reads_is_told_too(tmp_path: Path) -> None:
