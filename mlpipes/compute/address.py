@@ -1,7 +1,7 @@
 """The address of a Ray cluster, and what a client of it needs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,8 @@ class RayAddress:
     """Variables that every process of this cluster needs, where it is our own."""
     local: bool = False
     """Whether it is this machine's own private cluster."""
+    lives: Callable[[], bool] = field(default=lambda: True, compare=False)
+    """Whether jobs can still run there, as far as can be told without asking it."""
 
     def headers(self) -> dict[str, str]:
         """What each request to the dashboard must carry: our own cluster's token, or the user's for one that was given.

@@ -144,9 +144,10 @@ class LocalRay:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
+        pid, created = _identity(psutil.Process(process.pid))
         state = {
-            "pid": process.pid,
-            "created": psutil.Process(process.pid).create_time(),
+            "pid": pid,
+            "created": created,
             "mark": mark,
             "dashboard": f"http://{LOOPBACK}:{dashboard}",
             "temporary": str(temporary),
@@ -164,6 +165,9 @@ class LocalRay:
         except BaseException:
             self._end(state)
             raise
+        raylets = [_identity(child) for child in psutil.Process(pid).children() if child.name() == "raylet"]
+        state["raylet"] = next(iter(raylets), (0, 0.0))
+        write_record(self._state, state)
         return state
 
     def _has_a_node(self, state: dict[str, Any]) -> bool:
@@ -177,7 +181,7 @@ class LocalRay:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
 
     def _address(self, state: dict[str, Any]) -> RayAddress:
-        return RayAddress(state["dashboard"], self._client_environment(), local=True)
+        return RayAddress(state["dashboard"], self._client_environment(), local=True, lives=lambda: _is_alive(state))
 
     # -- state --------------------------------------------------------------------------------------------------------
     def _read(self) -> dict[str, Any] | None:
@@ -213,9 +217,22 @@ class LocalRay:
         self._state.unlink(missing_ok=True)
 
 
+def _identity(process: psutil.Process) -> tuple[int, float]:
+    """A process's number and start: numbers are used again."""
+    return process.pid, process.create_time()
+
+
 def _is_alive(state: dict[str, Any]) -> bool:
+    """Whether a head's process and its raylet run.
+
+    `ray start` stays when its raylet has ended by itself, as it does when one of its agents dies; then nothing can run there
+    any more, and the Jobs API calls every job RUNNING for ever.
+    """
     try:
-        process = psutil.Process(state["pid"])
-        return process.create_time() == state["created"] and process.status() != psutil.STATUS_ZOMBIE
+        for pid, created in filter(None, ((state["pid"], state["created"]), state.get("raylet"))):
+            process = psutil.Process(pid)
+            if process.create_time() != created or process.status() == psutil.STATUS_ZOMBIE:
+                return False
     except psutil.Error:
         return False
+    return True

@@ -112,6 +112,8 @@ class RayJobs(Jobs):
 
     def _patiently(self, call: Callable[["JobSubmissionClient"], T]) -> T:
         """Call the head; while it is unreachable or in trouble, try again. Raises ConnectionError when patience is out."""
+        if not self.address.lives():
+            raise ConnectionError(f"the Ray at {self.address.dashboard} has died")
         try:
             return Retrying(
                 retry=retry_if_exception(_is_passing),

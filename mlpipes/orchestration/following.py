@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -20,6 +19,7 @@ from mlpipes.compute.jobs import (
 )
 from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration.live import LiveView
+from mlpipes.store.heartbeat import DEAD_SECONDS, Pulse
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import (
     Allocated,
@@ -35,8 +35,6 @@ from mlpipes.store.messages import (
 from mlpipes.store.redaction import redact
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 
-DEAD_SECONDS = 30.0
-"""A driver whose heartbeat stood still for so long is dead, whatever the Jobs API says (it may say RUNNING for long)."""
 FAREWELL_SECONDS = 20.0
 """What a cancelled training gets for its last checkpoint at most: a large model on a slow disk needs some seconds, and run
 monitoring gives a cancelled run a minute."""
@@ -138,8 +136,7 @@ def _watch(
     restarts: "_Restarts",
 ) -> _End:
     end = _End(handle)
-    # Signs of life are compared with our own monotonic clock: wall clocks jump, and those of two machines differ.
-    beat, beat_seen, heard, why = None, time.monotonic(), time.monotonic(), ""
+    pulse, heard, why = Pulse(folder.heartbeat(handle.attempt)), time.monotonic(), ""
     try:
         for event in jobs.follow(handle, folder):
             now = time.monotonic()
@@ -153,12 +150,10 @@ def _watch(
                         why = status.reason
                         _tell(context, jobs, handle, folder, status)
                     if status.state == JobState.PENDING:
-                        beat_seen = heard = now
+                        heard = now
                         if folder.result.is_file():  # by an earlier attempt, on a node that was given up too soon
                             break
-                    if (current := _modified(folder.heartbeat(handle.attempt))) != beat:
-                        beat, beat_seen = current, now
-                    if beat is not None and now - beat_seen > DEAD_SECONDS:
+                    if pulse.silence(waits=status.state == JobState.PENDING) > DEAD_SECONDS:
                         return _End(handle, JobState.DEAD, f"its driver gave no sign of life for {DEAD_SECONDS:.0f} s")
                     if now - heard > stall_seconds:
                         return _End(handle, JobState.STALLED, f"it reported nothing for {stall_seconds:.0f} s")
@@ -173,7 +168,8 @@ def _watch(
                 case Allocated():
                     context.log.info(f"{jobs.name} {handle.id} has its allocation: {event.nodes}")
                 case Requeued():
-                    handle, beat = replace(handle, attempt=event.attempt), None
+                    handle = replace(handle, attempt=event.attempt)
+                    pulse = Pulse(folder.heartbeat(handle.attempt))
                     end = _End(handle)
                     if restarts.are_in_vain():
                         return _End(handle, error=f"{restarts}; is the time limit of a job too short?", fatal=True)
@@ -246,10 +242,3 @@ class _Restarts:
         reached = max(Checkpoints(self.folder.checkpoints).steps(), default=0)
         self.step, self.count = (reached, 1) if reached > self.step else (self.step, self.count + 1)
         return self.count >= MAX_JOBS
-
-
-def _modified(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None

@@ -10,12 +10,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from mlpipes.store.heartbeat import HEARTBEAT_SECONDS
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import DriverStarted, Failed, MessageWriter, Notify, Warned, read_messages
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 from mlpipes.tracking.runs import MetricFollower
-
-HEARTBEAT_SECONDS = 1.0
 
 
 def main(path: Path) -> int:

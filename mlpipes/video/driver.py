@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from mlpipes.errors import CorruptionError, UserError
+from mlpipes.store.heartbeat import HEARTBEAT_SECONDS
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import Failed, MessageWriter, Notify, Warned
 from mlpipes.video.chunks import cut
@@ -17,7 +18,6 @@ from mlpipes.video.job import VideoJob
 from mlpipes.video.joining import final_of, join
 from mlpipes.video.preview import make_preview
 
-_LOOK_SECONDS = 1.0
 _MENDS = 3
 """How often parts that were found corrupt are made again within one attempt."""
 
@@ -28,7 +28,7 @@ def main(path: Path) -> int:
     notify = MessageWriter(job.folder.messages(job.attempt))
     lease = Lease.take(job.folder.path, f"video job a{job.attempt}")
     stop = threading.Event()
-    threading.Thread(target=_watch, args=(lease, notify, stop), daemon=True, name="watch").start()
+    threading.Thread(target=_watch, args=(job, lease, notify, stop), daemon=True, name="watch").start()
     try:
         for _ in range(_MENDS):
             try:
@@ -48,9 +48,11 @@ def main(path: Path) -> int:
     return 1
 
 
-def _watch(lease: Lease, notify: Notify, stop: threading.Event) -> None:
-    """End this driver when another one has taken over; Ray ends its workers with it."""
-    while not stop.wait(_LOOK_SECONDS):
+def _watch(job: VideoJob, lease: Lease, notify: Notify, stop: threading.Event) -> None:
+    """Show that this driver lives, and end it when another one has taken over; Ray ends its workers with it."""
+    heartbeat = job.folder.heartbeat(job.attempt)
+    while not stop.wait(HEARTBEAT_SECONDS):
+        heartbeat.touch()
         if lease.is_lost():
             notify(Warned(text="another job has taken over this video; this one ends"))
             os._exit(1)

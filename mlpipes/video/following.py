@@ -18,6 +18,7 @@ from mlpipes.compute.slurm import SETTINGS_VARIABLE
 from mlpipes.errors import ConfigError, UpscalingFailedError
 from mlpipes.store.environment import value_of
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
+from mlpipes.store.heartbeat import DEAD_SECONDS, Pulse
 from mlpipes.store.layout import Store, home
 from mlpipes.store.messages import Failed, Warned, read_messages
 from mlpipes.video.chunks import UPSCALED, open_chunk
@@ -210,7 +211,7 @@ def _watch(
     warn: Callable[[str], None],
 ) -> str:
     """Follow an attempt to its end; returns the error that another attempt would not mend."""
-    offset, messages = 0, job.folder.messages(handle.attempt)
+    offset, messages, pulse = 0, job.folder.messages(handle.attempt), Pulse(job.folder.heartbeat(handle.attempt))
     while True:
         state = jobs.status(handle).state
         found, offset = read_messages(messages, offset)
@@ -225,6 +226,10 @@ def _watch(
         if state not in ALIVE:
             if state == JobState.STOPPED:
                 raise UpscalingFailedError("the job was stopped; the same command goes on where it was")
+            return ""
+        if pulse.silence(waits=state == JobState.PENDING) > DEAD_SECONDS:
+            warn(f"the job's driver gave no sign of life for {DEAD_SECONDS:.0f} s; another one goes on")
+            jobs.stop(handle)
             return ""
         time.sleep(_POLL_SECONDS)
 

@@ -160,6 +160,10 @@ class VideoFolder:
         """What an attempt's driver is told."""
         return self.path / "jobs" / f"a{attempt}.json"
 
+    def heartbeat(self, attempt: int) -> Path:
+        """A file that an attempt's driver touches while it lives."""
+        return self.path / "jobs" / f"a{attempt}.heartbeat"
+
     def messages(self, attempt: int) -> Path:
         """What an attempt says, for display."""
         return self.path / "messages" / f"a{attempt}.jsonl"

@@ -19,6 +19,9 @@ UPSCALE, ENCODE = "chunk", "segment"
 _TRIES, _LOSSES, _STARTS = 3, 5, 4
 """Errors of one part, workers lost over one part, and workers that could not start: so many end the attempt."""
 _POLL_SECONDS = 0.5
+_PATIENCE, _SHORTEST_SECONDS, _FIRST_SECONDS = 20, 300, 3600
+"""A worker hangs that has its part in hand for so many times the slowest so far, but at least for so long; while none was
+done, for so long."""
 Part = tuple[str, int]
 """`UPSCALE` or `ENCODE`, and which."""
 
@@ -109,6 +112,10 @@ class Pool:
     _failures: Counter[tuple[str, int]] = field(default_factory=Counter)
     _losses: Counter[tuple[str, int]] = field(default_factory=Counter)
     _bad_starts: int = 0
+    _began: dict[Any, float] = field(default_factory=dict)
+    """By reference, when its part was handed out."""
+    _slowest: float = 0.0
+    """Seconds that a part took at most."""
 
     def run(self) -> None:
         """Do all that is left.
@@ -125,10 +132,12 @@ class Pool:
             while self._busy or not todo.empty:
                 while idle and (part := todo.take()) is not None:
                     actor = idle.pop()
-                    self._busy[actor.work.remote(part)] = (actor, part)
+                    self._busy[reference := actor.work.remote(part)] = (actor, part)
+                    self._began[reference] = time.monotonic()
                 if not self._busy:
                     raise CorruptionError(f"{self.job.folder.path}: parts are left that nobody can begin")
                 self._hear(todo, idle)
+                self._end_what_hangs()
         finally:
             self._end(idle)
 
@@ -149,6 +158,7 @@ class Pool:
         answered, _ = ray.wait(list(self._busy), timeout=_POLL_SECONDS)
         for reference in answered:
             actor, part = self._busy.pop(reference)
+            took = time.monotonic() - self._began.pop(reference, time.monotonic())
             try:
                 ray.get(reference)
             except exceptions.RayTaskError as error:
@@ -162,9 +172,21 @@ class Pool:
                 self._start()
                 continue
             else:
+                self._slowest = max(self._slowest, took)
                 if part is not None:
                     todo.done(part)
             idle.append(actor)
+
+    def _end_what_hangs(self) -> None:
+        """End workers that have their part in hand for far too long; they count as lost."""
+        import ray
+
+        limit = max(_SHORTEST_SECONDS, _PATIENCE * self._slowest) if self._slowest else _FIRST_SECONDS
+        for reference, began in list(self._began.items()):
+            if time.monotonic() - began > limit:
+                self.warn(f"a worker hangs: it had its part in hand for {time.monotonic() - began:.0f} s")
+                self._began[reference] = time.monotonic()
+                ray.kill(self._busy[reference][0])
 
     def _lost(self, part: Part | None, error: Exception) -> None:
         """Note that a worker is gone. Raises UpscalingFailedError if it was one too many."""

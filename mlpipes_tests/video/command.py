@@ -50,12 +50,16 @@ class Command:
                 continue
         return sorted((p for p in found if p.is_running()), key=lambda p: p.pid)
 
-    def driver(self) -> psutil.Process:
+    def driver(self) -> int:
         """The driver of the job that runs."""
-        return until(
-            lambda: [p for p in self.processes() if DRIVER in " ".join(_words(p)[:4])],
-            "a driver runs",
-        )[0]
+        return self._one(DRIVER)
+
+    def agent(self) -> int:
+        """Ray's agent on the node: its raylet ends with it, by itself, and `ray start` does not."""
+        return self._one("ray::DashboardAgent")
+
+    def _one(self, name: str) -> int:
+        return until(lambda: [p for p in self.processes() if name in " ".join(_words(p)[:4])], f"{name} runs")[0].pid
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -42,15 +42,15 @@ def someone_else(reached: Path, than: str, running: "subprocess.Popen[bytes]") -
 
 
 def test_killed_stopped_and_gone_on_with(tmp_path: Path, command: Command) -> None:
-    """A worker, the driver and the command itself are killed, then the command is interrupted; each time it goes on."""
+    """A worker, the driver, Ray's agent and the command itself are killed, then it is interrupted; each time it goes on."""
     path, out, log = write_video(tmp_path / "x.mp4", 22, audio=[{}]), tmp_path / "out.mp4", tmp_path / "log"
     wanted = sha256_file(upscale_here(path, tmp_path / "store", encoding=QUICK))
     arguments = (path, out, "--model", f"{HERE}:gated", "--chunk", "4")
     reached = wait_at(command.home, 9)
     first = command.start(*arguments, "--workers", "2", log=log)
     at_gate = someone_else(reached, "", first)
-    for victim in ("worker", "driver"):
-        kill(int(at_gate) if victim == "worker" else command.driver().pid)
+    for victim in ("worker", "driver", "agent"):
+        kill({"worker": lambda: int(reached.read_text()), "driver": command.driver, "agent": command.agent}[victim]())
         at_gate = someone_else(reached, at_gate, first)
         assert first.poll() is None
         assert not out.exists()

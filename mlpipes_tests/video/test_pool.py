@@ -1,0 +1,41 @@
+"""The pool: which of its workers hangs."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from mlpipes.video.job import Plan
+from mlpipes.video.pool import UPSCALE, Pool
+from mlpipes_tests.video.made import job_of, write_video
+
+
+@pytest.mark.parametrize(
+    ("slowest", "held", "hangs"),
+    [
+        (0.0, 3500, False),
+        (0.0, 3700, True),
+        (1.0, 290, False),
+        (1.0, 310, True),
+        (100.0, 1900, False),
+        (100.0, 2100, True),
+    ],
+)
+def test_a_worker_that_holds_its_part_for_too_long_is_ended_once(
+    slowest: float, held: float, hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", ended.append)
+    warnings: list[str] = []
+    job = job_of(write_video(tmp_path / "x.mp4", 8), tmp_path / "store")
+    made = Pool(job, tmp_path / "a1.json", Plan(frames=8, chunk=4, mended=0), warnings.append)
+    made._busy = {"old": ("hanging", (UPSCALE, 0)), "new": ("busy", (UPSCALE, 1)), "start": ("starting", None)}
+    made._began = {"old": time.monotonic() - held, "new": time.monotonic()}
+    made._slowest = slowest
+    made._end_what_hangs()
+    made._end_what_hangs()  # until Ray tells that it has ended
+    assert ended == ["hanging"] * hangs
+    assert len(warnings) == hangs
+    assert not warnings or "a worker hangs: it had its part in hand for" in warnings[0]
