@@ -7,6 +7,7 @@ import random
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -29,9 +30,17 @@ def seed_random_numbers(seed: int) -> None:
 
     A workload had better draw from torch; but one that does not must not give other bits each time, without a word.
     """
-    torch.manual_seed(seed)
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:  # the same for the CPU, without a stack trace for each kind of device that might be initialized later
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 @contextmanager
