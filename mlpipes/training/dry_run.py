@@ -6,6 +6,7 @@ training has is changed: a model of its own is built, and random numbers are put
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import autocast, outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Workload
-from mlpipes.workloads.deployables import TorchProgram
+from mlpipes.workloads.deployables import PythonCode, TorchProgram
 from mlpipes.workloads.entry import cause_of
 from mlpipes.workloads.tensors import on_device
 
@@ -241,6 +242,20 @@ class DryRun:
             if not isinstance(answer, Tensor) or len(answer) != len(found.example):
                 raise self._wrong("deployable", "gives a program that does not answer with a row for each sample")
             self._export(found)
+        elif isinstance(found, PythonCode):
+            self._write(found)
+
+    def _write(self, model: PythonCode) -> None:
+        """Its files, as MLflow will get them at the end."""
+        if not model.code.is_file():
+            raise self._wrong("deployable", f"names {model.code} as its code; there is no such file")
+        with tempfile.TemporaryDirectory(prefix="mlpipes-model-") as folder:
+            try:
+                model.write(Path(folder))
+            except OSError:
+                raise  # a disk that is full is none of the author's mistakes
+            except Exception as error:
+                raise self._wrong("deployable", f"gives a model that cannot be written: {cause_of(error)}") from error
 
     def _export(self, program: TorchProgram) -> None:
         """As MLflow will at the end: 0.3 to 1 CPU-seconds for the networks that come with mlpipes."""

@@ -17,7 +17,7 @@ from mlpipes.training import worker
 from mlpipes.training.dry_run import DryRun
 from mlpipes.training.loop import Trainer
 from mlpipes.workloads.base import Workload
-from mlpipes.workloads.deployables import TorchProgram
+from mlpipes.workloads.deployables import PythonCode, TorchProgram
 from mlpipes_tests.training import odd
 from mlpipes_tests.training.harness import make_job, run_here
 
@@ -134,6 +134,16 @@ class _Branching(nn.Module):
             "deployable",
             lambda self, model, hp, info, columns: TorchProgram(_Branching(), np.array(columns["row"][:4])),
             "a program that torch cannot export: .*data-dependent",
+        ),
+        (
+            "deployable",
+            lambda *_: PythonCode(Path("absent.py"), lambda folder: None, {}, {}),
+            "`deployable` names absent.py as its code; there is no such file",
+        ),
+        (
+            "deployable",
+            lambda *_: PythonCode(Path(__file__), divides, {}, {}),
+            r"a model that cannot be written: ZeroDivisionError: .*\(.*test_dry_run\.py, line \d+\)",
         ),
     ],
 )
