@@ -127,6 +127,12 @@ class LocalRay:
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _start(self) -> dict[str, Any]:
+        try:
+            return self._start_once()
+        except PreflightError:
+            return self._start_once()  # a node registers within 30 s, which cannot be set, or Ray gives up
+
+    def _start_once(self) -> dict[str, Any]:
         token = self.folder / "token"
         if not token.is_file():
             write_atomic(token, secrets.token_hex(32).encode(), mode=0o600)

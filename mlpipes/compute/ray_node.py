@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,9 @@ MARK = "MLPIPES_RAY_HEAD"
 LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
 _HEAD_SECONDS = 90
+_STARTS, _STARTED = 3, "Ray runtime started"
+"""How often a node is started, and what Ray says once it has registered: it gives up on that after 30 s, which cannot be
+set, and which a busy machine may need."""
 _FOLDER_CHARACTERS, _RANDOM_CHARACTERS, _TEMPORARY_CHARACTERS = 38, 8, 60
 
 
@@ -176,13 +180,37 @@ def main(arguments: Sequence[str]) -> int:
     command = [*start_command(role, chosen.cpus, head=chosen.is_head), f"--num-gpus={len(devices)}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode
+        return _hold(command, environment, mark)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # The session is the batch system's step on this node, so its agents are this node's: where Ray has ended before us,
         # as when the head went first, nothing else tells whose they are.
         end_marked(mark, session=os.getsid(0))
         shutil.rmtree(chosen.temporary, ignore_errors=True)
+
+
+def _hold(command: Sequence[str], environment: Mapping[str, str], mark: str) -> int:
+    """Run `ray start` to its end, again if it did not come up; returns its exit code."""
+    for left in reversed(range(_STARTS)):
+        came_up = threading.Event()
+        node = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True)
+        # In a thread: what `ray start` leaves behind when it is killed would keep the pipe open.
+        echo = threading.Thread(target=_echo, args=(node, came_up), daemon=True)
+        echo.start()
+        code = node.wait()
+        echo.join(1)
+        if came_up.is_set() or not left:
+            return code
+        print("Ray did not start on this node; trying again", flush=True)
+        end_marked(mark, session=os.getsid(0))
+    raise AssertionError("the last try returns")
+
+
+def _echo(node: "subprocess.Popen[str]", came_up: threading.Event) -> None:
+    for line in node.stdout or ():
+        print(line, end="", flush=True)
+        if _STARTED in line:
+            came_up.set()
 
 
 if __name__ == "__main__":

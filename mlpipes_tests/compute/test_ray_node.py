@@ -4,11 +4,12 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from mlpipes.compute.ray_node import MARK, end_marked
+from mlpipes.compute.ray_node import MARK, _hold, end_marked
 
 _NODE = """import subprocess, sys, time
 for title in ("ray::Agent", "somebody"):
@@ -57,3 +58,20 @@ def test_agents_that_outlived_their_node_are_found_by_its_session(
     end_marked(mark, session=head.pid)
     assert is_gone(agent)
     assert not is_gone(other), "a session's number may be that of somebody else's by then"
+
+
+@pytest.mark.parametrize(
+    ("comes_up_at", "starts", "code"), [(1, 1, 7), (2, 2, 7), (9, 3, 1)], ids=["at once", "the second time", "never"]
+)
+def test_a_node_that_did_not_come_up_is_started_again(comes_up_at: int, starts: int, code: int, tmp_path: Path) -> None:
+    """One that came up and ended is not: its cluster has gone on without it."""
+    tries = tmp_path / "tries"
+    program = f"""import pathlib, sys
+tries = pathlib.Path({str(tries)!r})
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+if len(tries.read_text()) < {comes_up_at}:
+    sys.exit(1)
+print("Ray runtime started.")
+sys.exit(7)"""
+    assert _hold([sys.executable, "-c", program], {}, "a mark") == code
+    assert len(tries.read_text()) == starts
