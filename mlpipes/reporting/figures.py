@@ -97,28 +97,40 @@ def scatter(labels: np.ndarray, values: np.ndarray) -> bytes:
 def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: str) -> bytes:
     """Pictures with captions; `images` uint8 (N, C, H, W) with values up to `maximum`, C = 1 or 3."""
     columns = min(8, max(1, len(images)))
-    rows = max(1, -(-len(images) // columns))
-    figure, grid = new_figure(1.3 * columns, 1.55 * rows + 0.4, rows=rows, columns=columns)
-    for number, axes in enumerate(np.atleast_1d(grid).reshape(-1)):
-        axes.axis("off")
-        if number < len(images):
-            picture = images[number].transpose(1, 2, 0).astype(float) / maximum
-            axes.imshow(picture[..., 0] if picture.shape[2] == 1 else picture, cmap="gray_r", vmin=0, vmax=1)
-            axes.set_title(captions[number], fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    return png_of(figure)
+    shown = [image.transpose(1, 2, 0).astype(float) / maximum for image in images]
+    shown = [picture[..., 0] if picture.shape[2] == 1 else picture for picture in shown]
+    return _pictures(shown, captions, columns, (1.3, 1.55), title, cmap="gray_r", vmin=0, vmax=1)
 
 
 def side_by_side(images: np.ndarray, captions: Sequence[str], columns: int, title: str) -> bytes:
     """Pictures uint8 (N, 3, H, W) in rows of so many, large enough to see single pixels; captions above each."""
-    rows = -(-len(images) // columns)
-    figure, grid = new_figure(2.4 * columns, 2.65 * rows + 0.3, rows=rows, columns=columns)
-    for axes in np.atleast_1d(grid).reshape(-1):
-        axes.axis("off")
-    for axes, picture, caption in zip(np.atleast_1d(grid).reshape(-1), images, captions, strict=False):
-        axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-        axes.set_title(caption, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    shown = [picture.transpose(1, 2, 0) for picture in images]
+    return _pictures(shown, captions, columns, (2.4, 2.65), title, interpolation="nearest")
+
+
+def _pictures(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int,
+    size: tuple[float, float],
+    title: str,
+    **options: Any,
+) -> bytes:
+    """Pictures (H, W) or (H, W, 3) in rows of so many, each with its caption in a field of a size in inches."""
+    from matplotlib.figure import Figure
+
+    rows, (width, height), heading = max(1, -(-len(images) // columns)), size, 0.35
+    total = rows * height + heading
+    # Placed by us: a layout engine measures each of many axes and draws all of them twice, for half a second.
+    figure = Figure(figsize=(columns * width, total), dpi=_DPI)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(number, columns)
+        bottom = 1 - (heading + (row + 1) * height - 0.05) / total
+        place = ((column + 0.05) / columns, bottom, 0.9 / columns, (height - 0.35) / total)
+        axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False)
+        axes.imshow(image, **options)
+        axes.set_title(caption, fontsize=8, pad=3)
+    figure.text(0.5, 1 - 0.2 / total, title, fontsize=10, ha="center", va="center")
     return png_of(figure)
 
 
