@@ -40,19 +40,10 @@ def upscale(
     """Upscale a video in parallel, with its sound and subtitles; a second call goes on where one stopped."""
     from mlpipes.compute.local import LocalRay
     from mlpipes.compute.places import is_local
-    from mlpipes.video.following import (
-        VideoJobs,
-        check_place,
-        deliver,
-        delivered,
-        follow,
-        is_done,
-        place,
-        prepare,
-        stop,
-        tidy,
-    )
+    from mlpipes.video.following import deliver, delivered, follow, prepare, stop, tidy
     from mlpipes.video.job import Encoding, describe
+    from mlpipes.video.joining import is_done
+    from mlpipes.video.places import VideoRayJobs, check_place, place_for
     from mlpipes.video.preview import preview_of
 
     result = result.expanduser().absolute()
@@ -62,6 +53,7 @@ def upscale(
         raise ConfigError(f"{result} is {'a folder' if result.is_dir() else 'the source itself'}; name another file")
     if preset not in PRESETS:
         raise ConfigError(f"a preset of {preset!r} is none of x264's: {', '.join(PRESETS)}")
+    check_place()
     encoding = Encoding(crf=crf, preset=preset)
     job = prepare(
         source,
@@ -86,22 +78,21 @@ def upscale(
     for name, value in describe(job).items():
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     ray, local, began = LocalRay(), is_local(), time.monotonic()
-    check_place()
     try:
         if not is_done(job):
             if local:
                 with console.status("Starting a private Ray on loopback …"):
                     ray.ensure(passing=True)
             with Bars() as bars:
-                follow(job, place, bars.show, bars.warn)
+                follow(job, lambda: place_for(job), bars.show, bars.warn)
     except KeyboardInterrupt:
         if not local or ray.status() is not None:
-            stop(job, place())
+            stop(job, place_for(job))
         console.print("Stopped. The same command goes on where it was.")
         raise typer.Exit(130) from None
     finally:
         if local:
-            ray.release(VideoJobs.submitted)
+            ray.release(VideoRayJobs.submitted)
     if (made := preview_of(job)) is not None and preview:
         for name in made.files:
             target = result.with_name(f"{result.stem}.{name}")

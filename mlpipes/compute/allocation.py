@@ -1,4 +1,4 @@
-"""Inside a Slurm allocation: a Ray over its nodes, the training's driver run in it, the time limit heeded, all torn down.
+"""Inside a Slurm allocation: a Ray over its nodes, a driver run in it, the time limit heeded, all torn down.
 
 Run by the batch script as `python -m mlpipes.compute.allocation <specification>`. Exits with 0 only if the result is there.
 """
@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
 from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip, short_folder
 from mlpipes.store.environment import for_children
-from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Warned
+from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Notify, Warned
 from mlpipes.store.training_job import TrainingJob
 
 PYTHON_VARIABLE = "MLPIPES_SLURM_PYTHON"
@@ -32,15 +32,33 @@ _END_SECONDS = 15
 
 
 def main(path: Path) -> int:
-    """Run one attempt in this allocation; returns the exit code."""
-    job, restarts = TrainingJob.read(path), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    """Run one attempt of a training in this allocation; returns the exit code."""
+    job, restarts = TrainingJob.read(path), restarts_so_far()
     if restarts:
         # An attempt of its own: on a node that Slurm gave up, the old one may still live, and write its messages.
         job.take_over()
         job = job.model_copy(update={"attempt": job.attempt + restarts})
         path = job.write()
     job.folder.stop_request(job.attempt).unlink(missing_ok=True)
-    notify = MessageWriter(job.folder.messages(job.attempt))
+    return drive(
+        "mlpipes.training.driver",
+        path,
+        MessageWriter(job.folder.messages(job.attempt)),
+        save=lambda: ask_for_last_checkpoint(job.folder, job.attempt, FAREWELL_SECONDS),
+        is_done=job.folder.result.is_file,
+    )
+
+
+def restarts_so_far() -> int:
+    """How often Slurm has put this job back into its queue; each time is an attempt of its own."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def drive(module: str, path: Path, notify: Notify, *, save: Callable[[], object], is_done: Callable[[], bool]) -> int:
+    """Run a driver with its specification in a Ray over this allocation; returns the exit code.
+
+    When the job's time is nearly up, `save` is called, the driver ended, and the job requeued unless it `is_done`.
+    """
     time_is_up = False
 
     def note(*_: object) -> None:
@@ -50,25 +68,23 @@ def main(path: Path) -> int:
     signal.signal(signal.SIGUSR1, note)  # ahead of the time limit, or of preemption where the site sends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the job is being ended: tear down
     slurm_job, nodes = os.environ["SLURM_JOB_ID"], os.environ["SLURM_JOB_NODELIST"]
-    notify(Allocated(slurm_job=slurm_job, nodes=nodes, restarts=restarts))
+    notify(Allocated(slurm_job=slurm_job, nodes=nodes, restarts=restarts_so_far()))
     with ray_cluster() as cluster:
         notify(ClusterUp(address=cluster.address))
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "mlpipes.training.driver", str(path)], env=for_children() | cluster.environment
-        )
+        driver = subprocess.Popen([sys.executable, "-m", module, str(path)], env=for_children() | cluster.environment)
         try:
             while driver.poll() is None and not time_is_up:
                 if lost := cluster.lost():
-                    notify(Warned(text=f"Ray ended on {lost}; this job ends, and the training resumes in another"))
+                    notify(Warned(text=f"Ray ended on {lost}; this job ends, and another one resumes what it did"))
                     return 1
                 time.sleep(0.2)
             if driver.poll() is not None:
                 return driver.returncode
-            notify(Warned(text="the job's time is nearly up: a last checkpoint, then it is requeued"))
-            ask_for_last_checkpoint(job.folder, job.attempt, FAREWELL_SECONDS)
+            notify(Warned(text="the job's time is nearly up: it saves what it has, then it is requeued"))
+            save()
         finally:
             _end(driver)
-    if job.folder.result.is_file():  # it was done before it was asked
+    if is_done():  # before it was asked
         return 0
     # Slurm kills this process when it requeues the job; what comes after is for sites that do not allow it.
     done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)

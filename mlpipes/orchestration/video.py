@@ -247,14 +247,15 @@ def _picture(job: "VideoJob") -> dict[str, Any]:
 
 def _follow(context: dg.AssetExecutionContext, job: "VideoJob", ray: RayResource) -> None:
     """Have it made; shows how far it is as observations of the asset. A cancelled run ends the job."""
-    from mlpipes.video.following import follow, place, stop
+    from mlpipes.video.following import follow, stop
+    from mlpipes.video.places import place_for
 
     try:
-        follow(job, lambda: place(ray.address), _observer(context), context.log.warning)
+        follow(job, lambda: place_for(job, ray.address), _observer(context), context.log.warning)
     except BaseException:
         # Any other interruption (the code server goes away, say) leaves it running: the next attempt attaches to it.
         if is_cancelled(context):
-            stop(job, place(ray.address))
+            stop(job, place_for(job, ray.address))
         raise
 
 

@@ -5,59 +5,26 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from mlpipes.compute.jobs import ALIVE, JobHandle, JobState, python_path
-from mlpipes.compute.places import ADDRESS_VARIABLE, resolve
-from mlpipes.compute.ray_jobs import RayJobs
-from mlpipes.compute.slurm import SETTINGS_VARIABLE
-from mlpipes.errors import ConfigError, UpscalingFailedError
-from mlpipes.store.environment import value_of
+from mlpipes.compute.jobs import ALIVE, JobHandle, Jobs, JobState, JobStatus, python_path
+from mlpipes.errors import UpscalingFailedError
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
 from mlpipes.store.heartbeat import DEAD_SECONDS, Pulse
 from mlpipes.store.layout import Store, home
 from mlpipes.store.messages import Failed, Warned, read_messages
-from mlpipes.video.chunks import UPSCALED, open_chunk
 from mlpipes.video.disk import check_disk, expected_frames
 from mlpipes.video.job import SEGMENT, Encoding, Plan, VideoJob, chunk_length, suffix_of
-from mlpipes.video.joining import check_container, file_of, final_of
+from mlpipes.video.joining import check_container, file_of, final_of, is_done
 from mlpipes.video.models import pin
 from mlpipes.video.probe import probe
 
 MAX_ATTEMPTS = 5
 """Jobs in a row that got no further."""
 _POLL_SECONDS = 0.5
-
-
-class VideoJobs(RayJobs):
-    """The Jobs API of a cluster, for videos."""
-
-    module = "mlpipes.video.driver"
-
-    def _reserved(self, specification: Path) -> dict[str, Any]:
-        return {}  # the driver reads the source and joins the result: little beside what its workers do
-
-
-def check_place() -> None:
-    """Raises ConfigError if the environment has jobs run where videos cannot."""
-    if slurm := value_of(SETTINGS_VARIABLE):
-        raise ConfigError(
-            f"{SETTINGS_VARIABLE}={slurm}: videos are not upscaled on Slurm yet. Unset it to use this machine, or "
-            f"name a Ray in {ADDRESS_VARIABLE}"
-        )
-
-
-def place(address: str | None = None) -> VideoJobs:
-    """Where videos are upscaled: the Ray at an address (default as configured), else this machine's, started if need be.
-
-    Raises ConfigError for Slurm.
-    """
-    check_place()
-    return VideoJobs(resolve(address))
 
 
 @dataclass(frozen=True)
@@ -110,16 +77,6 @@ def prepare(
     return job
 
 
-def is_done(job: VideoJob) -> bool:
-    """Whether what the job is to make is in the store."""
-    if job.until == "final":
-        return final_of(job) is not None
-    with suppress(FileNotFoundError):
-        plan, folder = Plan.read(job.folder.plan), job.folder
-        return all(open_chunk(folder.upscaled_chunk(i), UPSCALED) is not None for i in range(plan.chunks))
-    return False
-
-
 def progress_of(job: VideoJob) -> Progress:
     """How far a video is."""
     folder = job.folder
@@ -142,7 +99,7 @@ def progress_of(job: VideoJob) -> Progress:
 
 def follow(
     job: VideoJob,
-    jobs_of: Callable[[], VideoJobs],
+    jobs_of: Callable[[], Jobs],
     show: Callable[[Progress], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -171,7 +128,7 @@ def follow(
     show(progress_of(job))
 
 
-def stop(job: VideoJob, jobs: VideoJobs) -> None:
+def stop(job: VideoJob, jobs: Jobs) -> None:
     """End the job of a video, if there is one; what was done is kept."""
     with suppress(ConnectionError):
         latest = jobs.latest(_name(job))
@@ -184,7 +141,7 @@ def _name(job: VideoJob) -> str:
     return f"video-{job.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
 
 
-def attach_or_submit(jobs: VideoJobs, job: VideoJob) -> JobHandle:
+def attach_or_submit(jobs: Jobs, job: VideoJob) -> JobHandle:
     """The job of a video: the one that is alive, or the next attempt, submitted."""
     folder, name = job.folder, _name(job)
     specifications = folder.specification(0).parent
@@ -204,17 +161,20 @@ def attach_or_submit(jobs: VideoJobs, job: VideoJob) -> JobHandle:
 
 
 def _watch(
-    jobs: VideoJobs,
+    jobs: Jobs,
     handle: JobHandle,
     job: VideoJob,
     show: Callable[[Progress], None],
     warn: Callable[[str], None],
 ) -> str:
-    """Follow an attempt to its end; returns the error that another attempt would not mend."""
-    offset, messages, pulse = 0, job.folder.messages(handle.attempt), Pulse(job.folder.heartbeat(handle.attempt))
+    """Follow an attempt to its end, and those for which its place queues it again; returns the error that is final."""
+    status, asked, told = JobStatus(JobState.PENDING), float("-inf"), ""
+    offset, pulse = 0, Pulse(job.folder.heartbeat(handle.attempt))
     while True:
-        state = jobs.status(handle).state
-        found, offset = read_messages(messages, offset)
+        if time.monotonic() - asked >= jobs.poll_seconds:
+            # Asked before reading, so that nothing is missed that was written before the job ended.
+            status, asked = jobs.status(handle), time.monotonic()
+        found, offset = read_messages(job.folder.messages(handle.attempt), offset)
         for message in found:
             if isinstance(message, Warned):
                 warn(message.text)
@@ -223,15 +183,32 @@ def _watch(
                     return message.error
                 warn(message.error)
         show(progress_of(job))
-        if state not in ALIVE:
-            if state == JobState.STOPPED:
-                raise UpscalingFailedError("the job was stopped; the same command goes on where it was")
-            return ""
-        if pulse.silence(waits=state == JobState.PENDING) > DEAD_SECONDS:
-            warn(f"the job's driver gave no sign of life for {DEAD_SECONDS:.0f} s; another one goes on")
+        if status.state == JobState.REQUEUED:
+            handle = replace(handle, attempt=status.attempt)
+            offset, pulse, asked = 0, Pulse(job.folder.heartbeat(handle.attempt)), float("-inf")
+            continue
+        if status.state not in ALIVE:
+            return _end_of(status)
+        waits = status.state == JobState.PENDING
+        if waits and status.reason not in (told, "", "None"):
+            told = status.reason
+            warn(f"{jobs.name} {handle.id} waits: {told}")
+        if pulse.silence(waits=waits) > DEAD_SECONDS:
+            warn(
+                f"the driver of {jobs.name} {handle.id} gave no sign of life for {DEAD_SECONDS:.0f} s; another goes on"
+            )
             jobs.stop(handle)
             return ""
         time.sleep(_POLL_SECONDS)
+
+
+def _end_of(status: JobStatus) -> str:
+    """What is final about a job that has ended; empty if another one may go on."""
+    if status.state == JobState.STOPPED:
+        return "the job was stopped; the same command goes on where it was"
+    if status.state == JobState.REFUSED:
+        return f"the job waits and can never start: {status.reason}"
+    return ""
 
 
 def _last_words(job: VideoJob) -> str:

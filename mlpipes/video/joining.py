@@ -3,7 +3,7 @@
 import heapq
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from av.stream import Disposition
 
 from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.store.files import Published, open_published, publishing
-from mlpipes.video.chunks import disk_errors
+from mlpipes.video.chunks import UPSCALED, disk_errors, open_chunk
 from mlpipes.video.encoding import CODEC, configure, open_segment, packets_in, reordering
 from mlpipes.video.job import CONTAINERS, Plan, VideoJob
 from mlpipes.video.probe import Track, opened
@@ -32,6 +32,16 @@ def final_of(job: VideoJob) -> Published | None:
         return open_published(job.folder.final, kind=_KIND, versions=frozenset({_VERSION}))
     except (FileNotFoundError, CorruptionError):
         return None
+
+
+def is_done(job: VideoJob) -> bool:
+    """Whether what the job is to make is in the store."""
+    if job.until == "final":
+        return final_of(job) is not None
+    with suppress(FileNotFoundError):
+        plan, folder = Plan.read(job.folder.plan), job.folder
+        return all(open_chunk(folder.upscaled_chunk(i), UPSCALED) is not None for i in range(plan.chunks))
+    return False
 
 
 def file_of(job: VideoJob, final: Published) -> Path:

@@ -171,3 +171,22 @@ def test_what_is_asked_for_is_checked_before_anything_starts(
     assert match in " ".join((done.output + done.stderr + capfd.readouterr().err).split())
     assert not (tmp_path / "home" / "ray").exists()
     assert (tmp_path / "there.mp4").read_bytes() == b"mine"
+
+
+def test_a_place_where_videos_cannot_be_upscaled_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, settings = write_video(tmp_path / "x.mp4", 4), tmp_path / "settings.yaml"
+    for content, variables, match in (
+        ("store_claim: x", ("MLPIPES_KUBERNETES",), "not upscaled on Kubernetes yet"),
+        ("time: soon", ("MLPIPES_SLURM",), "write a time limit as Slurm does"),
+        ("{}", ("MLPIPES_SLURM", "MLPIPES_RAY_ADDRESS"), "MLPIPES_RAY_ADDRESS="),
+    ):
+        settings.write_text(content)
+        with monkeypatch.context() as patch:
+            for variable in variables:
+                patch.setenv(variable, str(settings))
+            done = CliRunner().invoke(app, ["upscale", str(path), str(tmp_path / "out.mp4")])
+        assert done.exit_code == 1
+        assert match in " ".join((done.output + done.stderr + capfd.readouterr().err).split())
+        assert not (tmp_path / "out.mp4").exists()
