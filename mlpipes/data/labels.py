@@ -26,7 +26,12 @@ from mlpipes.errors import DataError
 Task = Literal["classification", "regression"]
 UNKNOWN_SHARE = 0.05
 """A test split with a greater share of labels that training does not have is refused."""
-_MISSING = frozenset(("na", "n/a", "#n/a", "#na", "nan", "-nan", "<na>", "null", "none"))
+_MISSING = frozenset(
+    (
+        *("na", "n/a", "#n/a", "#n/a n/a", "#na", "nan", "-nan", "<na>", "null", "none"),
+        *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),  # NaN as Windows wrote it
+    )
+)
 _TRUTH = frozenset(("true", "false"))
 _INFINITE = re.compile(r"[+-]?inf(inity)?", re.IGNORECASE)
 _WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0*", re.ASCII)

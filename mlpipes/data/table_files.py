@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ def read_table(path: Path, reading: Reading) -> RawTable:
         path = path.expanduser()
     except RuntimeError as error:
         raise DataError(f"{path}: {error}") from error
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - of a name that is too long, `Path.is_dir` raises
         raise DataError(f"{path} is a folder; name the file in it")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = next(iter([s for s in suffixes if s != ".gz"][-1:]), "")
@@ -111,7 +112,7 @@ def _encoding(data: bytes, path: Path, named: str | None) -> str:
             f"{path} is not {encoding}: line {line} has the bytes {data[error.start : error.start + 4]!r}. Say "
             "encoding='cp1252' (Western Windows), 'latin-1' or what it was saved with; or save it as UTF-8"
         ) from error
-    except UnicodeError as error:
+    except ValueError as error:
         raise DataError(f"{path} is not {encoding}: {error}. Say another encoding=…, or save it as UTF-8") from error
     if "\0" in head.partition("\n")[0]:
         raise DataError(
@@ -234,7 +235,7 @@ def arrow_table(table: Any, classes: dict[str, list[str]], where: str) -> RawTab
 
     Raises DataError for doubled columns and numbers without a name.
     """
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, types
 
     names = list(table.column_names)
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -251,24 +252,40 @@ def arrow_table(table: Any, classes: dict[str, list[str]], where: str) -> RawTab
             raise DataError(f"{where}: column {name!r} holds texts that are not UTF-8: {error}") from error
         except ArrowException as error:  # a broken file: numbers of a dictionary that it has no entries for
             raise DataError(f"{where}: column {name!r} cannot be read: {error}") from error
+    named = {}
     for name, known in classes.items():
-        if name in columns:
-            columns[name] = [_class_name(cell, known, name, where) for cell in columns[name]]
-    return RawTable(dict(columns), {name: list(known) for name, known in classes.items() if name in columns}, "typed")
+        if name not in columns:
+            continue
+        if not all(isinstance(one, str) and one.strip() for one in known) or len({*map(str.strip, known)}) < len(known):
+            raise DataError(f"{where}: the classes of column {name!r} are to be texts, each once, but are {known!r}")
+        named[name] = [one.strip() for one in known]
+        # Names may be digits: what a number is, its column's type says.
+        numbered = types.is_integer(kind := _kind_of(table.column(name))) or types.is_floating(kind)
+        columns[name] = [_class_name(cell, named[name], numbered, name, where) for cell in columns[name]]
+    return RawTable(dict(columns), named, "typed")
 
 
-def _class_name(cell: Cell, known: list[str], column: str, where: str) -> Cell:
-    if cell is None or cell == "-1" or cell in known:
-        return None if cell == "-1" else cell
-    if isinstance(cell, str) and cell.isdigit() and int(cell) < len(known):
+def _class_name(cell: Cell, known: list[str], numbered: bool, column: str, where: str) -> Cell:
+    if isinstance(cell, str) and not numbered and cell.strip() in known:
+        return cell
+    if cell is None or cell == "-1":
+        return None
+    if isinstance(cell, str) and cell.isascii() and cell.isdecimal() and int(cell) < len(known):
         return known[int(cell)]
     raise DataError(f"{where}: column {column!r} has {cell!r}, but its {len(known)} classes are numbered from 0")
+
+
+def _kind_of(column: Any) -> Any:
+    """The type of a column's values."""
+    from pyarrow import types
+
+    return column.type.value_type if types.is_dictionary(column.type) else column.type
 
 
 def _arrow_cells(column: Any) -> list[Cell]:
     from pyarrow import types
 
-    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    kind = _kind_of(column)
     plain = (
         types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_floating, types.is_boolean,
         types.is_decimal, types.is_null, types.is_binary, types.is_large_binary, types.is_binary_view,

@@ -56,7 +56,9 @@ def test_zeros_after_the_point_make_no_difference_among_numbers(tmp_path: Path) 
     assert labels_of(dataset, "test") == ["1", "2", "2"]
 
 
-@pytest.mark.parametrize("word", ["NA", "NaN", "nan", "N/A", "null", "None", "<NA>", "", "  ", "\u00a0"])
+@pytest.mark.parametrize(
+    "word", ["NA", "NaN", "nan", "N/A", "null", "None", "<NA>", "1.#QNAN", "#N/A N/A", "", "  ", "\u00a0"]
+)
 def test_words_for_missing_are_missing_among_numbers_and_truth_values(tmp_path: Path, word: str) -> None:
     for labels in (["0", "1"], ["0.5", "1.25"], ["true", "false"]):
         dataset = load(tmp_path, [*labels, word])
@@ -143,6 +145,18 @@ def test_parquet_classes_have_their_names_and_minus_one_is_missing(tmp_path: Pat
     path = parquet(tmp_path / "y.parquet", {"text": ["a b", "c d"], "label": [0, 2]}, ["neg", "pos"])
     with pytest.raises(DataError, match="column 'label' has '2', but its 2 classes are numbered from 0"):
         TableSource(path).load()
+
+
+def test_what_numbers_stand_for_is_said_by_the_columns_type_even_if_names_are_digits(tmp_path: Path) -> None:
+    texts = {"text": ["a b", "c d", "e f"]}
+    path = parquet(tmp_path / "x.parquet", texts | {"label": [0, 1, 2]}, ["1", " 2", "3"])
+    assert labels_of(TableSource(path).load()) == ["1", "2", "3"]
+    path = parquet(tmp_path / "y.parquet", texts | {"label": ["2", "1", "3 "]}, ["1", "2", "3"])
+    assert labels_of(TableSource(path).load()) == ["2", "1", "3"]
+    for names in (["a", "a"], ["a", ""], [1, 2]):
+        path = parquet(tmp_path / "z.parquet", texts | {"label": [0, 1, 0]}, names)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(DataError, match=r"classes of column 'label' are to be texts, each once"):
+            TableSource(path).load()
 
 
 def test_typed_columns_are_as_if_written(tmp_path: Path) -> None:
