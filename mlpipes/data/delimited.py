@@ -254,8 +254,6 @@ def _swallowed(reading: _Reading) -> int | None:
 def _header(reading: _Reading, name: str, columns: Sequence[str] | None, roles: Sequence[str]) -> list[str]:
     """The stripped names of columns. Raises DataError for what is doubled, or is no header."""
     header = [title.strip() for title in reading.header]
-    if twice := sorted({title for title in header if title and header.count(title) > 1}):
-        raise DataError(f"{name}: the header names {', '.join(map(repr, twice))} twice; give every column its own name")
     if columns is not None:
         if reading.rows and [cell.strip() for cell in reading.rows[0]] == header:
             del reading.rows[0], reading.lines[0]
@@ -269,23 +267,30 @@ def _header(reading: _Reading, name: str, columns: Sequence[str] | None, roles: 
             f"{name} seems to have no header: {cell[:80]!r} in its first line looks like a value, not like the name of a "
             "column. Name the columns: columns=[…]. If it is a header, say which columns are which: text=…, label=…"
         )
-    first = reading.header[0]
+    if twice := sorted({title for title in header if title and header.count(title) > 1}):
+        raise DataError(f"{name}: the header names {', '.join(map(repr, twice))} twice; give every column its own name")
+    titles = [_title(cell) for cell in reading.header]
     again = (
         i
         for i, row in enumerate(reading.rows)
-        if first in row[0] and [row[0].strip("\ufeff"), *row[1:]] == reading.header
+        if _title(row[0]) == titles[0] and [_title(cell) for cell in row] == titles
     )
     if (again := next(again, None)) is not None:
         raise DataError(f"{name}: line {reading.lines[again]} repeats the header; remove it")
     return header
 
 
+def _title(cell: str) -> str:
+    """A cell as the name of a column that another program may have written in another way."""
+    return cell.strip("\ufeff \t").lower()
+
+
 def _like_data(header: list[str], reading: _Reading, roles: Sequence[str]) -> str | None:
     """A cell of the first row that shows it to be no header, if there is one."""
     if roles and set(roles) <= set(header):
         return None
-    if header == [str(number) for number in range(len(header))]:
-        return None  # the numbers that pandas gives to columns without names
+    if (named := header[header[0] == "" :]) == [str(number) for number in range(len(named))]:
+        return None  # the numbers that pandas gives to columns without names, behind its index or not
     below = [sum(row[place].strip() == title for row in reading.rows) for place, title in enumerate(header)]
     # Once may be chance; a label `y` among labels y and n is not.
     names = [title for title, times in zip(header, below, strict=True) if known_name(title) and times < 2]

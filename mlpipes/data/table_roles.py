@@ -22,7 +22,20 @@ PAIRS = (
 )  # fmt: skip
 INDEX_NAMES = ("idx", "index", "id", "guid", "uid", "key", "")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
-DATE = re.compile(r"\d{4}[-/]\d{1,2}[-/]\d{1,2}([T ].*)?|\d{1,2}[/.]\d{1,2}[/.]\d{4}( .*)?")
+_MONTH = (
+    "(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?"
+    "|nov(ember)?|dec(ember)?)"
+)
+_OF_A_DATE = (
+    rf"({_MONTH}|(mon|tues?|wed(nes)?|thu(rs?)?|fri|sat(ur)?|sun)(day)?|\d+(st|nd|rd|th)?|\d+(:\d\d)+|\+\d{{4}}|[ap]m|at|of"
+    "|utc|gmt|[pmce][sd]t)"
+)
+DATE = re.compile(
+    r"\d{4}[-/]\d{1,2}[-/]\d{1,2}([T ].*)?|\d{1,2}[/.]\d{1,2}[/.]\d{4}( .*)?"
+    # `Mon Apr 06 22:19:45 PDT 2009`, `April 6th, 2009 at 10:19 PM`
+    rf"|(?=.*\d)(?=.*\b{_MONTH}\b){_OF_A_DATE}([ ,.-]+{_OF_A_DATE})*",
+    re.IGNORECASE,
+)
 _SEVERAL_WORDS = 4
 _LOOKED_AT = 2000
 
@@ -126,10 +139,12 @@ def _sample(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def is_wordy(cells: Sequence[Cell]) -> bool:
-    """Whether cells hold several words on average."""
+    """Whether cells hold several words on average, and are not all dates."""
     some = _sample(cells)
     words = [len(cell.split()) for cell in some if isinstance(cell, str)]
-    return bool(some) and len(words) == len(some) and sum(words) / len(words) >= _SEVERAL_WORDS
+    if not some or len(words) < len(some) or sum(words) / len(words) < _SEVERAL_WORDS:
+        return False
+    return not all(isinstance(cell, str) and DATE.fullmatch(cell.strip()) for cell in some)
 
 
 def _is_like_a_label(name: str, cells: Sequence[Cell]) -> bool:

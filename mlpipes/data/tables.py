@@ -120,10 +120,18 @@ class TableSource:
         """Raises DataError for settings that cannot be meant."""
         if self.task not in (None, "classification", "regression"):
             raise DataError(f"task={self.task!r}: it is 'classification' or 'regression'")
+        for name in ("train", "test", "config", "text", "text_pair", "label", "delimiter", "encoding"):
+            if not isinstance(value := getattr(self, name), str) and (value is not None or name == "train"):
+                raise DataError(f"{name}={value!r}: write it as text (str), not as {type(value).__name__}")
+        if not isinstance(self.quoting, bool | None):
+            raise DataError(f"quoting={self.quoting!r}: it is True, False or None")
         for name, value in (("class_names", self.class_names), ("columns", self.columns)):
             if value is None:
                 continue
-            if isinstance(value, str) or not all(isinstance(one, str) and one.strip() == one and one for one in value):
+            # A set has no order.
+            if not isinstance(value, list | tuple) or not all(
+                isinstance(one, str) and one.strip() == one and one for one in value
+            ):
                 raise DataError(f"{name}={value!r}: it must be a list of names, without blanks around them")
             if len(set(value)) != len(value) or len(value) < 2:
                 raise DataError(f"{name}={list(value)!r}: at least two names are needed, each once")

@@ -169,12 +169,19 @@ def test_headers_are_stripped_and_doubled_or_repeated_ones_are_errors(tmp_path: 
     assert loaded(write(tmp_path / "x.csv", " Text ,\tLabel\na b,x\nc d,y\n"), text="Text")[0] == ("a b", "x")
     with pytest.raises(DataError, match="names 'text' twice"):
         loaded(write(tmp_path / "x.csv", "text,label,text \na,b,c\nd,e,f\n"))
-    with pytest.raises(DataError, match="line 3 repeats the header"):
-        loaded(write(tmp_path / "x.csv", "text,label\na,b\n\ufefftext,label\nc,d\n"))
+    for again in ("\ufefftext,label", "Text,Label", "text, label "):
+        with pytest.raises(DataError, match="line 3 repeats the header"):
+            loaded(write(tmp_path / "x.csv", f"text,label\na,b\n{again}\nc,d\n"))
 
 
 def test_a_column_without_a_name_is_an_index_or_empty(tmp_path: Path) -> None:
     assert loaded(write(tmp_path / "x.csv", ",text,label,,\n0,a,b,,\n1,c,d,,\n")) == [("a", "b"), ("c", "d")]
+    numbered = write(
+        tmp_path / "x.csv", ",0,1\n" + "".join(f"{n},some words of text {n},x\n" for n in range(3)) + "3,other,y\n"
+    )
+    assert loaded(numbered)[1:] == [("some words of text 1", "x"), ("some words of text 2", "x"), ("other", "y")]
+    with pytest.raises(DataError, match="seems to have no header"):
+        loaded(write(tmp_path / "x.csv", "0,some words of a text,0\n1,other words of a text,1\n"))
     with pytest.raises(DataError, match=r"line 3 has ' and the rest' in column 3, which has no name"):
         loaded(write(tmp_path / "x.csv", "label,text,,\nb,a,,\nd,c, and the rest,\n"))
 

@@ -42,6 +42,8 @@ def test_a_column_with_several_words_is_the_text_if_it_is_the_only_one() -> None
     for columns, listed in (
         ({"remark": PROSE, "reply": PROSE}, "'remark', 'reply'"),
         ({"place": PLACES}, "'place'"),
+        ({"when": [f"Mon Apr {n:02} 22:19:45 PDT 2009" for n in range(COUNT)]}, "'when'"),
+        ({"when": [f"April {n}th, 2009 at 10:19 PM" for n in range(COUNT)]}, "'when'"),
         ({"uid": IDS, "code": IDS}, "'code'"),
         ({"title": PROSE, "body_of_it": PROSE}, "'title', 'body_of_it'"),
         ({"text": PROSE, "tweet": PROSE}, "'text', 'tweet'"),

@@ -175,6 +175,12 @@ def test_classes_of_a_hub_data_set_have_its_names_and_minus_one_is_hidden(monkey
         ({"delimiter": ";"}, "are for delimited text"),
         ({"text": "label", "label": "label"}, "given for two roles"),
         ({"label": "nope"}, "no column 'nope' for label"),
+        ({"label": ["label"]}, r"label=\['label'\]: write it as text"),
+        ({"class_names": {"a", "b"}}, "must be a list of names"),
+        ({"class_names": 2}, "must be a list of names"),
+        ({"quoting": "no"}, "quoting='no': it is True, False or None"),
+        ({"delimiter": 9}, "delimiter=9: write it as text"),
+        ({"encoding": "\0"}, "Say another encoding="),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -194,6 +200,10 @@ def test_words_that_mean_missing_elsewhere_and_quotes_stay_text(tmp_path: Path) 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         TableSource(str(tmp_path / "gone.csv")).load()
+    with pytest.raises(DataError, match="name too long"):
+        TableSource(str(tmp_path / ("x" * 300 + ".csv"))).load()
+    with pytest.raises(DataError, match="as text"):
+        TableSource(tmp_path / "gone.csv").load()  # pyright: ignore[reportArgumentType]
     (tmp_path / "x.xlsx").write_bytes(b"x")
     with pytest.raises(DataError, match="unknown type"):
         TableSource(str(tmp_path / "x.xlsx")).load()
