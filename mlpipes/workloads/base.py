@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from mlpipes.data.dataset import Columns, Source
@@ -53,6 +53,17 @@ class Hyperparameters(BaseModel):
         description="samples that go through the model at once where memory is short, in training (the rest of a shard "
         "accumulates) and in evaluation; null: a whole shard, and 500 in evaluation",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts `true`, and YAML's `yes`, as 1."""
+        if isinstance(value, bool):
+            try:
+                TypeAdapter(cls.model_fields[str(info.field_name)].annotation).validate_python(value, strict=True)
+            except ValidationError:
+                raise ValueError("write a number, a text or null, as the field has, and not true or false") from None
+        return value
 
 
 @dataclass(frozen=True)

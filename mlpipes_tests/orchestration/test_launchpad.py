@@ -67,6 +67,15 @@ def test_an_unknown_name_lists_those_that_there_are() -> None:
         settings_of(DIGITS, changes=["lr=1"])
 
 
+def test_a_truth_value_is_no_number(tmp_path: Path) -> None:
+    (path := tmp_path / "x.yaml").write_text("hyperparameters: {deterministic: no}")
+    assert (found := settings_of(DIGITS, path))
+    assert found.hyperparameters == {"deterministic": False}
+    for name in ("learning_rate", "micro_batch", "logical_shards"):
+        with pytest.raises(ConfigError, match=rf"{name}: write a number, .* and not true or false \(got True\)"):
+            settings_of(DIGITS, changes=[f"{name}=yes"])
+
+
 def stored(root: Path, learning_rate: float) -> Store:
     """A store with all that a chain of these settings leaves behind."""
     store = Store(root)
