@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from mlpipes.data.dataset import Columns, Dataset
-from mlpipes.errors import DataError
+from mlpipes.data.ragged import Ragged
+from mlpipes.errors import ConfigError, DataError
 
 SOURCE_INDEX = "source_index"
 """Column added to each split: the row's number in the source split that it came from."""
@@ -35,6 +37,17 @@ class SplitPlan:
     """A column of integers; samples that share its value go to the same split. Takes the place of stratification."""
     train_cap: int | None = None
     """At most so many training samples, drawn at random, stratified."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what is of another type, such as `content="text"`, or is no seed."""
+        for name, kind in get_type_hints(SplitPlan).items():
+            value = getattr(self, name)
+            try:
+                TypeAdapter(kind).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+            except ValidationError as error:
+                raise ConfigError(f"split plan: {name}={value!r}: {error.errors()[0]['msg']}") from error
+        if self.seed < 0:
+            raise ConfigError(f"split plan: seed={self.seed}: it must not be negative")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -75,6 +88,10 @@ def split_dataset(dataset: Dataset, plan: SplitPlan) -> tuple[dict[str, dict[str
         raise DataError(
             f"{dataset.provenance.name}: the split plan names {', '.join(absent)}, but the columns are {', '.join(train)}"
         )
+    for role in ("stratify_by", "group_by"):
+        name = getattr(plan, role)
+        if name is not None and (isinstance(train[name], Ragged) or np.ndim(train[name]) != 1):
+            raise DataError(f"{dataset.provenance.name}: {role}={name!r} is no column of one value a sample")
     train[SOURCE_INDEX] = np.arange(len(next(iter(train.values()))), dtype=np.int64)
     test = dict(dataset.splits["test"]) if "test" in dataset.splits else None
     if (test is None) == (plan.test_fraction is None):

@@ -1,5 +1,6 @@
 """Splits of texts: rare classes, groups, caps, and a thousand classes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mlpipes.data.dataset import Dataset, Provenance
 from mlpipes.data.ragged import Ragged
 from mlpipes.data.splits import SplitPlan, split_dataset
 from mlpipes.data.tables import TableSource
-from mlpipes.errors import DataError
+from mlpipes.errors import ConfigError, DataError
 from mlpipes_tests.texts import PLAN, write_jsonl
 
 
@@ -85,3 +86,26 @@ def test_pairs_of_texts_that_are_glued_alike_are_different_samples() -> None:
     dataset = Dataset({"train": columns}, NOWHERE)
     _, duplicates = split_dataset(dataset, SplitPlan(0.1, test_fraction=0.2, content=("text", "text_pair")))
     assert duplicates["train_rows_dropped_because_repeated"] == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"content": "text"}, {"seed": None}, {"seed": -1}, {"seed": 1.5}, {"validation_fraction": "0.1"}, {"train_cap": "9"},
+        {"stratify_by": ["label"]}, {"group_by": 5}, {"test_fraction": "10%"},
+    ],
+)  # fmt: skip
+def test_a_plan_says_which_of_its_settings_cannot_be_meant(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"split plan: {name}="):
+        SplitPlan(**wrong)
+
+
+@pytest.mark.parametrize("role", ["stratify_by", "group_by"])
+def test_a_column_to_split_by_has_one_value_a_sample(role: str) -> None:
+    columns = {"text": Ragged.of_texts(f"row {n}" for n in range(20)), "pixels": np.zeros((20, 2))}
+    for name in columns:
+        with pytest.raises(DataError, match=rf"Mine: {role}='{name}' is no column of one value a sample"):
+            split_dataset(
+                Dataset({"train": columns}, NOWHERE), replace(SplitPlan(0.1, test_fraction=0.2), **{role: name})
+            )
