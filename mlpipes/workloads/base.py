@@ -60,7 +60,8 @@ class Hyperparameters(BaseModel):
         """Python counts `true`, and YAML's `yes`, as 1."""
         if isinstance(value, bool):
             try:
-                TypeAdapter(cls.model_fields[str(info.field_name)].annotation).validate_python(value, strict=True)
+                kind: Any = cls.model_fields[str(info.field_name)].annotation
+                TypeAdapter(kind).validate_python(value, strict=True)
             except ValidationError:
                 raise ValueError("write a number, a text or null, as the field has, and not true or false") from None
         return value
