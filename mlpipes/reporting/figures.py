@@ -1,6 +1,7 @@
 """Figures: curves, confusion matrices, calibration and mistakes, each returned as the bytes of a PNG."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ def png_of(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """A text that is shown as it is: between two dollars matplotlib reads a formula, and raises for what is none."""
+    return text.replace("$", r"\$")
 
 
 def training_curves(history: Sequence[Sequence[Any]], steps_per_epoch: int, best_step: int, metric: str) -> bytes:
@@ -58,8 +64,9 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     rates = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 30:
-        axes.set_xticks(range(len(names)), names, rotation=60 if max(map(len, names)) > 2 else 0)
-        axes.set_yticks(range(len(names)), names)
+        shown = [_plain(name) for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=60 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(len(names)), shown)
         for row, column in zip(*np.nonzero(matrix), strict=True):
             colour = "white" if rates[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
@@ -96,7 +103,7 @@ def scatter(labels: np.ndarray, values: np.ndarray) -> bytes:
 
 def gallery(images: np.ndarray, captions: Sequence[str], maximum: int, title: str) -> bytes:
     """Pictures with captions; `images` uint8 (N, C, H, W) with values up to `maximum`, C = 1 or 3."""
-    columns = min(8, max(1, len(images)))
+    columns = min(8, max(3, len(images)))  # room for the title
     shown = [image.transpose(1, 2, 0).astype(float) / maximum for image in images]
     shown = [picture[..., 0] if picture.shape[2] == 1 else picture for picture in shown]
     return _pictures(shown, captions, columns, (1.3, 1.55), title, cmap="gray_r", vmin=0, vmax=1)
@@ -129,8 +136,9 @@ def _pictures(
         place = ((column + 0.05) / columns, bottom, 0.9 / columns, (height - 0.35) / total)
         axes = figure.add_axes(place, xticks=[], yticks=[], frame_on=False)
         axes.imshow(image, **options)
-        axes.set_title(caption, fontsize=8, pad=3)
-    figure.text(0.5, 1 - 0.2 / total, title, fontsize=10, ha="center", va="center")
+        lines = textwrap.wrap(caption, int(15 * width), max_lines=2, placeholder=" …")
+        axes.set_title(_plain("\n".join(lines)), fontsize=8, pad=3)
+    figure.text(0.5, 1 - 0.2 / total, _plain(title), fontsize=10, ha="center", va="center")
     return png_of(figure)
 
 

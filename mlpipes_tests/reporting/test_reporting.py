@@ -3,6 +3,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlpipes.reporting import figures
 from mlpipes.reporting.classification import classification_report, expected_calibration_error, wilson
 from mlpipes.reporting.report import Table
 
@@ -55,3 +56,14 @@ def test_any_text_stays_in_its_cell(text: str) -> None:
     lines = Table("t", ["c"], [[text.replace("\\", "")]]).markdown().split("\n")
     assert len([line for line in lines if line]) >= 3
     assert lines[2].replace("\\|", "").count("|") == 2
+
+
+@pytest.mark.parametrize("names", [("$5", "$10"), ("$\\x$", "b"), ("$^", "$$"), ("a very long name " * 4, "b")])
+def test_names_of_classes_are_never_read_as_formulas(names: tuple[str, str]) -> None:
+    images = np.zeros((1, 3, 8, 8), dtype=np.uint8)
+    assert figures.gallery(images, [" → ".join(names)], 255, "Most confident mistakes").startswith(PNG)
+    assert figures.confusion_matrix(np.eye(2, dtype=np.int64), names).startswith(PNG)
+
+
+def test_a_gallery_of_nothing_is_a_picture_too() -> None:
+    assert figures.gallery(np.zeros((0, 1, 8, 8), dtype=np.uint8), [], 16, "Most confident mistakes").startswith(PNG)
