@@ -30,7 +30,10 @@ class Trial:
         self.name, self.files, self.tokenizer = name, files, tokenizer
         with self._told("does not load"), torch.random.fork_rng(devices=[]):
             self.model = build(files, outputs, None, dropout=None, attention_dropout=0.0).eval()
-        rows = self.model.get_input_embeddings().num_embeddings
+        try:
+            rows = self.model.get_input_embeddings().num_embeddings
+        except (NotImplementedError, AttributeError):  # it looks characters up by their hashes, as CANINE does
+            return
         if (greatest := max(tokenizer.get_vocab().values())) >= rows:
             raise DataError(
                 f"{name}: its tokenizer has ids up to {greatest}, but its embeddings end at {rows - 1}. Take the tokenizer "

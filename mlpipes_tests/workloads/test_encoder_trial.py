@@ -341,6 +341,19 @@ def test_ids_and_positions_fit_the_embeddings(tables: Path, tokenizers: dict[str
         snapshot_for(workload_of(tables, roberta, max_length=66), tmp_path)
 
 
+def test_an_encoder_without_a_table_of_embeddings_is_tried_all_the_same(
+    tables: Path, tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertPreTrainedModel
+
+    def none_there(model: Any) -> Any:
+        raise NotImplementedError("as CANINE's, which hashes characters")
+
+    folder = model_in(tmp_path / "model", "bert", tokenizers)
+    monkeypatch.setattr(BertPreTrainedModel, "get_input_embeddings", none_there)
+    assert snapshot_for(workload_of(tables, folder, max_length=48), tmp_path).counts["train"] == 36
+
+
 def test_merges_without_their_vocabulary_are_no_tokenizer(
     tables: Path, tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:
