@@ -328,9 +328,11 @@ def for_children(*without: str, unproxied: str = "") -> dict[str, str]:
     exempt = [*LOOPBACK, *([unproxied] if unproxied else [])]
     # Programs differ in which of the two they read; the lower one wins where both are read.
     given = environment.get(_PROXY_EXEMPTIONS[0]) or environment.get(_PROXY_EXEMPTIONS[1]) or ""
-    exemptions = _joined(given, exempt)
+    exemptions, grpc = _joined(given, exempt), environment.get(_GRPC_EXEMPTION, "")
+    if "*" in exemptions.split(","):
+        exemptions, grpc = "*", grpc or given  # which means all hosts only where it stands alone, and nothing to gRPC
     environment |= dict.fromkeys(_PROXY_EXEMPTIONS, exemptions)
-    if grpc := environment.get(_GRPC_EXEMPTION):
+    if grpc:
         environment[_GRPC_EXEMPTION] = _joined(grpc, exempt)
     for name in ("MLPIPES_HOME", "DAGSTER_HOME"):
         if path := path_in(name):

@@ -194,6 +194,13 @@ def test_no_proxy_stands_before_loopback(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(name, found[name])
     assert not requests.utils.get_environ_proxies("http://127.0.0.1:8265/api")
     assert requests.utils.get_environ_proxies("http://mlflow.example.com")
+    monkeypatch.delenv("no_grpc_proxy")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+    found = for_children()
+    assert found["no_proxy"] == found["NO_PROXY"] == "*", "before no host; as one of several names, it would be none"
+    assert found["no_grpc_proxy"] == "*,localhost,127.0.0.1,::1"
+    assert not requests.utils.get_environ_proxies("http://mlflow.example.com")
 
 
 def test_folders_and_files_are_absolute_for_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
