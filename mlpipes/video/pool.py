@@ -114,8 +114,8 @@ class Pool:
     _bad_starts: int = 0
     _began: dict[Any, float] = field(default_factory=dict)
     """By reference, when its part was handed out."""
-    _slowest: float = 0.0
-    """Seconds that a part took at most."""
+    _slowest: dict[str, float] = field(default_factory=dict)
+    """Seconds that a part of a kind took at most: a segment is encoded in seconds while a chunk may take an hour."""
 
     def run(self) -> None:
         """Do all that is left.
@@ -172,8 +172,8 @@ class Pool:
                 self._start()
                 continue
             else:
-                self._slowest = max(self._slowest, took)
                 if part is not None:
+                    self._slowest[part[0]] = max(self._slowest.get(part[0], 0.0), took)
                     todo.done(part)
             idle.append(actor)
 
@@ -181,12 +181,14 @@ class Pool:
         """End workers that have their part in hand for far too long; they count as lost."""
         import ray
 
-        limit = max(_SHORTEST_SECONDS, _PATIENCE * self._slowest) if self._slowest else _FIRST_SECONDS
         for reference, began in list(self._began.items()):
+            actor, part = self._busy[reference]
+            slowest = self._slowest.get(part[0]) if part else None
+            limit = _FIRST_SECONDS if slowest is None else max(_SHORTEST_SECONDS, _PATIENCE * slowest)
             if time.monotonic() - began > limit:
                 self.warn(f"a worker hangs: it had its part in hand for {time.monotonic() - began:.0f} s")
                 self._began[reference] = time.monotonic()
-                ray.kill(self._busy[reference][0])
+                ray.kill(actor)
 
     def _lost(self, part: Part | None, error: Exception) -> None:
         """Note that a worker is gone. Raises UpscalingFailedError if it was one too many."""

@@ -8,23 +8,25 @@ import pytest
 import ray
 
 from mlpipes.video.job import Plan
-from mlpipes.video.pool import UPSCALE, Pool
+from mlpipes.video.pool import ENCODE, UPSCALE, Pool
 from mlpipes_tests.video.made import job_of, write_video
 
 
 @pytest.mark.parametrize(
     ("slowest", "held", "hangs"),
     [
-        (0.0, 3500, False),
-        (0.0, 3700, True),
-        (1.0, 290, False),
-        (1.0, 310, True),
-        (100.0, 1900, False),
-        (100.0, 2100, True),
+        ({}, 3500, False),
+        ({}, 3700, True),
+        ({ENCODE: 1.0}, 3500, False),  # of another kind: it says nothing of how long a chunk takes
+        ({ENCODE: 1.0}, 3700, True),
+        ({UPSCALE: 1.0}, 290, False),
+        ({UPSCALE: 1.0}, 310, True),
+        ({UPSCALE: 100.0}, 1900, False),
+        ({UPSCALE: 100.0}, 2100, True),
     ],
 )
 def test_a_worker_that_holds_its_part_for_too_long_is_ended_once(
-    slowest: float, held: float, hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slowest: dict[str, float], held: float, hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[Any] = []
     monkeypatch.setattr(ray, "kill", ended.append)
