@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,7 @@ class LocalRay:
         except BaseException:
             self._end(state)
             raise
-        raylets = [_identity(child) for child in psutil.Process(pid).children() if child.name() == "raylet"]
-        state["raylet"] = next(iter(raylets), (0, 0.0))
+        state["raylet"] = _raylet_of(pid)
         write_record(self._state, state)
         return state
 
@@ -226,6 +226,16 @@ class LocalRay:
 def _identity(process: psutil.Process) -> tuple[int, float]:
     """A process's number and start: numbers are used again."""
     return process.pid, process.create_time()
+
+
+def _raylet_of(head: int) -> tuple[int, float]:
+    """The raylet among the children of a head; a process that there is never if it is gone already, or the head is."""
+    with suppress(psutil.Error):
+        for child in psutil.Process(head).children():
+            with suppress(psutil.Error):  # the head has others, which come and go
+                if child.name() == "raylet":
+                    return _identity(child)
+    return 0, 0.0
 
 
 def _is_alive(state: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """The end of a Ray node: also processes that have lost their mark, as Ray's agents do, and nobody else's."""
 
+import os
 import secrets
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlpipes.compute.local import _raylet_of
 from mlpipes.compute.ray_node import MARK, _hold, end_marked
 
 _NODE = """import subprocess, sys, time
@@ -75,3 +77,26 @@ print("Ray runtime started.")
 sys.exit(7)"""
     assert _hold([sys.executable, "-c", program], {}, "a mark") == code
     assert len(tries.read_text()) == starts
+
+
+class Child:
+    """Stands for a child of a head."""
+
+    def __init__(self, pid: int, name: str) -> None:
+        self.pid, self._name = pid, name
+
+    def name(self) -> str:
+        if not self._name:
+            raise psutil.NoSuchProcess(self.pid)
+        return self._name
+
+    def create_time(self) -> float:
+        return 1.5
+
+
+def test_the_raylet_is_found_whatever_other_children_of_a_head_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    children = [Child(5, ""), Child(6, "gcs_server"), Child(7, "raylet")]
+    monkeypatch.setattr(psutil.Process, "children", lambda _: children)
+    assert _raylet_of(os.getpid()) == (7, 1.5), "one ended while we looked"
+    del children[2]
+    assert _raylet_of(os.getpid()) == (0, 0.0)
