@@ -53,6 +53,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
             *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),  # of protocol 5
             ("_codecs", "encode"),
+            *((module, "bytes") for module in ("__builtin__", "builtins")),  # of an empty array
         }
     )
 
@@ -77,7 +78,7 @@ def _read_batch(path: Path) -> dict[str, Any]:
 
 
 def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ class Cifar10Source:
         """Splits `train` and `test` with `image` uint8 (N, 3, 32, 32) and `label` int64 (N,)."""
         folder = self.folder()
         names = [_text(name) for name in _read_batch(folder / "batches.meta").get("label_names", [])]
-        if not names:
-            raise DataError(f"CIFAR-10: {folder / 'batches.meta'} has no label_names; it is not the standard file")
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise DataError(
+                f"CIFAR-10: {folder / 'batches.meta'} has no label_names that are texts, each once; it is not the standard "
+                "file"
+            )
         splits = {
             "train": _stack(folder, [f"data_batch_{number}" for number in range(1, 6)], len(names)),
             "test": _stack(folder, ["test_batch"], len(names)),
@@ -137,6 +141,8 @@ def _stack(folder: Path, batches: list[str], classes: int) -> dict[str, np.ndarr
             pixels, targets = np.asarray(batch["data"]), np.asarray(batch["labels"])
             if len(targets) and targets.dtype.kind not in "iu":
                 raise ValueError(f"labels are {targets.dtype}, expected whole numbers")
+            if targets.ndim != 1:
+                raise ValueError(f"labels are of shape {targets.shape}, expected one number for each image")
             targets = targets.astype(np.int64)
             if pixels.dtype != np.uint8 or pixels.shape != (len(targets), 3072):
                 raise ValueError(f"data is {pixels.dtype}{pixels.shape}, expected uint8({len(targets)}, 3072)")

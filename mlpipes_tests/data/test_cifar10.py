@@ -57,6 +57,8 @@ def test_whole_numbers_of_any_kind_and_protocol_load(
         ([0, 1, None, 1], IMAGES, "labels are object"),
         ([0, 1, 3, 1], IMAGES, "outside 0..2"),
         ([], IMAGES[:0], "hold no image"),
+        (np.array(LABELS)[:, None], IMAGES, r"labels are of shape \(4, 1\)"),
+        (np.eye(4, dtype=np.int64), IMAGES, r"labels are of shape \(4, 4\)"),
         (LABELS[:3], IMAGES, "expected uint8"),
         (LABELS, IMAGES.astype(np.float32), "expected uint8"),
     ],
@@ -66,6 +68,25 @@ def test_what_is_no_batch_is_refused(
 ) -> None:
     monkeypatch.setenv("MLPIPES_CIFAR10", str(folder(tmp_path, labels, data)))
     with pytest.raises(DataError, match=said):
+        Cifar10Source().load()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_batches_of_a_subset_may_be_empty(protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path, protocol=protocol)
+    for name in ("data_batch_2", "data_batch_4"):
+        empty = pickle.dumps({"data": IMAGES[:0], "labels": []}, protocol)
+        (path / "cifar-10-batches-py" / name).write_bytes(empty)
+    monkeypatch.setenv("MLPIPES_CIFAR10", str(path))
+    assert Cifar10Source().load().splits["train"]["label"].tolist() == LABELS * 3
+
+
+@pytest.mark.parametrize("names", [["a", "a", "b"], [0, 1, 2], [], [b"\xff", b"\xfe", b"c"]])
+def test_names_of_classes_are_texts_each_once(names: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path)
+    (path / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    monkeypatch.setenv("MLPIPES_CIFAR10", str(path))
+    with pytest.raises(DataError, match="has no label_names that are texts, each once"):
         Cifar10Source().load()
 
 
