@@ -24,6 +24,7 @@ from mlpipes.reporting.report import Estimate, Report
 from mlpipes.store.calibration import Calibration
 from mlpipes.store.files import write_record
 from mlpipes.training.determinism import mixed_seed, random_numbers_from
+from mlpipes.training.disk_full import is_disk_full
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import autocast, outputs_of, predictions_of
@@ -252,9 +253,9 @@ class DryRun:
         with tempfile.TemporaryDirectory(prefix="mlpipes-model-") as folder:
             try:
                 model.write(Path(folder))
-            except OSError:
-                raise  # a disk that is full is none of the author's mistakes
             except Exception as error:
+                if is_disk_full(error, Path(folder), 0):
+                    raise  # which is none of the author's mistakes
                 raise self._wrong("deployable", f"gives a model that cannot be written: {cause_of(error)}") from error
 
     def _export(self, program: TorchProgram) -> None:

@@ -145,6 +145,11 @@ class _Branching(nn.Module):
             lambda *_: PythonCode(Path(__file__), divides, {}, {}),
             r"a model that cannot be written: ZeroDivisionError: .*\(.*test_dry_run\.py, line \d+\)",
         ),
+        (
+            "deployable",
+            lambda *_: PythonCode(Path(__file__), lambda folder: (folder / "no" / "x").touch(), {}, {}),
+            r"a model that cannot be written: FileNotFoundError: .*no/x.*\(.*test_dry_run\.py, line \d+\)",
+        ),
     ],
 )
 def test_what_a_method_must_give_is_said(
