@@ -62,20 +62,15 @@ def execute_report(definitions: Any, instance: Any) -> None:
 
 def dagster_home() -> Path:
     """Set DAGSTER_HOME, where it is not set, to the current folder if it has a dagster.yaml, as the checkout has; else to
-    `dagster` in the home folder, with the same settings: there is one history, wherever commands are given.
+    `dagster` in the home folder: there is one history, wherever commands are given. A folder without settings of the
+    user's own has ours.
 
     Raises ConfigError if it is set to what is no folder.
     """
-    if configured_home := path_in("DAGSTER_HOME"):
-        os.environ["DAGSTER_HOME"] = str(configured_home)  # Dagster takes absolute ones only
-        return configured_home
     here = Path.cwd()
-    if (here / "dagster.yaml").is_file():
-        folder = here
-    else:
-        folder = home() / "dagster"
-        _write_settings(folder)
-    os.environ["DAGSTER_HOME"] = str(folder)
+    folder = path_in("DAGSTER_HOME") or (here if (here / "dagster.yaml").is_file() else home() / "dagster")
+    _write_settings(folder)
+    os.environ["DAGSTER_HOME"] = str(folder)  # Dagster takes absolute ones only
     return folder
 
 
