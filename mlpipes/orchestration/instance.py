@@ -41,8 +41,11 @@ def execute(
     """
     import dagster as dg
 
+    from mlpipes.orchestration.run_launcher import EXECUTOR_TAG, this_process
+
+    tags = {EXECUTOR_TAG: this_process()}  # or a daemon beside it would take the run for dead
     try:
-        job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config})
+        job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config}, tags=tags)
     except dg.Failure as failure:
         raise UserError(failure.description or str(failure)) from failure
     except Exception as error:
