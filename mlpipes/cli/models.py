@@ -40,7 +40,7 @@ def promote(
         )
     champions.promote(version.version, reason, by_hand=True)
     console.print(f"{champions.name} version {version.version} ({key}) is champion.")
-    console.print(f"Automation leaves it that until you say `mlpipes release {workload}`.")
+    console.print(f"Automation keeps it until you say `mlpipes release {workload}`.")
 
 
 @app.command()

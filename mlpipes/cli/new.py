@@ -58,10 +58,15 @@ def new(
     console.print(f"{target} is written. Next, install it beside mlpipes and try it:", soft_wrap=True)
     steps = [f"{_program('python')} -m pip install -e {name}", f"{_program('mlpipes')} demo --workload {name}"]
     if kind == Kind.IMAGE_FOLDER:
-        steps.insert(1, f"export {name.upper()}=/path/to/images")
+        steps.insert(1, f"export {_variable(name)}=/path/to/images")
     for step in steps:
         console.print(f"  {step}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{name}/README.md says more.", highlight=False)
+
+
+def _variable(name: str) -> str:
+    """The environment variable that names a package's folder of images: never $HOME, $PATH or $LANG."""
+    return f"{name.upper()}_IMAGES"
 
 
 def _program(name: str) -> str:
@@ -96,7 +101,7 @@ def write_package(target: Path, name: str, kind: Kind) -> None:
     words = {
         "name": name,
         "kind": kind.value,
-        "variable": f"{name.upper()}_IMAGES",  # not $HOME, $PATH or $LANG
+        "variable": _variable(name),
     }
     words["more"] = Template(_MORE[kind]).substitute(words)
     try:

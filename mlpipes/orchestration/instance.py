@@ -41,8 +41,11 @@ def execute(
     """
     import dagster as dg
 
+    from mlpipes.orchestration.run_launcher import EXECUTOR_TAG, this_process
+
+    tags = {EXECUTOR_TAG: this_process()}  # or a daemon beside it would take the run for dead
     try:
-        job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config})
+        job.execute_in_process(instance=instance, partition_key=partition, run_config={**QUIET, **config}, tags=tags)
     except dg.Failure as failure:
         raise UserError(failure.description or str(failure)) from failure
     except Exception as error:
@@ -62,20 +65,15 @@ def execute_report(definitions: Any, instance: Any) -> None:
 
 def dagster_home() -> Path:
     """Set DAGSTER_HOME, where it is not set, to the current folder if it has a dagster.yaml, as the checkout has; else to
-    `dagster` in the home folder, with the same settings: there is one history, wherever commands are given.
+    `dagster` in the home folder: there is one history, wherever commands are given. A folder without settings of the
+    user's own has ours.
 
     Raises ConfigError if it is set to what is no folder.
     """
-    if configured_home := path_in("DAGSTER_HOME"):
-        os.environ["DAGSTER_HOME"] = str(configured_home)  # Dagster takes absolute ones only
-        return configured_home
     here = Path.cwd()
-    if (here / "dagster.yaml").is_file():
-        folder = here
-    else:
-        folder = home() / "dagster"
-        _write_settings(folder)
-    os.environ["DAGSTER_HOME"] = str(folder)
+    folder = path_in("DAGSTER_HOME") or (here if (here / "dagster.yaml").is_file() else home() / "dagster")
+    _write_settings(folder)
+    os.environ["DAGSTER_HOME"] = str(folder)  # Dagster takes absolute ones only
     return folder
 
 

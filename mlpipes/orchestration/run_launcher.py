@@ -3,6 +3,7 @@
 import time
 
 import dagster as dg
+import psutil
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
@@ -11,6 +12,29 @@ from dagster._serdes import deserialize_value
 
 GRACE_SECONDS = 8.0
 """After a start, code servers need a moment; a run declared dead too early may lose its retry (see `lost_retries`)."""
+
+EXECUTOR_TAG = "mlpipes/executor"
+"""Tag of a run that no launcher has launched, because a program such as `mlpipes demo` executes it itself: which one."""
+
+
+def this_process() -> str:
+    """This process, as EXECUTOR_TAG says it: its number and its start, for numbers are used again."""
+    return _named(psutil.Process())
+
+
+def _named(process: psutil.Process) -> str:
+    return f"{process.pid} {process.create_time()}"
+
+
+def _health(executor: str) -> CheckRunHealthResult:
+    """Whether the process that EXECUTOR_TAG names is alive."""
+    try:
+        process = psutil.Process(int(executor.partition(" ")[0]))
+        if _named(process) == executor and process.status() != psutil.STATUS_ZOMBIE:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+    except psutil.Error:
+        pass
+    return CheckRunHealthResult(WorkerStatus.FAILED, "the program that executed the run is gone")
 
 
 class SupervisedRunLauncher(DefaultRunLauncher):
@@ -35,7 +59,9 @@ class SupervisedRunLauncher(DefaultRunLauncher):
         if time.monotonic() - self._first_check < GRACE_SECONDS:
             return CheckRunHealthResult(WorkerStatus.RUNNING, "the session has just started")
         client = self._get_grpc_client_for_termination(run.run_id)
-        if client is None:
+        if client is None:  # a retry has its executor's tag, too, but was launched
+            if executor := run.tags.get(EXECUTOR_TAG):
+                return _health(executor)
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no code server is known that launched the run")
         try:
             answer = deserialize_value(

@@ -61,7 +61,7 @@ def test_the_next_steps_name_the_programs_of_this_environment(folder: Path, monk
     monkeypatch.setenv("PATH", str(here))  # it is activated
     assert "  python -m pip install -e first\n  mlpipes demo --workload first\n" in run("first")
     monkeypatch.setenv("PATH", "/nowhere")
-    steps = f"  {here}/python -m pip install -e second\n  export SECOND=/path/to/images\n  {here}/mlpipes demo"
+    steps = f"  {here}/python -m pip install -e second\n  export SECOND_IMAGES=/path/to/images\n  {here}/mlpipes demo"
     assert steps in run("second", "--kind", "image-folder")
     monkeypatch.setattr(sys, "executable", str(folder / ".venv" / "bin" / "python"))
     assert "  .venv/bin/python -m pip install -e third\n  .venv/bin/mlpipes demo --workload third\n" in run("third")

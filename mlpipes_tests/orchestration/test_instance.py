@@ -54,6 +54,22 @@ def test_outside_a_checkout_dagster_has_the_same_settings_and_the_same_history(t
         check_run_launcher(instance)
 
 
+def test_a_dagster_home_of_the_users_own_has_the_settings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them, Dagster would neither watch over its runs nor limit them, and would send telemetry."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    assert dagster_home() == tmp_path
+    settings = settings_of(tmp_path)
+    assert settings["storage"] == {"sqlite": {"base_dir": str(tmp_path / "storage")}}
+    assert (settings["run_retries"], settings["telemetry"]) == (
+        settings_of(CHECKOUT)["run_retries"],
+        {"enabled": False},
+    )
+    monkeypatch.setenv("DAGSTER_HOME", str(CHECKOUT))
+    before = (CHECKOUT / "dagster.yaml").read_text()
+    assert dagster_home() == CHECKOUT
+    assert (CHECKOUT / "dagster.yaml").read_text() == before, "settings of one's own are left alone"
+
+
 def test_its_settings_follow_mlpipes_unless_they_are_the_users_own(folder: Path) -> None:
     dagster_home()
     path, written = folder / "dagster.yaml", settings_of(folder)

@@ -1,17 +1,24 @@
 """The run launcher's health check."""
 
-from typing import Any
+import subprocess
 
+import dagster as dg
+import psutil
 import pytest
 from dagster._core.launcher.base import WorkerStatus
 
 from mlpipes.orchestration import run_launcher
-from mlpipes.orchestration.run_launcher import SupervisedRunLauncher
+from mlpipes.orchestration.instance import execute
+from mlpipes.orchestration.run_launcher import EXECUTOR_TAG, SupervisedRunLauncher
+
+
+def a_run(tags: dict[str, str]) -> dg.DagsterRun:
+    return dg.DagsterRun(job_name="chain", run_id="r", tags=tags)
 
 
 def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = SupervisedRunLauncher()
-    run: Any = type("Run", (), {"run_id": "r"})()
+    run = a_run({})
     monkeypatch.setattr(launcher, "_get_grpc_client_for_termination", lambda run_id: None)
     clock = [100.0]
     monkeypatch.setattr(run_launcher.time, "monotonic", lambda: clock[0])
@@ -19,3 +26,27 @@ def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch:
     assert launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
     clock[0] += run_launcher.GRACE_SECONDS
     assert launcher.check_run_worker_health(run).status == WorkerStatus.NOT_FOUND
+
+
+def test_a_run_that_a_program_executes_itself_lives_as_long_as_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlpipes demo` beside `mlpipes dev`: its runs were marked as failed while they ran."""
+    monkeypatch.setattr(run_launcher, "GRACE_SECONDS", 0.0)
+    launcher = SupervisedRunLauncher()
+    with subprocess.Popen(["sleep", "60"]) as program:
+        process = psutil.Process(program.pid)
+        executed = a_run({EXECUTOR_TAG: f"{process.pid} {process.create_time()}"})
+        assert launcher.check_run_worker_health(executed).status == WorkerStatus.RUNNING
+        another = a_run({EXECUTOR_TAG: f"{process.pid} {process.create_time() - 100}"})
+        assert launcher.check_run_worker_health(another).status == WorkerStatus.FAILED, "the number is used again"
+        program.kill()
+    assert launcher.check_run_worker_health(executed).status == WorkerStatus.FAILED
+
+
+def test_a_run_executed_in_this_process_says_so() -> None:
+    @dg.job
+    def chain() -> None: ...
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        execute(chain, instance)
+        (run,) = instance.get_runs()
+        assert run.tags[EXECUTOR_TAG] == run_launcher.this_process()
