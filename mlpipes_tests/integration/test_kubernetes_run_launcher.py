@@ -1,8 +1,6 @@
 """Dagster's runs as Jobs on a real Kubernetes: an API server that is away is held against none, and what is gone is told."""
 
 import json
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
@@ -93,7 +91,24 @@ class Desk:
             tags={"dagster-k8s/config": json.dumps({"container_config": container})},
         )
         self.launcher.launch_run(LaunchRunContext(run, workspace=None))
+        # SQLite makes files for their owner alone, whatever the umask; the pod is another user.
+        for path in (home := self.namespace.store / "dagster", *home.rglob("*")):
+            path.chmod(0o777)
         return run
+
+    def in_vain(self) -> str:
+        """Why waiting for a pod to work is in vain; empty if it is not."""
+        label = "--selector=app.kubernetes.io/component=run_worker"
+        failed = self.cluster.kubectl(
+            "get",
+            "pods",
+            f"--namespace={self.namespace.name}",
+            label,
+            "--field-selector=status.phase=Failed",
+            "-o=name",
+        )
+        words = [self.cluster.kubectl.logs(pod, namespace=self.namespace.name)[-2000:] for pod in failed.split()]
+        return self.cluster.died() or "\n".join(words)
 
     def now(self, run: dg.DagsterRun) -> dg.DagsterRun:
         found = self.instance.get_run_by_id(run.run_id)
@@ -102,7 +117,7 @@ class Desk:
 
     def until_started(self, run: dg.DagsterRun) -> None:
         started = dg.DagsterRunStatus.STARTED
-        until(lambda: self.now(run).status == started, "the run's pod works", vain=self.cluster.died, every=0.5)
+        until(lambda: self.now(run).status == started, "the run's pod works", vain=self.in_vain, every=0.5)
 
     def health(self, run: dg.DagsterRun) -> tuple[WorkerStatus, str]:
         found = self.launcher.check_run_worker_health(self.now(run))
@@ -117,10 +132,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(cluster: Cluster, namespace: Namespace) -> Iterator[Desk]:
-    before = os.umask(0)  # pods of another user write the same files
-    yield Desk(cluster, namespace)
-    os.umask(before)
+def desk(cluster: Cluster, namespace: Namespace) -> Desk:
+    return Desk(cluster, namespace)
 
 
 def test_an_api_server_that_is_away_is_held_against_no_run(
