@@ -25,8 +25,9 @@ from mlpipes.store.layout import TrainingFolder
 SETTINGS_VARIABLE = "MLPIPES_SLURM"
 _WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}
 _RUNS = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"}
-_NEVER = ("InvalidAccount", "InvalidQOS", "NotAllowed", "PartitionConfig", "PartitionTimeLimit", "BadConstraints")
-_NEVER += ("can't use this partition",)
+_NEVER = ("InvalidAccount", "InvalidQOS", "NotAllowed", "BadConstraints", "can't use this partition")
+_NEVER += ("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit")  # the first turns into the second in seconds
+_NEVER += ("PerJob", "PerNode", "MaxMemPerLimit", "QOSMin")  # limits of one job, not of what a user has running
 """In the reason of a waiting job: what does not pass by itself. What a node coming back would mend is not among it, and
 `sbatch --test-only` is no help: it refuses for that as well, and does not tell the two apart."""
 _PASSING = ("contact slurm controller", "connection", "timed out", "temporarily", "zero bytes", "endpoint", "try again")
