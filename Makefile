@@ -22,9 +22,9 @@ dev: install
 # A module's tests share fixtures, so they stay together; the longest modules go first.
 PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
-# What a change of code can break. Three processes for two cores, for Ray and Dagster wait a lot; browsers do not.
+# What a change of code can break. Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
 test: lint types definitions
-	$(PYTEST) -n 3 -m "not slurm and not browser and not chaos and not cluster"
+	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not cluster"
 
 # All but the Kubernetes cluster; what a program is missing for is skipped, and says so.
 test-all: lint types definitions

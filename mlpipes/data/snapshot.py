@@ -135,6 +135,11 @@ def shared_between_splits(snapshot: Snapshot) -> dict[tuple[str, str], int]:
     return {(a, b): len(contents[a] & contents[b]) for a, b in combinations(contents, 2)}
 
 
+def warnings_of(snapshot: Snapshot) -> list[str]:
+    """What a person should know of a snapshot before training on it."""
+    return [*filter(None, [duplicates_warning(snapshot)]), *snapshot.facts.get("warnings", ())]
+
+
 def duplicates_warning(snapshot: Snapshot) -> str | None:
     """What to tell about a snapshot of whose source many rows are there more than once; None of any other, or an old one."""
     found = snapshot.meta["duplicates"]
@@ -167,7 +172,7 @@ class Prepared:
 
     splits: Mapping[str, Columns]
     facts: Mapping[str, Any]
-    """The source's facts and what the preparation adds; JSON."""
+    """The source's facts and what the preparation adds; JSON. `warnings`, texts, are told each time it is materialized."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Files to keep with the data, by their name in the snapshot (which may hold slashes)."""
 

@@ -94,11 +94,11 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     def snapshot(
         context: dg.AssetExecutionContext, source: DatasetReference, store: StoreResource
     ) -> dg.MaterializeResult:
-        from mlpipes.data.snapshot import duplicates_warning, snapshot_of
+        from mlpipes.data.snapshot import snapshot_of, warnings_of
 
         with user_errors():
             made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing)
-        for warning in (*warnings, *filter(None, [duplicates_warning(made)])):
+        for warning in (*warnings, *warnings_of(made)):
             context.log.warning(warning)
         return dg.MaterializeResult(
             value=SnapshotReference(digest=made.digest),

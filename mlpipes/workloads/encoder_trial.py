@@ -2,8 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from mlpipes.data.ragged import Ragged
 from mlpipes.errors import DataError, UserError
-from mlpipes.workloads.encoder_models import build, logits_of, positions_of
+from mlpipes.workloads.encoder_models import Pooling, build, logits_of, positions_of
 from mlpipes.workloads.encoders import ENCODER, TOKENIZER, in_a_line
 
 MOST_UNKNOWN = 0.3
 """Share of unknown tokens from which on texts are refused: an encoder sees nothing of them."""
 _NOISE = 1e-5
 """Differences of outputs that rounding makes."""
+_LOOKS = 1e-3
+"""Difference, relative to the outputs, from which on an encoder does look at padding. Those that do are far above it."""
 
 
 class Trial:
@@ -28,6 +30,7 @@ class Trial:
     def __init__(self, name: str, files: Path, tokenizer: Any, outputs: int) -> None:
         """Raises DataError if they do not load or do not fit each other."""
         self.name, self.files, self.tokenizer = name, files, tokenizer
+        self.warnings: list[str] = []
         with self._told("does not load"), torch.random.fork_rng(devices=[]):
             self.model = build(files, outputs, None, dropout=None, attention_dropout=0.0).eval()
         try:
@@ -135,25 +138,35 @@ class Trial:
 
     def _padding_side(self, some: list[list[int]]) -> str:
         """Where padding says least: on the right, but for encoders whose head takes the last token as it comes."""
-        ids = min(some, key=len)
-        alone, count = self._logits(torch.tensor([ids])), 5
+        ids, room = min(some, key=len), max(map(len, some))
         if self.positions is not None:
-            count = min(count, self.positions - len(ids))
-        if count <= 0:
-            return "right"
-        filler, apart = [self.tokenizer.pad_token_id] * count, {}
-        for side in ("right", "left"):
-            padded, real = (
-                (ids + filler, [1] * len(ids) + [0] * count)
-                if side == "right"
-                else (filler + ids, [0] * count + [1] * len(ids))
+            room = self.positions - len(ids)
+        counts = {count for count in (1, 5, max(map(len, some)) - len(ids)) if 0 < count <= room}
+        apart = {side: self._moved_by_padding(ids, counts, side) for side in ("right", "left")}
+        side = "left" if apart["right"] > _NOISE and apart["left"] * 10 < apart["right"] else "right"
+        moved = apart[side]
+        with suppress(Exception):  # some cannot have the other pooling, which is an error only where it is asked for
+            moved = max(moved, self._moved_by_padding(ids, counts, side, "mean"))
+        if moved > _LOOKS:
+            self.warnings.append(
+                f"{self.name} looks past the end of a text into its padding, whatever the mask says: its answers depend on "
+                "the longest text beside it. Trainings stay exact; single answers differ from the evaluation's."
             )
-            apart[side] = self._distance(alone, self._logits(torch.tensor([padded]), torch.tensor([real])))
-        return "left" if apart["right"] > _NOISE and apart["left"] * 10 < apart["right"] else "right"
+        return side
+
+    def _moved_by_padding(self, ids: list[int], counts: Iterable[int], side: str, pooling: Pooling = "own") -> float:
+        """The greatest difference that padding of some lengths makes to the answer to a text."""
+        alone, greatest = self._logits(torch.tensor([ids]), pooling=pooling), 0.0
+        for count in counts:
+            filler, real, none = [self.tokenizer.pad_token_id] * count, [1] * len(ids), [0] * count
+            padded, mask = (ids + filler, real + none) if side == "right" else (filler + ids, none + real)
+            found = self._logits(torch.tensor([padded]), torch.tensor([mask]), pooling)
+            greatest = max(greatest, self._distance(alone, found))
+        return greatest
 
     @torch.no_grad()
-    def _logits(self, ids: Tensor, mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        return logits_of(self.model, "own", torch.ones_like(ids) if mask is None else mask, input_ids=ids, **inputs)
+    def _logits(self, ids: Tensor, mask: Tensor | None = None, pooling: Pooling = "own", **inputs: Tensor) -> Tensor:
+        return logits_of(self.model, pooling, torch.ones_like(ids) if mask is None else mask, input_ids=ids, **inputs)
 
     @staticmethod
     def _distance(first: Tensor, second: Tensor) -> float:

@@ -115,7 +115,8 @@ class TextWorkload(Workload):
             tokenized[name] = dict(columns) | encoded
         self._try(trial, tokenized["train"])
         files = {p.relative_to(scratch).as_posix(): p for p in sorted(scratch.rglob("*")) if p.is_file()}
-        return Prepared(tokenized, dict(facts) | {"truncated": cut}, files)
+        warnings = {"warnings": trial.warnings} if trial.warnings else {}
+        return Prepared(tokenized, dict(facts) | {"truncated": cut} | warnings, files)
 
     def _try(self, trial: Trial, train: Columns) -> None:
         """The longest text and the shortest go through the encoder together."""
