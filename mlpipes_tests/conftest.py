@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -64,9 +65,11 @@ def missing(what: str) -> None:
 
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has a home folder of its own, and nothing that the one before has left: MLflow sets variables, and programs
-    that a test calls in this process set how signals are dealt with.
+    """Every test has a home folder of its own, and nothing that the one before has left: MLflow sets variables and remembers
+    an experiment, and programs that a test calls in this process set how signals are dealt with.
     """
+    if fluent := sys.modules.get("mlflow.tracking.fluent"):
+        fluent._active_experiment_id = None  # type: ignore[attr-defined] - there is no other way back
     for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler)
     for name in _settings("MLPIPES_", "MLFLOW_", "DAGSTER_"):

@@ -27,7 +27,7 @@ FAREWELL_SECONDS = 40.0
 """What a training gets for its last checkpoint when its time is up; the signal comes earlier than that."""
 GO_ON = 75
 """Exit code of a job whose time was up and that Slurm would not requeue (EX_TEMPFAIL)."""
-_HEAD_SECONDS = 90
+_HEAD_SECONDS = 180
 _END_SECONDS = 15
 
 

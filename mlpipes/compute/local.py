@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 from filelock import FileLock
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
@@ -31,7 +32,7 @@ from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_atomic, write_record
 from mlpipes.store.layout import home
 
-_START_SECONDS = 90
+_START_SECONDS, _TRIES = 300, 4
 _USED: dict[Path, int] = {}
 """Descriptors of the shared locks by which others see that this process uses a cluster, by the cluster's folder."""
 _PASSING: set[Path] = set()
@@ -128,10 +129,9 @@ class LocalRay:
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _start(self) -> dict[str, Any]:
-        try:
-            return self._start_once()
-        except PreflightError:
-            return self._start_once()  # a node registers within 30 s, which cannot be set, or Ray gives up
+        # A node registers within 30 s, which cannot be set, or Ray gives up; a machine that is busy may need some tries.
+        again = Retrying(retry=retry_if_exception_type(PreflightError), stop=stop_after_attempt(_TRIES), reraise=True)
+        return again(self._start_once)
 
     def _start_once(self) -> dict[str, Any]:
         token = self.folder / "token"

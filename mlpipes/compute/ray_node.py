@@ -27,7 +27,7 @@ MARK = "MLPIPES_RAY_HEAD"
 """Environment variable that every process of a node inherits, so that exactly these can be found and ended."""
 LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
-_HEAD_SECONDS = 90
+_HEAD_SECONDS = 180
 _STARTS, _STARTED = 3, "Ray runtime started"
 """How often a node is started, and what Ray says once it has registered: it gives up on that after 30 s, which cannot be
 set, and which a busy machine may need."""

@@ -51,6 +51,8 @@ def register(
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow.set_tracking_uri(tracker.uri)
     mlflow.set_registry_uri(tracker.uri)
+    # Somebody's own code in this process may have chosen another experiment, and a run of ours would then be refused.
+    mlflow.set_experiment(experiment_id=tracker.client.get_run(run_id).info.experiment_id)
     with mlflow.start_run(run_id=run_id):
         logged = deployable.log(extra_files)
         if parameters:

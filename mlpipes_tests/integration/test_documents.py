@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         missing("`make install` was not run in this checkout, and a test must not install into it")
     made = Sandbox(tmp_path_factory.mktemp("checkout"))
     try:
-        made.demo = made.run("make demo", timeout=850)  # type: ignore[attr-defined]
+        made.demo = made.run("make demo", timeout=1700)  # type: ignore[attr-defined]
         yield made
     finally:
         made.run(".venv/bin/mlpipes ray down")

@@ -97,6 +97,8 @@ def test_what_is_served_is_divided_by_the_temperature(
     model = calibrated_model(folder.model, snapshot)
     tracker = Tracker(default_uri())
     run = tracker.run_of("blobs", "f", "run", {}, {})
+    mlflow.set_tracking_uri(tracker.uri)
+    mlflow.set_experiment("of somebody's own code")
     version = register(
         tracker, run, "mlpipes-blobs", deployable(model, snapshot), {FINGERPRINT: "f", EXPORTED: "e"}, [],
         {"temperature": temperature(model)},
