@@ -13,7 +13,15 @@ from typing import Any
 
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.kubernetes_api import KubernetesApi, RefusedError
-from mlpipes.compute.kubernetes_manifest import FOLDER_ANNOTATION, NAME_LABEL, PREFIX, Attempt, ray_job, training_name
+from mlpipes.compute.kubernetes_manifest import (
+    FOLDER_ANNOTATION,
+    NAME_LABEL,
+    PREFIX,
+    Attempt,
+    ray_job,
+    shape,
+    training_name,
+)
 from mlpipes.compute.kubernetes_reasons import DELETED, Look, silent_nodes, standing, terminating
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
 from mlpipes.errors import PreflightError
@@ -50,6 +58,7 @@ class KubernetesJobs(Jobs):
         self._asked: dict[str, tuple[float, int, JobStatus]] = {}
         self._refused: dict[str, float] = {}
         self._leaving: dict[str, float] = {}
+        self._grown: set[str] = set()
 
     @staticmethod
     def name_of(job: TrainingJob) -> str:
@@ -146,6 +155,8 @@ class KubernetesJobs(Jobs):
             return replace(status, state=JobState.LOST)
         if status.state != JobState.REFUSED:
             self._refused.pop(handle.id, None)
+            if status.state == JobState.RUNNING:
+                self._grow(job)
             return status
         since = self._refused.setdefault(handle.id, time.monotonic())
         return status if time.monotonic() - since > _REFUSAL_SECONDS else replace(status, state=JobState.PENDING)
@@ -171,6 +182,14 @@ class KubernetesJobs(Jobs):
             about = [job["metadata"]["name"], cluster, *(pod["metadata"]["name"] for pod in look.pods)]
             look = replace(look, events=self._warnings({name for name in about if name}), nodes=self._nodes(look))
         return look
+
+    def _grow(self, job: dict[str, Any]) -> None:
+        """Ask for the workers that an elastic training has begun without; it takes them in when they are there."""
+        (group,), wanted = job["spec"]["rayClusterSpec"]["workerGroupSpecs"], shape(self.scale, self.settings).pods
+        cluster = (job.get("status") or {}).get("rayClusterName")
+        if group["replicas"] < wanted and cluster and cluster not in self._grown:
+            self.api.replace(self.api.ray_clusters(cluster), "/spec/workerGroupSpecs/0/replicas", wanted)
+            self._grown.add(cluster)
 
     def _warnings(self, about: set[str]) -> list[dict[str, Any]]:
         """Warnings about things of these names, the latest last; none where we may not see events."""

@@ -49,6 +49,10 @@ class KubernetesApi:
         """The path of RayJobs, or of one."""
         return "/".join(filter(None, (f"/apis/{GROUP}/{VERSION}/namespaces", self.settings.namespace, PLURAL, name)))
 
+    def ray_clusters(self, name: str) -> str:
+        """The path of a RayCluster."""
+        return f"/apis/{GROUP}/{VERSION}/namespaces/{self.settings.namespace}/rayclusters/{name}"
+
     def kueue(self, plural: str, name: str = "") -> str | None:
         """The path of a kind of Kueue's in the namespace; None where there is no Kueue."""
         version = self.version_of(KUEUE)
@@ -86,10 +90,15 @@ class KubernetesApi:
             if error.status != 404:
                 raise
 
-    def allows(self, verb: str, group: str, resource: str, *, everywhere: bool = False) -> bool:
-        """Whether we may do something in the namespace, or in the whole cluster."""
+    def replace(self, path: str, field: str, value: Any) -> None:
+        """Replace one field of what is at a path; `field` is a JSON pointer (RFC 6901)."""
+        change = [{"op": "replace", "path": field, "value": value}]
+        self.request("PATCH", path, body=change, content="application/json-patch+json")
+
+    def allows(self, verb: str, group: str, resource: str, name: str = "", *, everywhere: bool = False) -> bool:
+        """Whether we may do something in the namespace, with what has this name, or in the whole cluster."""
         space, (kind, _, sub) = "" if everywhere else self.settings.namespace, resource.partition("/")
-        asked = {"namespace": space, "verb": verb, "group": group, "resource": kind, "subresource": sub}
+        asked = {"namespace": space, "verb": verb, "group": group, "resource": kind, "subresource": sub, "name": name}
         review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
         answer = self.request(
             "POST",
@@ -98,14 +107,21 @@ class KubernetesApi:
         )
         return bool(answer["status"]["allowed"])
 
-    def request(self, method: str, path: str, query: Mapping[str, str] | None = None, body: Any = None) -> Any:
+    def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content: str = "application/json",
+    ) -> Any:
         """What the API server answers: JSON, or text where it is none. Asks again while it is away."""
         return Retrying(
             retry=retry_if_exception_type(ConnectionError),
             stop=stop_after_delay(self.patience_seconds),
             wait=wait_exponential(multiplier=0.2, max=5),
             reraise=True,
-        )(self._request, method, path, query or {}, body)
+        )(self._request, method, path, query or {}, body, content)
 
     def execute(self, pod: str, command: Sequence[str]) -> str:
         """What a command prints in a pod's first container. Raises RefusedError or ConnectionError."""
@@ -125,7 +141,7 @@ class KubernetesApi:
         except ApiException as error:
             raise self._translated(error, f"exec in {pod}") from error
 
-    def _request(self, method: str, path: str, query: Mapping[str, str], body: Any) -> Any:
+    def _request(self, method: str, path: str, query: Mapping[str, str], body: Any, content: str) -> Any:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -135,7 +151,7 @@ class KubernetesApi:
                 path,
                 method,
                 query_params=list(query.items()),
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
+                header_params={"Accept": "application/json", "Content-Type": content},
                 body=body,
                 auth_settings=["BearerToken"],
                 _preload_content=False,

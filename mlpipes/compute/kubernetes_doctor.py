@@ -61,7 +61,7 @@ def needs(
     looks = (
         ("API server", lambda: _version(api)),
         ("KubeRay", lambda: _kuberay(api)),
-        ("rights", lambda: _rights(api)),
+        ("rights", lambda: _rights(api, min_workers)),
     )
     for what, look in looks:
         yield (found := _tried(what, look))
@@ -124,16 +124,18 @@ def _kuberay(api: KubernetesApi) -> str:
     return f"serves {PLURAL}.{GROUP}/{VERSION}"
 
 
-def _rights(api: KubernetesApi) -> str:
-    space, rights = api.settings.namespace, list(RIGHTS)
+def _rights(api: KubernetesApi, min_workers: int | None) -> str:
+    space, rights = api.settings.namespace, [(*right, "") for right in RIGHTS]
+    if min_workers is not None:  # begun with that many, it asks for the others
+        rights.append(("patch", GROUP, "rayclusters", ""))
     if api.settings.queue:
-        rights += [("get", KUEUE, "localqueues"), ("list", KUEUE, "workloads")]
+        rights += [("get", KUEUE, "localqueues", ""), ("list", KUEUE, "workloads", "")]
     if api.settings.owner:
-        rights.append(("get", "", "configmaps"))
+        rights.append(("get", "", "configmaps", api.settings.owner))
     lacking = [
         f"{verb} {kind}{f'.{group}' if group else ''}"
-        for verb, group, kind in rights
-        if not api.allows(verb, group, kind)
+        for verb, group, kind, name in rights
+        if not api.allows(verb, group, kind, name)
     ]
     if lacking:
         verbs = ",".join(dict.fromkeys(verb.partition(" ")[0] for verb in lacking))

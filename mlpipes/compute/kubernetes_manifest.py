@@ -177,7 +177,8 @@ def ray_job(
                 "workerGroupSpecs": [
                     {
                         "groupName": WORKERS,
-                        **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), needed.pods),
+                        **dict.fromkeys(("replicas", "minReplicas"), _at_first(attempt.job, needed, settings)),
+                        "maxReplicas": needed.pods,
                         "rayStartParams": {
                             "num-cpus": str(math.ceil(needed.cpus)),
                             "num-gpus": str(needed.gpus),
@@ -189,6 +190,16 @@ def ray_job(
             },
         },
     }
+
+
+def _at_first(job: TrainingJob, needed: Shape, settings: KubernetesSettings) -> int:
+    """With how many worker pods it begins. KubeRay submits when all are ready; an elastic training asks for more then.
+
+    A queue admits a job whole, so nothing could be asked for later.
+    """
+    if job.min_workers is None or settings.queue:
+        return needed.pods
+    return math.ceil(job.min_workers / needed.workers)
 
 
 _START = {"object-store-memory": str(_OBJECT_STORE_BYTES)}

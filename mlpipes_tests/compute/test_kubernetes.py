@@ -266,6 +266,16 @@ def test_a_queue_suspends_a_job_until_it_is_admitted(tmp_path: Path) -> None:
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 2, "a gang"
 
 
+@pytest.mark.parametrize(("queue", "first"), [(None, 1), ("training", 2)])
+def test_an_elastic_job_begins_with_its_least_workers_but_not_in_a_queue(
+    tmp_path: Path, queue: str | None, first: int
+) -> None:
+    job = job_in(tmp_path).model_copy(update={"min_workers": 1})
+    attempt = Attempt("digits-w2-13c6ba78", 1, tmp_path / "a1.json", {}, job)
+    (group,) = ray_job(attempt, W2, settings(queue=queue))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (first, first, 2)
+
+
 def test_workers_go_to_the_spot_pool_and_heads_do_not(tmp_path: Path) -> None:
     spot = {"node_selector": {"pool": "spot"}, "tolerations": [{"key": "spot", "operator": "Exists"}]}
     made = manifest(tmp_path, node_selector={"zone": "a"}, spot=spot)

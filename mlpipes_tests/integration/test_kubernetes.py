@@ -95,10 +95,11 @@ class Training:
         mine = {"MLPIPES_KUBERNETES": self.file, "MLPIPES_HOME": self.home, "KUBECONFIG": self.cluster.kubeconfig}
         return os.environ | {name: str(value) for name, value in mine.items()} | {"HOME": str(self.home)}
 
-    def run(self) -> "subprocess.Popen[bytes]":
-        """Start a Dagster run in a process of its own, as the user that the pods are."""
+    def run(self, **settings: Any) -> "subprocess.Popen[bytes]":
+        """Start a Dagster run, with settings of the launchpad, in a process of its own, as the user that the pods are."""
         self.runs += 1
         step = [sys.executable, "-m", "mlpipes_tests.held_step", self.scale, str(self.home / "instance")]
+        step += [json.dumps(settings)] * bool(settings)
         with self.log_file.open("wb") as log:
             return subprocess.Popen([*as_user(), *step], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
 
@@ -274,6 +275,38 @@ def test_a_node_that_dies_is_replaced(
     finally:
         cluster.start_node(node)
         cluster.wait_until_ready(node)
+
+
+def test_an_elastic_training_begins_with_the_workers_that_there_is_room_for(
+    cluster: Cluster,
+    namespace: Namespace,
+    expected: dict[str, Any],
+) -> None:
+    apart = {"labelSelector": {"matchLabels": {"ray.io/node-type": "worker"}}, "topologyKey": "kubernetes.io/hostname"}
+    alone = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
+    training = Training(cluster, namespace, TWO, worker_pod={"spec": {"affinity": alone}})
+    training.barriers.close(EARLY, LATE)
+    cluster.kubectl("cordon", "node-2")
+    try:
+        run = training.run(min_workers=1, resize_seconds=2)
+        training.until_barrier(EARLY)
+        training.until(lambda: len(training.pods("worker")) == 2, "it asks for the other one")
+    finally:
+        cluster.kubectl("uncordon", "node-2")
+    training.barriers.open(EARLY)
+    training.until_barrier(LATE)
+    training.until(lambda: workers_of(training.folder()) == [1, 2], "it has taken in the other one")
+    training.barriers.open()
+    assert training.end(run) == 0, training.log()[-5000:]
+    assert_equal(training.outcome(), expected)
+    assert training.outcome()["attempt"] == 1
+    training.assert_nothing_is_left()
+
+
+def workers_of(folder: TrainingFolder) -> list[int]:
+    """With how many workers it trained, one number for each time that it was resized."""
+    found = [message.workers for message in read_messages(folder.messages(1))[0] if isinstance(message, Started)]
+    return [number for number, before in zip(found, [0, *found], strict=False) if number != before]
 
 
 def test_a_cancelled_run_leaves_nothing(cluster: Cluster, namespace: Namespace) -> None:
