@@ -22,6 +22,7 @@ OURS = ("kube", "etcd", "dns", "pause")
 RELEASED = {
     "ray-operator": "github.com/ray-project/kuberay/ray-operator@v1.6.0",
     "kueue": "sigs.k8s.io/kueue/cmd/kueue@v0.17.0",
+    "helm": "helm.sh/helm/v3/cmd/helm@v3.22.0",
 }
 _CONFIGURATIONS = {"ray-operator": RELEASED["ray-operator"], "kueue": "sigs.k8s.io/kueue@v0.17.0"}
 """The modules whose folder `config/` installs an operator."""

@@ -15,6 +15,7 @@ PROJECT = Path(__file__).parents[2]
 STORE = "/store"
 """Where pods find the volume that they share and may write."""
 _USER = 1000
+_SIZE = {"storage": "100Gi"}
 _RESTRICTED = {
     "runAsNonRoot": True,
     "runAsUser": _USER,
@@ -84,28 +85,34 @@ def volumes() -> list[Manifest]:
     return [*read, {"name": "store", "persistentVolumeClaim": {"claimName": "store"}}]
 
 
-def _volume(where: str, claim: str, path: Path, mode: str) -> list[Manifest]:
-    """A volume made of a folder, and the claim in a namespace that it is for."""
-    size = {"storage": "100Gi"}
-    volume = f"{where}-{claim}"
-    common = {"accessModes": [mode], "storageClassName": ""}
-    return [
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": volume},
-            "spec": common
-            | {
-                "capacity": size,
-                "hostPath": {"path": str(path), "type": "Directory"},
-                "persistentVolumeReclaimPolicy": "Retain",
-                "claimRef": {"namespace": where, "name": claim},
-            },
+def volume(where: str, claim: str, path: Path, mode: str = "ReadWriteOnce") -> Manifest:
+    """A volume made of a folder, which only a claim of this name in this namespace gets."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": f"{where}-{claim}"},
+        "spec": {
+            "accessModes": [mode],
+            "storageClassName": "",
+            "capacity": _SIZE,
+            "hostPath": {"path": str(path), "type": "Directory"},
+            "persistentVolumeReclaimPolicy": "Retain",
+            "claimRef": {"namespace": where, "name": claim},
         },
+    }
+
+
+def _volume(where: str, claim: str, path: Path, mode: str) -> list[Manifest]:
+    """Such a volume, and the claim."""
+    made = volume(where, claim, path, mode)
+    spec = {"accessModes": [mode], "storageClassName": "", "volumeName": made["metadata"]["name"]}
+    claimed = {"name": claim, "namespace": where}
+    return [
+        made,
         {
             "apiVersion": "v1",
             "kind": "PersistentVolumeClaim",
-            "metadata": {"name": claim, "namespace": where},
-            "spec": common | {"volumeName": volume, "resources": {"requests": size}},
+            "metadata": claimed,
+            "spec": spec | {"resources": {"requests": _SIZE}},
         },
     ]

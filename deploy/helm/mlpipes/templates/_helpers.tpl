@@ -1,0 +1,137 @@
+{{- define "mlpipes.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{- define "mlpipes.labels" -}}
+app.kubernetes.io/name: mlpipes
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- /* Of one part: (list $ "webserver") */ -}}
+{{- define "mlpipes.selector" -}}
+app.kubernetes.io/name: mlpipes
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+mlpipes.io/part: {{ index . 1 }}
+{{- end }}
+
+{{- define "mlpipes.match" -}}
+{ matchLabels: {{ include "mlpipes.selector" . | fromYaml | toJson }} }
+{{- end }}
+
+{{- define "mlpipes.metadata" -}}
+{{- $root := index . 0 }}{{ $part := index . 1 -}}
+name: {{ include "mlpipes.name" $root }}-{{ $part }}
+namespace: {{ $root.Release.Namespace }}
+labels:
+  {{- include "mlpipes.labels" $root | nindent 2 }}
+  mlpipes.io/part: {{ $part }}
+{{- end }}
+
+{{- define "mlpipes.home" -}}
+{{ .Values.store.mountPath }}/mlpipes
+{{- end }}
+
+{{- define "mlpipes.claim" -}}
+{{ .Values.store.claim | default (printf "%s-store" (include "mlpipes.name" .)) }}
+{{- end }}
+
+{{- define "mlpipes.secret" -}}
+{{ .Values.postgres.secret | default (printf "%s-postgres" (include "mlpipes.name" .)) }}
+{{- end }}
+
+{{- define "mlpipes.postgresHost" -}}
+{{- if .Values.postgres.enabled }}{{ include "mlpipes.name" . }}-postgres{{ else }}{{ required "postgres.host: name the server, or set postgres.enabled" .Values.postgres.host }}{{ end }}
+{{- end }}
+
+{{- define "mlpipes.mlflow" -}}
+{{- if .Values.mlflow.enabled }}http://{{ include "mlpipes.name" . }}-mlflow:5000{{ else }}{{ required "mlflow.uri: name the server, or set mlflow.enabled" .Values.mlflow.uri }}{{ end }}
+{{- end }}
+
+{{- /* Nothing runs as root, gains rights, or writes anywhere but in the store and in /tmp. */ -}}
+{{- define "mlpipes.security" -}}
+runAsNonRoot: true
+runAsUser: {{ int .Values.user }}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: { drop: [ALL] }
+seccompProfile: { type: RuntimeDefault }
+{{- end }}
+
+{{- define "mlpipes.volumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: store
+  persistentVolumeClaim: { claimName: {{ include "mlpipes.claim" . }} }
+{{- with .Values.volumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "mlpipes.mounts" -}}
+- { name: tmp, mountPath: /tmp }
+- name: store
+  mountPath: {{ .Values.store.mountPath }}
+  {{- with .Values.store.subPath }}
+  subPath: {{ . }}
+  {{- end }}
+{{- with .Values.mounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* What the code location and runs are told. */ -}}
+{{- define "mlpipes.environment" -}}
+- { name: MLPIPES_HOME, value: {{ include "mlpipes.home" . | quote }} }
+- { name: MLPIPES_KUBERNETES, value: /etc/mlpipes/kubernetes.yaml }
+- { name: MLFLOW_TRACKING_URI, value: {{ include "mlpipes.mlflow" . | quote }} }
+{{ include "mlpipes.ownEnvironment" . }}
+{{- end }}
+
+{{- define "mlpipes.ownEnvironment" -}}
+{{- if not (hasKey .Values.environment "HOME") }}
+- { name: HOME, value: /tmp }
+{{- end }}
+{{- range $name, $value := .Values.environment }}
+- name: {{ $name }}
+{{- if kindIs "map" $value }}
+  valueFrom: { secretKeyRef: { name: {{ $value.secret }}, key: {{ $value.key }} } }
+{{- else }}
+  value: {{ $value | toString | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "mlpipes.password" -}}
+- name: DAGSTER_PG_PASSWORD
+  valueFrom: { secretKeyRef: { name: {{ include "mlpipes.secret" . }}, key: postgresql-password } }
+{{- end }}
+
+{{- /* What all pods of the chart have in common. */ -}}
+{{- define "mlpipes.pod" -}}
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+securityContext: { runAsNonRoot: true, runAsUser: {{ int .Values.user }}, fsGroup: {{ int .Values.user }}, fsGroupChangePolicy: OnRootMismatch, seccompProfile: { type: RuntimeDefault } }
+{{- with .Values.nodeSelector }}
+nodeSelector: {{ toYaml . | nindent 2 }}
+{{- end }}
+tolerations: # a dead node's pods come up elsewhere in half a minute, not in five
+  - { key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 30 }
+  - { key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 30 }
+{{- with .Values.tolerations }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "mlpipes.container" -}}
+image: {{ required "image: name the image with this package; `make images` builds one" .Values.image }}
+imagePullPolicy: {{ .Values.imagePullPolicy }}
+securityContext: {{ include "mlpipes.security" . | nindent 2 }}
+{{- end }}

@@ -1,0 +1,191 @@
+"""The Helm chart: refused by name if its values are wrong; a whole desk if they are not, changed and taken away again."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlpipes.store.layout import Store
+from mlpipes.workloads.catalog import CATALOG
+from mlpipes_tests import evidence
+from mlpipes_tests.browser import browser_page, picture
+from mlpipes_tests.cluster import conftest
+from mlpipes_tests.cluster.chart import CHART, RELEASE, USER, Desk, helm
+from mlpipes_tests.cluster.cluster import Cluster, lacking
+from mlpipes_tests.cluster.conftest import Namespace
+from mlpipes_tests.conftest import missing
+from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.training.harness import make_job, run_here
+
+pytestmark = pytest.mark.cluster
+cluster, namespace = conftest.cluster, conftest.namespace
+ONE, TWO = "w1-b128-e30-g0", "w2-b128-e30-g0"
+GOOD = {"image": "registry.example.com/mlpipes:1.0"}
+
+
+@pytest.fixture(autouse=True)
+def programs() -> None:
+    os.environ["PATH"] += ":/usr/sbin:/sbin:/usr/local/go/bin"
+    if lacks := lacking():
+        missing(lacks)
+
+
+def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+    done = helm("template", RELEASE, str(CHART), "--namespace=ml", values=values)
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"image": ""}, "image: name the image with this package"),
+        ({"image": 3}, "/image"),
+        ({**GOOD, "imagePullPolicy": "Sometimes"}, "imagePullPolicy"),
+        ({**GOOD, "user": 0}, "/user"),
+        ({**GOOD, "store": {"mountPath": "shared"}}, "/store/mountPath"),
+        ({**GOOD, "store": {"size": "lots"}}, "/store/size"),
+        ({**GOOD, "store": {"claims": "x"}}, "claims"),
+        ({**GOOD, "training": {"image": "other:1"}}, "/training"),
+        ({**GOOD, "environment": {"A-B": "1"}}, "A-B"),
+        ({**GOOD, "environment": {"TOKEN": {"secret": "s"}}}, "/environment/TOKEN"),
+        ({**GOOD, "dagster": {"maxConcurrentRuns": 0}}, "/dagster/maxConcurrentRuns"),
+        ({**GOOD, "dagster": {"module": "my module"}}, "/dagster/module"),
+        ({**GOOD, "mlflow": {"enabled": False}}, "mlflow.uri: name the server"),
+        ({**GOOD, "mlflow": {"uri": "mlflow:5000"}}, "/mlflow/uri"),
+        ({**GOOD, "postgres": {"enabled": False}}, "postgres.host: name the server"),
+        ({**GOOD, "postgres": {"database": "my-db"}}, "/postgres/database"),
+        ({**GOOD, "rbac": {"clusterAdmin": True}}, "clusterAdmin"),
+        ({**GOOD, "replicas": 3}, "replicas"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(wrong: dict[str, Any], said: str) -> None:
+    done = helm("template", RELEASE, str(CHART), values=wrong)
+    assert done.returncode != 0, done.stdout[:500]
+    assert said in done.stderr
+
+
+def test_whatever_is_chosen_it_renders_and_stays_without_rights() -> None:
+    assert "1 chart(s) linted, 0 chart(s) failed" in helm("lint", "--strict", str(CHART), values=GOOD).stdout
+    foreign = {"enabled": False, "host": "db.example.com", "secret": "db"}
+    for values in (
+        GOOD,
+        {**GOOD, "imagePullSecrets": ["one", "two"], "environmentFrom": ["tokens"], "environment": {"A": 1}},
+        {**GOOD, "postgres": foreign, "mlflow": {"enabled": False, "uri": "https://mlflow.example.com"}},
+        {**GOOD, "monitoring": {"enabled": True, "labels": {"release": "prometheus"}}, "rbac": {"clusterRead": True}},
+        {**GOOD, "store": {"claim": "have", "subPath": "team"}, "nodeSelector": {"pool": "cpu"}},
+    ):
+        made = rendered(values)
+        kinds = [document["kind"] for document in made]
+        assert ("ClusterRole" in kinds) == ("clusterRead" in values.get("rbac", {}))
+        for document in made:
+            assert document["metadata"].get("namespace", "ml") == "ml"
+            assert document["metadata"]["name"].startswith((RELEASE, f"ml-{RELEASE}"))
+            if "template" in document.get("spec", {}):
+                pod = document["spec"]["template"]["spec"]
+                for container in pod["containers"] + pod.get("initContainers", []):
+                    security = container["securityContext"]
+                    assert security["readOnlyRootFilesystem"]
+                    assert security["runAsNonRoot"]
+                    assert security["capabilities"] == {"drop": ["ALL"]}
+        text = yaml.safe_dump_all(made)
+        assert "emptyDir" in text
+        assert "<no value>" not in text
+        assert "%!" not in text
+        assert not re.search(r"verbs: *\[?.*\*", text), "no right is given as a whole"
+
+
+def test_dagsters_settings_take_the_sites_own() -> None:
+    (settings,) = [
+        document
+        for document in rendered({**GOOD, "dagster": {"settings": {"run_retries": {"max_retries": 9}}}})
+        if document["kind"] == "ConfigMap" and document["metadata"]["name"].endswith("-settings")
+    ]
+    dagster = yaml.safe_load(settings["data"]["dagster.yaml"])
+    assert dagster["run_retries"] == {"enabled": True, "max_retries": 9, "retry_on_asset_or_op_failure": False}
+    launcher = dagster["run_launcher"]["config"]
+    assert launcher["volume_mounts"][-1] == {"name": "settings", "mountPath": "/etc/mlpipes"}
+
+
+@pytest.fixture
+def desk(cluster: Cluster, namespace: Namespace) -> Iterator[Desk]:
+    made = Desk(cluster, namespace)
+    evidence.collect_from(namespace.store)
+    yield made
+    cluster.kubectl("delete", "persistentvolume", f"{namespace.name}-data-{RELEASE}-postgres-0", "--wait=false")
+
+
+def mlpipes(desk: Desk, *arguments: str) -> str:
+    """Run our command here, as the pods' user, on the store that the pods see."""
+    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    rights = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]  # the test's folders are root's
+    done = subprocess.run(
+        [*user, *rights, str(CHECKOUT / ".venv" / "bin" / "mlpipes"), *arguments],
+        env=os.environ | {"MLPIPES_HOME": str(desk.home), "HOME": str(desk.home), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_desk_is_installed_trains_is_changed_and_is_taken_away(
+    cluster: Cluster, namespace: Namespace, desk: Desk, tmp_path: Path
+) -> None:
+    before = set(cluster.kubectl.everything(namespace.name))
+    notes = desk.install()
+    assert f"service/{RELEASE}-webserver" in notes
+    desk.until_up()
+    with desk.forwarded("webserver", 3000) as ui:
+        print(mlpipes(desk, "backfill", "digits", f"--scale={TWO}", f"--ui={ui}"))
+        with browser_page(900) as page:
+            page.goto(f"{ui}/assets/digits/eval_report?partition={TWO}")
+            page.wait_for_load_state("networkidle")
+            picture(page, "kubernetes_evaluation")
+    outcome = outcome_of(desk)
+    reference = run_here(make_job(tmp_path / "reference", ONE, CATALOG[0].implementation))
+    for name in ("weights_digest", "order_digest", "loss_digest", "steps"):
+        assert outcome[name] == reference[name], name
+    print("weights digest", outcome["weights_digest"])
+    with desk.forwarded("mlflow", 5000) as uri:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("mlpipes/digits")
+        assert experiment is not None
+        assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED"}
+        assert client.get_model_version_by_alias("mlpipes-digits", "champion").version == "1"
+
+    # Changed, and back: the settings' pods are new, the database and its password are those that were.
+    password = cluster.kubectl.find("secret", f"{RELEASE}-postgres", namespace.name)
+    desk.upgrade(dagster={"maxConcurrentRuns": 3})
+    desk.until_up()
+    settings = cluster.kubectl.find("configmap", f"{RELEASE}-settings", namespace.name)
+    assert settings is not None
+    assert "max_concurrent_runs: 3" in settings["data"]["dagster.yaml"]
+    desk.helm("rollback", RELEASE, "1")
+    desk.until_up()
+    again = cluster.kubectl.find("secret", f"{RELEASE}-postgres", namespace.name)
+    assert password is not None
+    assert again is not None
+    assert again["data"] == password["data"]
+    with desk.forwarded("webserver", 3000) as ui:
+        assert "Fresh, nothing to do" in mlpipes(desk, "backfill", "digits", f"--scale={TWO}", f"--ui={ui}")
+
+    desk.helm("uninstall", RELEASE, "--wait")
+    kept = {f"persistentvolumeclaim/data-{RELEASE}-postgres-0"}
+    left = set(cluster.kubectl.everything(namespace.name)) - before
+    assert {thing for thing in left if not thing.startswith(("pod", "controllerrevision"))} <= kept, left
+
+
+def outcome_of(desk: Desk) -> dict[str, Any]:
+    """The outcome of the only training in a desk's store."""
+    (folder,) = Store(desk.home / "store").root.glob("trainings/*/")
+    return json.loads((folder / "result.json").read_text())["content"]
