@@ -198,7 +198,9 @@ def backfill(
             running = [key for key, status in statuses.items() if status == "STARTED"]
             bar.update(task, completed=ended, description=", ".join(running) or "waiting")
     for key, status in made.scales.items():
-        why = f"; why: {made.ui.address}/runs/{made.runs[key]}" if status == "FAILURE" else ""
-        console.print(f"{key}: {status}{why}", soft_wrap=True)
+        console.print(f"{key}: {status}", soft_wrap=True)
+        if status == "FAILURE":
+            console.print(made.ui.failure(made.runs[key]), markup=False, soft_wrap=True)
+            console.print(f"{made.ui.address}/runs/{made.runs[key]}", soft_wrap=True)
     if any(status != "SUCCESS" for status in made.scales.values()):
         raise typer.Exit(1)

@@ -42,6 +42,9 @@ _STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { _
   status runs { runId status tags { key value } } } } }"""
 _RETRIES = """query($root: String!) { runsOrError(filter: {tags: [{key: "dagster/root_run_id", value: $root}]}) {
   ... on Runs { results { runId status tags { key value } } } } }"""
+_EVENTS = """query($run: ID!, $cursor: String) { logsForRun(runId: $run, afterCursor: $cursor) { ... on EventConnection {
+  cursor hasMore events { ... on ExecutionStepFailureEvent {
+  stepKey failureMetadata { description } error { message } } } } } }"""
 _RETRY_SECONDS = 90.0
 """How long the retry of a crashed run is waited for."""
 _OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
@@ -109,6 +112,17 @@ class DagsterUi:
             "set MLPIPES_HOME to its home folder, or say this on a machine that sees it. If it is gone, `mlpipes store "
             "--adopt` where Dagster runs, and `mlpipes backfill --again` makes everything again."
         )
+
+    def failure(self, run: str) -> str:
+        """Why a run failed, as its first failed step has it; empty if none has."""
+        cursor, more = None, True
+        while more:
+            page = self.ask(_EVENTS, run=run, cursor=cursor)["logsForRun"]
+            for event in filter(None, page.get("events", ())):
+                told = (event.get("failureMetadata") or {}).get("description") or event["error"]["message"]
+                return f"{event['stepKey']}: {told.strip()}"
+            cursor, more = page.get("cursor"), page.get("hasMore")
+        return ""
 
     def launch(
         self, workload: str, scales: Sequence[str], priority: int, title: str, config: Mapping[str, Any] | None = None

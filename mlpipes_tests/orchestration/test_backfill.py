@@ -207,3 +207,26 @@ def test_another_store_than_dagsters_is_named_with_it(store: Store) -> None:
     (store.root / "store.json").unlink()
     with pytest.raises(ConfigError, match="has no id"):
         launched(Freshness("another"), store)
+
+
+def test_why_a_run_failed_is_found_on_whatever_page_of_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(name: str, description: str | None) -> dict[str, Any]:
+        failure = {"description": description} if description else None
+        return {"stepKey": name, "failureMetadata": failure, "error": {"message": "DagsterError: in the op\n"}}
+
+    pages = {
+        None: ("one", [{}, {}]),
+        "one": ("two", [{}, step("data", "no file")]),
+        "two": ("three", [step("next", None)]),
+    }
+
+    def ask(_: Any, query: str, run: str, cursor: str | None) -> dict[str, Any]:
+        following, events = pages[cursor]
+        return {"logsForRun": {"cursor": following, "hasMore": following != "three", "events": events}}
+
+    monkeypatch.setattr(DagsterUi, "ask", ask)
+    assert DagsterUi().failure("r") == "data: no file"
+    pages["one"] = ("two", [])
+    assert DagsterUi().failure("r") == "next: DagsterError: in the op"
+    pages["two"] = ("three", [])
+    assert DagsterUi().failure("r") == ""
