@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 3000
 NODES ?= 2
+IMAGE ?= mlpipes:0.1.0
+DOCKER ?= docker
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "mlpipes needs Python 3.11 or newer; name one: make PYTHON=python3.12 …")'
@@ -10,7 +12,7 @@ NODES ?= 2
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster definitions format lint types benchmark chaos cluster cluster-down cluster-programs clean
+.PHONY: install demo dev test test-all test-cluster definitions format lint types benchmark chaos cluster cluster-down cluster-programs images clean
 install: .venv/.installed
 
 demo: install
@@ -63,6 +65,10 @@ cluster-down: install
 
 cluster-programs: install
 	$(BIN)/python -m mlpipes_tests.cluster.build
+
+# The one image of a cluster's pods; BUILD has more options of `docker build`, such as --build-arg BASE=….
+images:
+	$(DOCKER) build $(BUILD) --tag $(IMAGE) --file deploy/docker/Dockerfile .
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

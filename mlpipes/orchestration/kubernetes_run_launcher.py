@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
-from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher.base import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster_k8s import K8sRunLauncher
 from dagster_k8s.job import get_job_name_from_run_id
 
@@ -28,6 +28,24 @@ class PatientK8sRunLauncher(K8sRunLauncher):
 
     _listed: tuple[float, str, Mapping[str, Any]] | None = None
     _answered: float | None = None
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Launch a run, whose Job goes when the ConfigMap with the instance's settings does, as a Helm release's do."""
+        super().launch_run(context)
+        run = context.dagster_run
+        namespace = self.get_container_context_for_run(run).namespace or self.job_namespace
+        name = get_job_name_from_run_id(run.run_id)
+        try:
+            found: Any = self._api_client.core_api.read_namespaced_config_map(self.instance_config_map, namespace)
+            owner = {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "name": self.instance_config_map,
+                "uid": found.metadata.uid,
+            }
+            self._api_client.batch_api.patch_namespaced_job(name, namespace, {"metadata": {"ownerReferences": [owner]}})
+        except Exception as error:  # the run works on all the same, and its Job goes a day after it has ended
+            self._instance.report_engine_event(f"Job {name} is not owned by {self.instance_config_map}: {error}", run)
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """How the Job of a run stands."""

@@ -55,6 +55,7 @@ class Dev:
         if self.mlflow:
             self.line("^MLflow UI:")
         self.line("^Trainings run")
+        self.first_lines, self.first_log = self.lines, (self.sandbox.home / "logs" / "dev.log").read_text()
         return self
 
     def launch(self, asset: str, partition: str) -> dict[str, Any]:
@@ -97,15 +98,23 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
 
 @pytest.fixture(scope="module")
 def dev(sandbox: Sandbox) -> Iterator[Dev]:
+    """A session that is shared; whatever happens in it, there is no noise on its screen."""
     started = Dev(sandbox, mlflow=free_port())
     try:
         yield started.ready()
     finally:
         end(started.process)
+    assert not [line for line in started.lines if any(word in line for word in NOISE)], started.lines
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    """A home that no session serves."""
+    return Sandbox(tmp_path_factory.mktemp("elsewhere"))
 
 
 def test_the_first_screen_is_quiet(dev: Dev) -> None:
-    first, *others = dev.lines[:4]
+    first, *others = dev.first_lines[:4]
     assert (
         first == f"Starting Dagster. What its servers print: {dev.sandbox.home}/logs/dev.log (--verbose shows it here)"
     )
@@ -118,9 +127,8 @@ def test_the_first_screen_is_quiet(dev: Dev) -> None:
         "Trainings run in a private Ray that outlives this program; `mlpipes ray down` ends it."
     )
     assert answers(f"{dev.ui}/server_info"), "the address is said when it answers"
-    log = (dev.sandbox.home / "logs" / "dev.log").read_text()
-    assert "Started Dagster code server" in log, "all of it is in the log"
-    assert "Could not reach user code server" not in log, "nobody asked before the code server listened"
+    assert "Started Dagster code server" in dev.first_log, "all of it is in the log"
+    assert "Could not reach user code server" not in dev.first_log, "nobody asked before the code server listened"
 
 
 def test_a_run_is_told_when_it_starts_and_when_it_succeeds(dev: Dev) -> None:
@@ -169,24 +177,23 @@ def test_a_server_that_died_is_told_in_one_line(dev: Dev) -> None:
     ]
 
 
-def test_nothing_else_was_on_the_screen(dev: Dev) -> None:
-    """The last one that uses the shared session: whatever happened, no noise."""
-    assert not [line for line in dev.lines if any(word in line for word in NOISE)], dev.lines
-
-
 def test_another_session_on_the_same_home_is_refused(dev: Dev, sandbox: Sandbox) -> None:
     result = sandbox.run(f".venv/bin/mlpipes dev --port {free_port()}")
     assert result.returncode == 1
     assert f"another `mlpipes dev` serves {sandbox.home} already (Dagster UI: {dev.ui}" in result.stderr
 
 
-def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(dev: Dev, sandbox: Sandbox) -> None:
-    end(dev.process)
-    second = Dev(sandbox, "--verbose")
+def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(elsewhere: Sandbox) -> None:
+    first = Dev(elsewhere)
+    try:
+        first.ready()
+    finally:
+        end(first.process)
+    second = Dev(elsewhere, "--verbose")
     try:
         second.ready()
         second.line("Started Dagster code server")
-        assert (sandbox.home / "logs" / "dev.previous.log").is_file()
+        assert (elsewhere.home / "logs" / "dev.previous.log").is_file()
         # A sensor may have been at work when the first session ended; the daemon tells that it puts that right.
         told = [line for line in second.lines if "dangling STARTED tick" not in line]
         assert not [line for line in told if "Traceback" in line or "WARNING" in line], second.lines
@@ -199,8 +206,8 @@ def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(dev: Dev, s
     assert not answers(f"{second.ui}/server_info")
 
 
-def test_it_can_be_interrupted_while_it_starts(sandbox: Sandbox) -> None:
-    early = Dev(sandbox)
+def test_it_can_be_interrupted_while_it_starts(elsewhere: Sandbox) -> None:
+    early = Dev(elsewhere)
     try:
         early.code_processes_started = early.until(  # type: ignore[attr-defined]
             lambda: psutil.Process(early.process.pid).children(), "a server was started"
@@ -214,26 +221,26 @@ def test_it_can_be_interrupted_while_it_starts(sandbox: Sandbox) -> None:
     assert "Dagster UI" not in "".join(early.lines)
 
 
-def test_a_bad_scale_file_is_one_clear_error(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_bad_scale_file_is_one_clear_error(elsewhere: Sandbox, tmp_path: Path) -> None:
     path = tmp_path / "scales.yaml"
     path.write_text("digits: [w3-b64-e1-g0]")
-    result = sandbox.run(f".venv/bin/mlpipes dev --port {free_port()}", MLPIPES_SCALES=str(path))
+    result = elsewhere.run(f".venv/bin/mlpipes dev --port {free_port()}", MLPIPES_SCALES=str(path))
     assert result.returncode == 1
     said = result.stderr.splitlines()
     assert said[0].startswith("ConfigError: the definitions of mlpipes.definitions do not load. ")
     assert f"ScaleError: scale file {path}, workload digits, entry 1" in said[0]
     assert "batch_size 64 is not divisible by workers 3" in said[0]
-    assert said[1:] == [f"More: {sandbox.home}/logs/dev.log"]
+    assert said[1:] == [f"More: {elsewhere.home}/logs/dev.log"]
     assert not [word for word in NOISE if word in result.stdout], result.stdout
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts(sandbox: Sandbox) -> None:
+def test_a_port_that_is_taken_is_said_before_anything_starts(elsewhere: Sandbox) -> None:
     import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result: subprocess.CompletedProcess[str] = sandbox.run(f".venv/bin/mlpipes dev --port {port}")
+        result: subprocess.CompletedProcess[str] = elsewhere.run(f".venv/bin/mlpipes dev --port {port}")
     assert result.returncode == 1
     assert result.stderr.splitlines() == [f"ConfigError: port {port} is taken; choose another with --port"]

@@ -22,6 +22,7 @@ from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.training.harness import make_job, run_here
+from mlpipes_tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 cluster, namespace = conftest.cluster, conftest.namespace
@@ -181,8 +182,9 @@ def test_a_desk_is_installed_trains_is_changed_and_is_taken_away(
 
     desk.helm("uninstall", RELEASE, "--wait")
     kept = {f"persistentvolumeclaim/data-{RELEASE}-postgres-0"}
-    left = set(cluster.kubectl.everything(namespace.name)) - before
-    assert {thing for thing in left if not thing.startswith(("pod", "controllerrevision"))} <= kept, left
+    until(
+        lambda: set(cluster.kubectl.everything(namespace.name)) - before <= kept, f"nothing is left but {kept}", every=1
+    )
 
 
 def outcome_of(desk: Desk) -> dict[str, Any]:

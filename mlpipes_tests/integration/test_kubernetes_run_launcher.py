@@ -176,6 +176,13 @@ def test_a_run_whose_pod_or_job_is_gone_is_told(cluster: Cluster, desk: Desk, na
     assert f"Job {name} is gone" in desk.until_health(deleted, WorkerStatus.NOT_FOUND)
 
 
+def test_a_runs_job_goes_with_the_settings_of_its_instance(cluster: Cluster, desk: Desk, namespace: Namespace) -> None:
+    run = desk.launch()
+    desk.until_started(run)
+    cluster.kubectl("delete", "configmap", "dagster-instance", f"--namespace={namespace.name}")
+    until(lambda: desk.job(run) is None, "its Job is gone", every=0.5)
+
+
 def test_one_list_answers_for_all_runs(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, asked = [desk.launch() for _ in range(3)], []
     api = desk.launcher._api_client.batch_api
