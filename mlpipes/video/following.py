@@ -13,7 +13,7 @@ from filelock import FileLock
 from mlpipes.compute.jobs import ALIVE, JobHandle, Jobs, JobState, JobStatus, python_path
 from mlpipes.errors import UpscalingFailedError
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
-from mlpipes.store.heartbeat import DEAD_SECONDS, Pulse
+from mlpipes.store.heartbeat import Pulse
 from mlpipes.store.layout import Store, home
 from mlpipes.store.messages import Failed, Warned, read_messages
 from mlpipes.video.disk import check_disk, expected_frames
@@ -193,10 +193,8 @@ def _watch(
         if waits and status.reason not in (told, "", "None"):
             told = status.reason
             warn(f"{jobs.name} {handle.id} waits: {told}")
-        if pulse.silence(waits=waits) > DEAD_SECONDS:
-            warn(
-                f"the driver of {jobs.name} {handle.id} gave no sign of life for {DEAD_SECONDS:.0f} s; another goes on"
-            )
+        if pulse.is_dead(waits=waits):
+            warn(f"the driver of {jobs.name} {handle.id} gives no sign of life; another goes on")
             jobs.stop(handle)
             return ""
         time.sleep(_POLL_SECONDS)

@@ -33,6 +33,9 @@ class Worker:
         self.job, self.plan = VideoJob.read(Path(specification)), Plan.model_validate(plan)
         self.model: Any = None
 
+    def placed(self) -> None:
+        """Answer as soon as there is a place for it, which may take long where nodes come and go."""
+
     def ready(self) -> None:
         """Load the model. Not before: the reason why an actor could not be made reaches nobody whole."""
         self.model = load(self.job.model, Store(Path(self.job.store)))
@@ -112,8 +115,10 @@ class Pool:
     _failures: Counter[tuple[str, int]] = field(default_factory=Counter)
     _losses: Counter[tuple[str, int]] = field(default_factory=Counter)
     _bad_starts: int = 0
+    _placing: set[Any] = field(default_factory=set)
+    """References of the answers of those that wait for a place."""
     _began: dict[Any, float] = field(default_factory=dict)
-    """By reference, when its part was handed out."""
+    """By reference, when its part was handed out, or when it began to load the model."""
     _slowest: dict[str, float] = field(default_factory=dict)
     """Seconds that a part of a kind took at most: a segment is encoded in seconds while a chunk may take an hour."""
 
@@ -149,7 +154,12 @@ class Pool:
         share = min(1.0, int(100 * cpus / self.job.workers) / 100)
         remote: Any = ray.remote(Worker)
         actor = remote.options(num_cpus=share).remote(str(self.specification), self.plan.model_dump())
-        self._busy[actor.ready.remote()] = (actor, None)
+        self._busy[reference := actor.placed.remote()] = (actor, None)
+        self._placing.add(reference)
+
+    def _load(self, actor: Any) -> None:
+        self._busy[reference := actor.ready.remote()] = (actor, None)
+        self._began[reference] = time.monotonic()
 
     def _hear(self, todo: Todo, idle: list[Any]) -> None:
         import ray
@@ -159,6 +169,8 @@ class Pool:
         for reference in answered:
             actor, part = self._busy.pop(reference)
             took = time.monotonic() - self._began.pop(reference, time.monotonic())
+            has_a_place = reference in self._placing
+            self._placing.discard(reference)
             try:
                 ray.get(reference)
             except exceptions.RayTaskError as error:
@@ -172,13 +184,16 @@ class Pool:
                 self._start()
                 continue
             else:
+                if has_a_place:
+                    self._load(actor)
+                    continue
                 if part is not None:
                     self._slowest[part[0]] = max(self._slowest.get(part[0], 0.0), took)
                     todo.done(part)
             idle.append(actor)
 
     def _end_what_hangs(self) -> None:
-        """End workers that have their part in hand for far too long; they count as lost."""
+        """End workers that have their part in hand, or load the model, for far too long; they count as lost."""
         import ray
 
         for reference, began in list(self._began.items()):
@@ -186,7 +201,8 @@ class Pool:
             slowest = self._slowest.get(part[0]) if part else None
             limit = _FIRST_SECONDS if slowest is None else max(_SHORTEST_SECONDS, _PATIENCE * slowest)
             if time.monotonic() - began > limit:
-                self.warn(f"a worker hangs: it had its part in hand for {time.monotonic() - began:.0f} s")
+                doing = "had its part in hand" if part else "was loading the model"
+                self.warn(f"a worker hangs: it {doing} for {time.monotonic() - began:.0f} s")
                 self._began[reference] = time.monotonic()
                 ray.kill(actor)
 

@@ -1,4 +1,4 @@
-"""The pool: which of its workers hangs."""
+"""The pool: which of its workers hangs, with a part in hand or while it loads the model."""
 
 import time
 from pathlib import Path
@@ -41,3 +41,18 @@ def test_a_worker_that_holds_its_part_for_too_long_is_ended_once(
     assert ended == ["hanging"] * hangs
     assert len(warnings) == hangs
     assert not warnings or "a worker hangs: it had its part in hand for" in warnings[0]
+
+
+def test_a_worker_that_loads_the_model_for_too_long_is_ended_and_one_that_waits_for_a_place_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(ray, "kill", ended.append)
+    warnings: list[str] = []
+    job = job_of(write_video(tmp_path / "x.mp4", 8), tmp_path / "store")
+    made = Pool(job, tmp_path / "a1.json", Plan(frames=8, chunk=4, mended=0), warnings.append)
+    made._busy, made._placing = {"place": ("waiting", None), "load": ("loading", None)}, {"place"}
+    made._began = {"load": time.monotonic() - 3700}
+    made._end_what_hangs()
+    assert ended == ["loading"]
+    assert "it was loading the model for 3700 s" in warnings[0]
