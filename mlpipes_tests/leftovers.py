@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 _PR_SET_CHILD_SUBREAPER = 36
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 60.0
 """For processes that were told to end and are on their way."""
 _STATE = ".mlpipes"
 

@@ -15,6 +15,8 @@ from mlpipes_tests.waiting import until
 _CONFTEST = """
 from mlpipes_tests import leftovers
 
+leftovers._GRACE_SECONDS = 5.0  # what is left here never ends by itself
+
 def pytest_configure(config):
     leftovers.watch(config)
 """

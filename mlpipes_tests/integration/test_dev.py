@@ -183,38 +183,36 @@ def test_another_session_on_the_same_home_is_refused(dev: Dev, sandbox: Sandbox)
     assert f"another `mlpipes dev` serves {sandbox.home} already (Dagster UI: {dev.ui}" in result.stderr
 
 
-def test_a_second_start_is_quiet_shows_all_if_asked_and_ends_quietly(elsewhere: Sandbox) -> None:
-    first = Dev(elsewhere)
+def test_a_start_shows_all_if_asked_keeps_the_log_before_and_ends_quietly(elsewhere: Sandbox) -> None:
+    log = elsewhere.home / "logs" / "dev.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("of an earlier start")
+    made = Dev(elsewhere, "--verbose")
     try:
-        first.ready()
+        made.ready()
+        made.line("Started Dagster code server")
+        assert log.with_name("dev.previous.log").read_text() == "of an earlier start"
+        told = [line for line in made.lines if "No cursor for event type" not in line]  # on a new home
+        assert not [line for line in told if "Traceback" in line or "WARNING" in line], made.lines
     finally:
-        end(first.process)
-    second = Dev(elsewhere, "--verbose")
-    try:
-        second.ready()
-        second.line("Started Dagster code server")
-        assert (elsewhere.home / "logs" / "dev.previous.log").is_file()
-        # A sensor may have been at work when the first session ended; the daemon tells that it puts that right.
-        told = [line for line in second.lines if "dangling STARTED tick" not in line]
-        assert not [line for line in told if "Traceback" in line or "WARNING" in line], second.lines
-    finally:
-        second.process.send_signal(signal.SIGINT)
-        code = second.process.wait(LIMIT_SECONDS)
-        end(second.process)
+        made.process.send_signal(signal.SIGINT)
+        code = made.process.wait(LIMIT_SECONDS)
+        end(made.process)
     assert code == 0
-    assert "Ending Dagster's servers …" in second.lines
-    assert not answers(f"{second.ui}/server_info")
+    assert "Ending Dagster's servers …" in made.lines
+    assert not answers(f"{made.ui}/server_info")
 
 
 def test_it_can_be_interrupted_while_it_starts(elsewhere: Sandbox) -> None:
     early = Dev(elsewhere)
     try:
-        early.code_processes_started = early.until(  # type: ignore[attr-defined]
-            lambda: psutil.Process(early.process.pid).children(), "a server was started"
-        )
-    finally:
+        (server, *_) = early.until(lambda: psutil.Process(early.process.pid).children(), "a server was started")
+        server.suspend()  # it does not come to listen, however long the signal takes
         early.process.send_signal(signal.SIGINT)
+        early.line("^Ending Dagster's servers …$")
+        server.resume()
         code = early.process.wait(LIMIT_SECONDS)
+    finally:
         end(early.process)
     assert code == 0
     assert early.lines[-1] == "Ending Dagster's servers …"
