@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
-from mlpipes.compute.ray_node import LOOPBACK, binding, free_port, listens, own_ip, short_folder
+from mlpipes.compute.ray_node import LOOPBACK, binding, came_up_file, free_port, listens, own_ip, short_folder
 from mlpipes.store.environment import for_children
 from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Notify, Warned
 from mlpipes.store.training_job import TrainingJob
@@ -27,7 +27,7 @@ FAREWELL_SECONDS = 40.0
 """What a training gets for its last checkpoint when its time is up; the signal comes earlier than that."""
 GO_ON = 75
 """Exit code of a job whose time was up and that Slurm would not requeue (EX_TEMPFAIL)."""
-_HEAD_SECONDS = 180
+_HEAD_SECONDS = 300
 _END_SECONDS = 15
 
 
@@ -124,8 +124,8 @@ def ray_cluster() -> Iterator[Cluster]:
     }
     inherited = for_children(unproxied=ip)
     cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
-    temporary = str(short_folder("mlpipes-ray-"))  # on the node's own disk
-    node = ["-m", "mlpipes.compute.ray_node", f"{ip}:{port}", temporary, f"--cpus={cpus}"]
+    temporary = short_folder("mlpipes-ray-")  # on the node's own disk
+    node = ["-m", "mlpipes.compute.ray_node", f"{ip}:{port}", str(temporary), f"--cpus={cpus}"]
     nodes = {"the head": subprocess.Popen([sys.executable, *node, "--is-head"], env=inherited | environment)}
     try:
         if others:
@@ -134,7 +134,8 @@ def ray_cluster() -> Iterator[Cluster]:
             python = shlex.split(os.environ.get(PYTHON_VARIABLE) or shlex.quote(sys.executable))
             nodes[", ".join(others)] = subprocess.Popen([*step, *python, *node], env=inherited | environment)
         cluster, deadline = Cluster(f"{ip}:{port}", environment, nodes), time.monotonic() + _HEAD_SECONDS
-        while not listens(ip, port):
+        # Its port listens earlier, but until it has come up, it may be started again.
+        while not (came_up_file(temporary).exists() and listens(ip, port)):
             if cluster.lost() or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray did not start on {cluster.lost() or 'the head'}; see the job's log")
             time.sleep(0.1)

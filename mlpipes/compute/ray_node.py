@@ -180,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
     command = [*start_command(role, chosen.cpus, head=chosen.is_head), f"--num-gpus={len(devices)}"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        return _hold(command, environment, mark)
+        return _hold(command, environment, mark, came_up_file(Path(chosen.temporary)))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # The session is the batch system's step on this node, so its agents are this node's: where Ray has ended before us,
@@ -189,13 +189,18 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree(chosen.temporary, ignore_errors=True)
 
 
-def _hold(command: Sequence[str], environment: Mapping[str, str], mark: str) -> int:
+def came_up_file(temporary: Path) -> Path:
+    """The file by which a node with this folder for Ray's files says that it has come up."""
+    return temporary / "came-up"
+
+
+def _hold(command: Sequence[str], environment: Mapping[str, str], mark: str, up: Path) -> int:
     """Run `ray start` to its end, again if it did not come up; returns its exit code."""
     for left in reversed(range(_STARTS)):
         came_up = threading.Event()
         node = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True)
         # In a thread: what `ray start` leaves behind when it is killed would keep the pipe open.
-        echo = threading.Thread(target=_echo, args=(node, came_up), daemon=True)
+        echo = threading.Thread(target=_echo, args=(node, came_up, up), daemon=True)
         echo.start()
         code = node.wait()
         echo.join(1)
@@ -206,11 +211,12 @@ def _hold(command: Sequence[str], environment: Mapping[str, str], mark: str) -> 
     raise AssertionError("the last try returns")
 
 
-def _echo(node: "subprocess.Popen[str]", came_up: threading.Event) -> None:
+def _echo(node: "subprocess.Popen[str]", came_up: threading.Event, up: Path) -> None:
     for line in node.stdout or ():
         print(line, end="", flush=True)
         if _STARTED in line:
             came_up.set()
+            up.touch()
 
 
 if __name__ == "__main__":

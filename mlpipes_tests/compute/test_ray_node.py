@@ -75,8 +75,10 @@ if len(tries.read_text()) < {comes_up_at}:
     sys.exit(1)
 print("Ray runtime started.")
 sys.exit(7)"""
-    assert _hold([sys.executable, "-c", program], {}, "a mark") == code
+    up = tmp_path / "up"
+    assert _hold([sys.executable, "-c", program], {}, "a mark", up) == code
     assert len(tries.read_text()) == starts
+    assert up.exists() == (code == 7), "whoever waits for it to come up"
 
 
 class Child:
