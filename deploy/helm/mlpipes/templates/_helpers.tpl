@@ -135,3 +135,10 @@ image: {{ required "image: name the image with this package; `make images` build
 imagePullPolicy: {{ .Values.imagePullPolicy }}
 securityContext: {{ include "mlpipes.security" . | nindent 2 }}
 {{- end }}
+
+{{- /* A start may take ten minutes on a busy node: nothing that starts is killed for being slow. */ -}}
+{{- define "mlpipes.probes" -}}
+startupProbe: { {{ . }}, periodSeconds: 3, timeoutSeconds: 5, failureThreshold: 200 }
+readinessProbe: { {{ . }}, periodSeconds: 5, timeoutSeconds: 5, failureThreshold: 6 }
+livenessProbe: { {{ . }}, periodSeconds: 30, timeoutSeconds: 20, failureThreshold: 4 }
+{{- end }}
