@@ -81,8 +81,10 @@ def _file(text: str) -> None:
     path = _path(text)
     if not path.is_file():
         raise ValueError("there is no such file; name one, or unset the variable")
-    if not os.access(path, os.R_OK):
-        raise ValueError("the file cannot be read; change its permissions, or name another")
+    try:
+        path.open("rb").close()  # os.access would not know of capabilities
+    except OSError as error:
+        raise ValueError("the file cannot be read; change its permissions, or name another") from error
 
 
 def _is_address(text: str, schemes: tuple[str, ...]) -> bool:
