@@ -68,7 +68,7 @@ def _folder(text: str) -> None:
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"{there} is a file; name a folder")
-    if there != path and not os.access(there, os.W_OK):
+    if there != path and not os.access(there, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise ValueError(f"it is not there and cannot be made in {there}; name a folder that you may write to")
 
 
