@@ -59,6 +59,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {**BASE, "embedding_size": 16} | {f"{n}_groups": 1 for n in GROUPS},
     ),
     "funnel": ("wordpiece", {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}),
+    "fnet": (
+        "wordpiece",
+        {
+            **{name: BASE[name] for name in BASE if name != "num_attention_heads"},
+            "tpu_short_seq_length": 64,
+            "type_vocab_size": 2,
+        },
+    ),
     "modernbert": ("wordpiece", {**BASE, "cls_token_id": 2, "sep_token_id": 3}),
     "roberta": ("bytes", {**BASE, "max_position_embeddings": 66, "type_vocab_size": 1}),
     "mpnet": ("bytes", {**BASE, "max_position_embeddings": 66}),
@@ -207,7 +215,7 @@ def test_each_kind_trains_with_each_pooling_and_is_served_as_it_was_trained(
             logits = workload.predict(model, batch, hp)["logits"]
             alone = workload.predict(model, workload.batch(moved, torch.from_numpy(rows[:1]), hp, augment=False), hp)
         assert (logits[0] - logits[2]).abs().max() > 1e-4, "texts make a difference"
-        looks = kind in ("convbert", "funnel")  # across the end of a text, into its padding
+        looks = kind in ("convbert", "fnet", "funnel")  # across the end of a text, into its padding
         assert ("looks past the end" in " ".join(warnings_of(snapshot))) == looks
         if not looks:
             assert torch.allclose(alone["logits"][0], logits[0], atol=1e-5), "padding makes none"
