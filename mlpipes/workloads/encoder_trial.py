@@ -149,7 +149,8 @@ class Trial:
             moved = max(moved, self._moved_by_padding(ids, counts, side, "mean"))
         if moved > _LOOKS:
             self.warnings.append(
-                f"{self.name} looks past the end of a text into its padding, whatever the mask says: its answers depend on "
+                # Without its name, which may be a folder's: this is part of the snapshot's digest.
+                "the encoder looks past the end of a text into its padding, whatever the mask says: its answers depend on "
                 "the longest text beside it. Trainings stay exact; single answers differ from the evaluation's."
             )
         return side
