@@ -13,7 +13,7 @@ import requests
 import yaml
 
 from mlpipes_tests import evidence
-from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.barriers import HASTE, Barriers
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,7 @@ class Sandbox:
         # Not what tests of this process have set, for its own use.
         unwanted = ("MLPIPES_", "DAGSTER_", "MLFLOW_", "PYTEST_", "RAY_")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
+        self.environment |= {name: value for name, value in os.environ.items() if name == HASTE}
         self.environment |= {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
         self.barriers = Barriers(self.home)
         if held:

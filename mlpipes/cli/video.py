@@ -30,8 +30,9 @@ def upscale(
         str, typer.Option(help="bicubic, models:/NAME@champion, models:/NAME/VERSION or package.module:attribute")
     ] = "bicubic",
     workers: Annotated[int, typer.Option(min=1, max=1024, help="processes that upscale and encode")] = 2,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, max=8, help="0.5: two workers share a GPU; 0: CPUs")] = 0.0,
     chunk: Annotated[int | None, typer.Option(help="frames of a chunk; changes speed, not the result")] = None,
-    precision: Annotated[str, typer.Option(help="of a network: fp32, or bf16 where the CPU has it")] = "fp32",
+    precision: Annotated[str, typer.Option(help="of a network: fp32, or bf16 where the CPU or GPU has it")] = "fp32",
     crf: Annotated[int, typer.Option(min=0, max=51, help="quality of the encoding: less is better and larger")] = 16,
     preset: Annotated[str, typer.Option(help="of x264: veryfast, medium, slow …")] = "veryfast",
     preview: Annotated[bool, typer.Option("--preview", help="also a clip and a picture, side by side")] = False,
@@ -62,6 +63,7 @@ def upscale(
         model=model,
         scale=scale,
         workers=workers,
+        gpus_per_worker=gpus_per_worker,
         chunk=chunk,
         precision=precision,
         encoding=encoding,

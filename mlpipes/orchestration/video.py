@@ -46,6 +46,7 @@ class VideoConfig(dg.Config):
     )
     scale: int | None = Field(default=None, description="2, 3 or 4; default: the model's, and 2 for bicubic")
     workers: int = Field(default=2, ge=1, description="processes that upscale and encode")
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="0.5: two workers share a GPU; 0: CPUs")
     chunk: int | None = Field(default=None, ge=1, description="frames of a chunk; changes speed, not the result")
     precision: str = Field(default="fp32", description="of a network: fp32, or bf16 where the CPUs have it")
     crf: int = Field(default=16, ge=0, le=51, description="quality of the encoding: less is better and larger")
@@ -163,6 +164,7 @@ def _cut(context: dg.AssetExecutionContext, config: VideoConfig, store: Store) -
         model=config.model,
         scale=config.scale,
         workers=config.workers,
+        gpus_per_worker=config.gpus_per_worker,
         chunk=config.chunk,
         precision=config.precision,
         encoding=Encoding(crf=config.crf, preset=config.preset),

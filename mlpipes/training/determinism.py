@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from mlpipes.store.files import canonical_json
+from mlpipes.workloads.tensors import compute_fp32_in_full
 
 
 def mixed_seed(*parts: Any) -> int:
@@ -68,6 +69,7 @@ def prepare_process(threads: int, seed: int, deterministic_kernels: bool = True)
     # A debugging aid that comes with deterministic algorithms and costs 7 % here: no kernel in use reads fresh memory.
     cast(Any, deterministic).fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
+    compute_fp32_in_full()
     seed_random_numbers(mixed_seed(seed, "model"))
 
 

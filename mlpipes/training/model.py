@@ -26,7 +26,7 @@ from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Deployable, Workload
 from mlpipes.workloads.catalog import load_workload
-from mlpipes.workloads.tensors import on_device
+from mlpipes.workloads.tensors import compute_fp32_in_full, on_device
 
 KIND = "model"
 VERSION = 1
@@ -138,6 +138,7 @@ def _loaded(folder: Path, snapshot: Snapshot, calibration: Calibration | None) -
         network = workload.build_model(hp, info)
     workload.load_state(network, load_file(folder / "model.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute_fp32_in_full()
     network.to(device).eval()
     if calibration is not None and calibration.parameters:
         network = workload.calibrated(network, calibration)

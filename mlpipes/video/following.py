@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from mlpipes.compute.jobs import ALIVE, JobHandle, Jobs, JobState, JobStatus, python_path
-from mlpipes.errors import UpscalingFailedError
+from mlpipes.errors import ConfigError, UpscalingFailedError
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
 from mlpipes.store.heartbeat import Pulse
 from mlpipes.store.layout import Store, home
@@ -52,6 +52,7 @@ def prepare(
     scale: int | None,
     workers: int,
     chunk: int | None = None,
+    gpus_per_worker: float = 0.0,
     precision: str = "fp32",
     encoding: Encoding | None = None,
 ) -> VideoJob:
@@ -59,16 +60,19 @@ def prepare(
 
     Raises DataError for a file that cannot be upscaled, ConfigError for what is asked for, PreflightError for a full disk.
     """
+    if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
+        raise ConfigError(f"{gpus_per_worker:g} GPUs a worker: give 0, a part of one such as 0.5, or a whole number")
     suffix, source = suffix_of(result), probe(path)
     job = VideoJob(
         source=source,
         source_digest=sha256_file(Path(source.path)),
-        model=pin(model, scale, store, precision),
+        model=pin(model, scale, store, precision, device="cuda" if gpus_per_worker else "cpu"),
         encoding=encoding or Encoding(),
         suffix=suffix,
         store=str(store.root.absolute()),
         chunk=chunk_length(chunk),
         workers=workers,
+        gpus_per_worker=gpus_per_worker,
     )
     source.check_unchanged()
     check_container(job)

@@ -41,6 +41,8 @@ class ModelPin(BaseModel):
     reach: int = 0
     """Pixels on each side that a pixel of its result depends on."""
     precision: str = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What computes it: a GPU adds in another order, so its result is another one."""
 
 
 class Encoding(BaseModel):
@@ -65,6 +67,8 @@ class VideoJob(Record):
     chunk: int
     """Frames of a chunk, whole batches. Changes speed, not the result; like all that follows."""
     workers: int
+    gpus_per_worker: float = 0.0
+    """Below 1, workers share a GPU."""
     attempt: int = 0
     until: Literal["upscaled", "final"] = "final"
     """What is to be there when the job ends."""
@@ -74,13 +78,17 @@ class VideoJob(Record):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what the result depends on: the name of the video's folder and of its Ray job."""
+        # Names given before there was a choice of devices stay.
+        model = self.model.model_dump(
+            mode="json", exclude={"name"} | ({"device"} if self.model.device == "cpu" else set())
+        )
         return digest_of(
             {
                 "format": [FORMAT, BATCH, SEGMENT],
                 "source": self.source_digest,
                 # Not where the file lies or what it is called.
                 "read": self.source.model_dump(mode="json", exclude={"path", "modified_ns", "notes"}),
-                "model": self.model.model_dump(mode="json", exclude={"name"}),
+                "model": model,
                 "encoding": self.encoding.model_dump(mode="json"),
                 "suffix": self.suffix,
             }
@@ -223,7 +231,7 @@ def describe(job: VideoJob) -> dict[str, Any]:
         "source": source.path,
         "video": f"{source.width}×{source.height} {source.codec} {source.pix_fmt}, {rate:.3f} frames/s",
         "result": f"{job.width}×{job.height} h264 {job.pix_fmt}, crf {job.encoding.crf}",
-        "model": f"{job.model.name} (×{job.model.scale}, {job.model.precision})",
+        "model": f"{job.model.name} (×{job.model.scale}, {job.model.precision}{', GPU' * (job.gpus_per_worker > 0)})",
         "copied": ", ".join(f"{t.kind} {t.codec} {t.language}".strip() for t in source.tracks) or "–",
         "notes": "; ".join(source.notes) or "–",
     }

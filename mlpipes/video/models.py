@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -50,7 +50,14 @@ class Bicubic:
         return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC)) for f in frames])
 
 
-def pin(spec: str, scale: int | None, store: Store, precision: str = "fp32", tracker: Any = None) -> ModelPin:
+def pin(
+    spec: str,
+    scale: int | None,
+    store: Store,
+    precision: str = "fp32",
+    tracker: Any = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> ModelPin:
     """A model as it is now: `bicubic`, `models:/name@alias`, `models:/name/version`, or `module:attribute`.
 
     One of the registry is copied into the store, under its digest: workers need neither MLflow nor its credentials, and
@@ -62,11 +69,13 @@ def pin(spec: str, scale: int | None, store: Store, precision: str = "fp32", tra
     if precision not in PRECISIONS:
         raise ConfigError(f"a precision of {precision!r} is none of {', '.join(PRECISIONS)}")
     if spec == BICUBIC:
+        if device != "cpu":
+            raise ConfigError(f"{BICUBIC} is computed by CPUs: leave the GPUs out, or name a network with --model")
         return ModelPin(name=BICUBIC, kind="built-in", digest="bicubic-1", scale=scale or 2)
     found = _registered(spec, store, tracker, precision) if spec.startswith("models:/") else _of_python(spec)
     if scale is not None and scale != found.scale:
         raise ConfigError(f"{found.name} upscales ×{found.scale}, and ×{scale} was asked for")
-    return found
+    return found.model_copy(update={"device": device})
 
 
 def load(pinned: ModelPin, store: Store) -> Upscaler:

@@ -38,8 +38,9 @@ class VideoSlurmJobs(SlurmJobs):
 
     module = "mlpipes.video.places"
 
-    def __init__(self, settings: SlurmSettings, workers: int) -> None:
-        super().__init__(settings, RayScaleConfig(workers=workers, batch_size=workers, epochs=1))
+    def __init__(self, settings: SlurmSettings, workers: int, gpus_per_worker: float = 0.0) -> None:
+        scale = RayScaleConfig(workers=workers, batch_size=workers, epochs=1, gpus_per_worker=gpus_per_worker)
+        super().__init__(settings, scale)
 
 
 def check_place() -> None:
@@ -58,7 +59,7 @@ def place_for(job: VideoJob, address: str | None = None) -> Jobs:
     """
     check_place()
     if settings := value_of(SLURM_VARIABLE):
-        return VideoSlurmJobs(SlurmSettings.load(Path(settings)), job.workers)
+        return VideoSlurmJobs(SlurmSettings.load(Path(settings)), job.workers, job.gpus_per_worker)
     return VideoRayJobs(resolve(address))
 
 

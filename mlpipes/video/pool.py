@@ -153,7 +153,8 @@ class Pool:
         # More workers than there are CPUs share them, instead of waiting for ever.
         share = min(1.0, int(100 * cpus / self.job.workers) / 100)
         remote: Any = ray.remote(Worker)
-        actor = remote.options(num_cpus=share).remote(str(self.specification), self.plan.model_dump())
+        gpus = self.job.gpus_per_worker or None
+        actor = remote.options(num_cpus=share, num_gpus=gpus).remote(str(self.specification), self.plan.model_dump())
         self._busy[reference := actor.placed.remote()] = (actor, None)
         self._placing.add(reference)
 

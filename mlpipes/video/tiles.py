@@ -1,52 +1,84 @@
 """A torch program applied to frames: large ones in tiles that overlap by what it looks at, so that no seam is seen."""
 
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.export.passes import move_to_device_pass
 
 from mlpipes.errors import ConfigError
 from mlpipes.video.job import ModelPin
+from mlpipes.workloads.tensors import compute_fp32_in_full
 
 TILE = (320, 512)
 """Height and width of a tile at most, in pixels of the source, without its overlap. What a layer makes of a larger one
 leaves the processor's caches, and of several frames at once too: both took up to 1.7 times as long a pixel."""
 
 
-class Program:
-    """An exported program (pt2) as an upscaler, on one thread."""
+GPU_TILE = (1088, 1920)
+"""The same for a GPU, which needs many pixels at once; 64 channels of the four
+frames of a batch take 2 GiB."""
 
-    def __init__(self, path: Path, pinned: ModelPin, tile: tuple[int, int] = TILE) -> None:
+
+class Program:
+    """An exported program (pt2) as an upscaler, on one thread or on the GPU that its process was given."""
+
+    def __init__(self, path: Path, pinned: ModelPin, tile: tuple[int, int] | None = None) -> None:
         torch.set_num_threads(1)  # other numbers of threads give other bits
-        self.scale, self.frames, self.reach, self.tile = pinned.scale, pinned.frames, pinned.reach, tile
-        self.program = torch.export.load(path).module()
-        self.name, self.bf16 = pinned.name, pinned.precision == "bf16"
+        self.scale, self.frames, self.reach = pinned.scale, pinned.frames, pinned.reach
+        self.name, self.bf16, self.device = pinned.name, pinned.precision == "bf16", pinned.device
+        self.tile = tile or (TILE if self.device == "cpu" else GPU_TILE)
+        program = torch.export.load(path)
+        if self.device == "cuda":
+            if not torch.cuda.is_available():
+                raise ConfigError(
+                    "this worker was given no GPU that torch can use; see `nvidia-smi`, or leave GPUs out"
+                )
+            _compute_repeatably()
+            program = move_to_device_pass(program, self.device)
+        self.program = program.module()
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """The frames, upscaled."""
         height, width = frames.shape[-3:-1]
         made = np.empty((len(frames), height * self.scale, width * self.scale, 3), np.uint8)
-        for frame, target in zip(frames, made, strict=True):
+        at_once = 1 if self.device == "cpu" else len(frames)
+        for first in range(0, len(frames), at_once):
+            these, target = frames[first : first + at_once], made[first : first + at_once]
             for rows, outer_rows in spans(height, self.tile[0], self.reach):
                 for columns, outer_columns in spans(width, self.tile[1], self.reach):
-                    upscaled = self._run(frame[None, ..., outer_rows, outer_columns, :])[0]
-                    target[_times(rows, self.scale), _times(columns, self.scale)] = upscaled[
-                        _inside(rows, outer_rows, self.scale), _inside(columns, outer_columns, self.scale)
+                    upscaled = self._run(these[..., outer_rows, outer_columns, :])
+                    target[:, _times(rows, self.scale), _times(columns, self.scale)] = upscaled[
+                        :, _inside(rows, outer_rows, self.scale), _inside(columns, outer_columns, self.scale)
                     ]
         return made
 
     def _run(self, frames: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(np.ascontiguousarray(frames))
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        given = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             try:
-                return self.program(given).numpy()
+                return self.program(given).cpu().numpy()
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"the GPU has not enough memory for {self.name} ({str(error).partition('. ')[0]}); let fewer workers "
+                    "share it with --workers or --gpus-per-worker"
+                ) from error
             except RuntimeError as error:
                 if not self.bf16:
                     raise
                 said = str(error).splitlines()[0]
                 raise ConfigError(f"{self.name} cannot compute in bf16 ({said}); use the precision fp32") from error
+
+
+def _compute_repeatably() -> None:
+    """The same bits every time on a GPU, and no rounding of pixels to TF32."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    compute_fp32_in_full()
 
 
 def spans(length: int, tile: int, reach: int) -> Iterator[tuple[slice, slice]]:

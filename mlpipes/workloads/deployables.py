@@ -30,15 +30,19 @@ class TorchProgram:
     def log(self, extra_files: Sequence[Path]) -> Any:
         """See `Deployable.log`."""
         import mlflow
+        from mlflow.models import Model
 
         # Contiguous weights: exported programs carry memory layouts, and servers send plain arrays.
         module = self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         with torch.no_grad():
             answer = module(torch.from_numpy(self.example))
         outputs = (answer.float() if answer.is_floating_point() else answer).numpy()
-        logged = mlflow.pytorch.log_model(
-            module,
+        logged = Model.log(
+            None,  # MLflow 2 called the name so
             name="model",
+            flavor=_ForCpus,
+            flavor_name="pytorch",
+            pytorch_model=module,
             input_example=self.example,
             signature=self._signature(outputs),
             metadata=dict(self.about) if self.about is not None else None,
@@ -60,6 +64,21 @@ class TorchProgram:
         return ModelSignature(
             Schema([TensorSpec(self.example.dtype, shape)]), Schema([TensorSpec(outputs.dtype, answer)])
         )
+
+
+class _ForCpus:
+    """MLflow's flavor `pytorch`, of a program that says it is for CPUs: otherwise MLflow wants every model on the GPU of the
+    machine that loads it, and refuses an exported program, whose tensors cannot move.
+    """
+
+    @staticmethod
+    def save_model(path: str, mlflow_model: Any, **options: Any) -> None:
+        """What `Model.log` asks a flavor for."""
+        import mlflow
+
+        mlflow.pytorch.save_model(path=path, mlflow_model=mlflow_model, **options)
+        mlflow_model.flavors["python_function"]["config"] = {"device": "cpu"}
+        mlflow_model.save(str(Path(path) / "MLmodel"))
 
 
 @dataclass(frozen=True)

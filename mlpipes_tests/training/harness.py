@@ -75,23 +75,27 @@ def _crash_at(step: int) -> None:
     Trainer._step = crashing
 
 
-def worker_process(rank: int, size: int, port: int, job: str, crash: int | None, discard: bool) -> None:
+def worker_process(rank: int, size: int, port: int, job: str, crash: int | None, discard: bool, device: str) -> None:
     """One rank's process."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", rank=rank, world_size=size)
     if crash is not None:
         _crash_at(crash)
-    train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device("cpu"))
+    train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device(device))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def run(
-    job: TrainingJob, workers: int | None = None, crash: int | None = None, discard: bool = False
+    job: TrainingJob,
+    workers: int | None = None,
+    crash: int | None = None,
+    discard: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Run a job with its scale's workers (or another number of them) in processes of their own; returns the outcome.
 
-    With `crash`, every process ends without a word before that step, and {} is returned.
+    On a GPU, all share it. With `crash`, every process ends without a word before that step, and {} is returned.
     """
     size = workers or job.recipe.scale.workers
     with socket.socket() as probe:
@@ -99,7 +103,7 @@ def run(
         port = probe.getsockname()[1]
     path, context = job.write(), mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = [(rank, size, port, str(path), crash, discard) for rank in range(size)]
+    arguments = [(rank, size, port, str(path), crash, discard, device) for rank in range(size)]
     processes = [context.Process(target=worker_process, args=a) for a in arguments]
     try:
         for process in processes:
@@ -134,12 +138,12 @@ def trainer_on(
     )
 
 
-def run_here(job: TrainingJob) -> dict[str, Any]:
+def run_here(job: TrainingJob, device: str = "cpu") -> dict[str, Any]:
     """Run a job with one worker in this process."""
     job.write()
     threads = torch.get_num_threads()
     try:
-        train(job, SingleWorker(), torch.device("cpu"))
+        train(job, SingleWorker(), torch.device(device))
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
