@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-LIMIT_SECONDS = 600.0
-"""Ten times what the slowest of these waits takes on a quiet machine of two cores."""
+LIMIT_SECONDS = 1200.0
+"""Twenty times what the slowest of these waits takes on a quiet machine of two cores."""
 _Answer = TypeVar("_Answer")
 
 

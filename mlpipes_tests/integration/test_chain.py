@@ -224,11 +224,11 @@ def test_a_failing_training_says_why_and_leaves_no_job(home: Path) -> None:
     from mlpipes.compute.local import LocalRay
     from mlpipes.compute.ray_jobs import RayJobs
 
-    pipeline = Pipeline(home, ["w1-b64-e9-g0"])
+    pipeline = Pipeline(home, ["w1-b64-e8-g0"])
     config = {
         "ops": {"digits__checkpoints": {"config": {"hyperparameters": {"optimizer": "sgd", "learning_rate": 1e30}}}}
     }
-    result = pipeline.chain("w1-b64-e9-g0", config)
+    result = pipeline.chain("w1-b64-e8-g0", config)
     assert not result.success
     assert "the loss became" in failure(result)
     jobs = RayJobs(LocalRay().ensure())
@@ -238,7 +238,7 @@ def test_a_failing_training_says_why_and_leaves_no_job(home: Path) -> None:
     from mlpipes.tracking.runs import Tracker, default_uri
 
     runs = Tracker(default_uri()).client.search_runs(
-        [Tracker(default_uri()).experiment("mlpipes/digits")], "tags.`mlpipes.scale` = 'w1-b64-e9-g0'"
+        [Tracker(default_uri()).experiment("mlpipes/digits")], "tags.`mlpipes.scale` = 'w1-b64-e8-g0'"
     )
     assert [run.info.status for run in runs] == ["FAILED"]
 
