@@ -20,7 +20,7 @@ from mlpipes.compute import stacks
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import submission_lock
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder, TrainingFolder
 from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 
@@ -207,18 +207,18 @@ class Jobs(ABC):
             time.sleep(0.2)
 
     @abstractmethod
-    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def logs(self, handle: JobHandle, folder: JobFolder) -> str:
         """What the job of a training printed; for people."""
 
-    def stacks(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def stacks(self, handle: JobHandle, folder: JobFolder) -> str:
         """Keep the stacks of a training's processes, for whoever wants to know why it hung; says whose, and where."""
         target = folder.path / "jobs" / f"a{handle.attempt}.stacks.txt"
         return f"of the processes on this machine: {stacks.keep_stacks(folder.fingerprint, target)}"
 
-    def forget(self, handle: JobHandle, folder: TrainingFolder) -> None:  # noqa: B027
+    def forget(self, handle: JobHandle, folder: JobFolder) -> None:  # noqa: B027
         """Have nothing left of a job that has ended, where the place would keep it; what it printed stays in the store."""
 
-    def follow(self, handle: JobHandle, folder: TrainingFolder, poll_seconds: float = 0.3) -> Iterator[Event]:
+    def follow(self, handle: JobHandle, folder: JobFolder, poll_seconds: float = 0.3) -> Iterator[Event]:
         """All messages of an attempt from its first, until the job has `Ended`.
 
         Between them comes `Waiting`, once a poll, so that the caller can look at other signs of life. A job that is put

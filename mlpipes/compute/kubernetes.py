@@ -18,8 +18,10 @@ from mlpipes.compute.kubernetes_manifest import (
     NAME_LABEL,
     PREFIX,
     Attempt,
+    Subject,
     ray_job,
     shape,
+    training,
     training_name,
 )
 from mlpipes.compute.kubernetes_reasons import DELETED, Look, silent_nodes, standing, terminating
@@ -27,7 +29,7 @@ from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSet
 from mlpipes.errors import PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import claimed
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder
 from mlpipes.store.redaction import redact
 from mlpipes.store.training_job import TrainingJob
 
@@ -54,7 +56,7 @@ class KubernetesJobs(Jobs):
         self.settings, self.scale = settings.of_scale(scale.key), scale
         self.api, self.python = KubernetesApi(self.settings, patience_seconds), self.settings.python
         self.poll_seconds = min(self.settings.poll_seconds, 1.0)  # of the store; the API server is asked less often
-        self._folders: dict[str, TrainingFolder] = {}
+        self._folders: dict[str, JobFolder] = {}
         self._asked: dict[str, tuple[float, int, JobStatus]] = {}
         self._refused: dict[str, float] = {}
         self._leaving: dict[str, float] = {}
@@ -88,9 +90,9 @@ class KubernetesJobs(Jobs):
         self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
     ) -> JobHandle:
         """Submit an attempt, or attach to it if somebody else has. Raises PreflightError if it is refused."""
-        job = TrainingJob.read(specification)
-        self.settings.check_store(Path(job.store))
-        made = Attempt(_short(name), attempt, specification, environment, job)
+        subject = self._subject(specification)
+        self.settings.check_store(Path(subject.store))
+        made = Attempt(_short(name), attempt, specification, environment, subject)
         try:
             manifest = ray_job(made, self.scale, self.settings, self._owner())
             self.api.request("POST", self.api.ray_jobs(), {"fieldValidation": "Strict"}, manifest)
@@ -108,6 +110,10 @@ class KubernetesJobs(Jobs):
                 self.api.delete(self.api.ray_jobs(earlier["metadata"]["name"]))
         return JobHandle(made.id, attempt, attached=False)
 
+    def _subject(self, specification: Path) -> Subject:
+        """What an attempt makes, by its specification."""
+        return training(TrainingJob.read(specification))
+
     def _owner(self) -> dict[str, str] | None:
         """What trainings are deleted with; never a pod or Job of a run, for they outlive it."""
         if self.settings.owner is None:
@@ -123,7 +129,7 @@ class KubernetesJobs(Jobs):
     def _is_ours(self, made: Attempt) -> bool:
         """Whether the RayJob that is there under an attempt's name is of the same training."""
         there = self.api.find(self.api.ray_jobs(made.id)) or {"metadata": {}}
-        return there["metadata"].get("annotations", {}).get(FOLDER_ANNOTATION) == str(made.job.folder.path)
+        return there["metadata"].get("annotations", {}).get(FOLDER_ANNOTATION) == str(made.subject.folder.path)
 
     # -- following -----------------------------------------------------------------------------------------------------
     def status(self, handle: JobHandle) -> JobStatus:
@@ -256,16 +262,16 @@ class KubernetesJobs(Jobs):
                 raise ConnectionError(f"RayJob {handle.id} was deleted {timeout_seconds:.0f} s ago and is there: {why}")
             time.sleep(0.5)
 
-    def forget(self, handle: JobHandle, folder: TrainingFolder) -> None:
+    def forget(self, handle: JobHandle, folder: JobFolder) -> None:
         """Delete a RayJob that has ended; its operator does the rest."""
         self.ask_to_stop(handle)
 
-    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def logs(self, handle: JobHandle, folder: JobFolder) -> str:
         """What the driver printed, or, where it was never started, what its pods did."""
         kept = [folder.log(handle.attempt), _pod_log(folder, handle.attempt)]
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in kept if path.is_file())
 
-    def stacks(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def stacks(self, handle: JobHandle, folder: JobFolder) -> str:
         """Keep the stacks of the training's processes in each pod, where we may execute something in pods."""
         told = []
         for pod in self.api.items(self.api.core("pods"), labels=f"{PREFIX}/job={handle.id}"):
@@ -293,7 +299,7 @@ class KubernetesJobs(Jobs):
             _pod_log(folder, attempt).write_text(redact("\n".join(parts)), encoding="utf-8")
 
 
-def _pod_log(folder: TrainingFolder, attempt: int) -> Path:
+def _pod_log(folder: JobFolder, attempt: int) -> Path:
     return folder.log(attempt).with_suffix(".pods.log")
 
 
@@ -307,8 +313,8 @@ def _first_attempt(job: Mapping[str, Any]) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _folder(job: Mapping[str, Any]) -> TrainingFolder:
-    return TrainingFolder(Path(job["metadata"]["annotations"][FOLDER_ANNOTATION]))
+def _folder(job: Mapping[str, Any]) -> JobFolder:
+    return JobFolder(Path(job["metadata"]["annotations"][FOLDER_ANNOTATION]))
 
 
 def _owned_by(workload: Mapping[str, Any], job: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpipes.compute.kubernetes_api import KUEUE, KubernetesApi, RefusedError
-from mlpipes.compute.kubernetes_manifest import GROUP, PLURAL, VERSION, Attempt, ray_job, shape
+from mlpipes.compute.kubernetes_manifest import GROUP, PLURAL, VERSION, Attempt, ray_job, shape, training
 from mlpipes.compute.kubernetes_reasons import Look, blocked, quantity
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
 from mlpipes.compute.preflight import GIB, WORKER_BYTES
@@ -280,7 +280,9 @@ def _manifest(settings: KubernetesSettings, scale: RayScaleConfig, store: str = 
         generation="",
     )
     job = TrainingJob(recipe=recipe, store=store, attempt=1)
-    return ray_job(Attempt("mlpipes-probe", 1, Path(store), {}, job), scale, settings)["spec"]["rayClusterSpec"]
+    return ray_job(Attempt("mlpipes-probe", 1, Path(store), {}, training(job)), scale, settings)["spec"][
+        "rayClusterSpec"
+    ]
 
 
 def _worker_pod(settings: KubernetesSettings, scale: RayScaleConfig) -> dict[str, Any]:

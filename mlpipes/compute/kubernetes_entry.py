@@ -52,12 +52,19 @@ def drive(specification: Path, rayjob: str) -> int:
         specification = job.write()  # what the first was handed over, it is handed on
         notify = MessageWriter(job.folder.messages(attempt))
         notify(Warned(text=f"the job's entry point runs again; attempt {attempt} goes on after attempt {first}"))
-    # What is printed is kept in the store, for the pod is gone with the job.
-    log = os.open(job.folder.log(attempt), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    return become("mlpipes.training.driver", specification, job.folder.log(attempt))
+
+
+def become(module: str, specification: Path, log: Path) -> int:
+    """Go on as the driver of an attempt; never returns.
+
+    What is printed is kept in the store, for the pod is gone with the job.
+    """
+    printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(printed, stream)
     return os.execve(  # noqa: S606 - no shell
-        sys.executable, [sys.executable, "-m", "mlpipes.training.driver", str(specification)], _environment()
+        sys.executable, [sys.executable, "-m", module, str(specification)], _environment()
     )
 
 

@@ -23,6 +23,7 @@ from mlpipes.compute.kubernetes_settings import (
     Toleration,
 )
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.layout import JobFolder
 from mlpipes.store.training_job import TrainingJob
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
@@ -43,15 +44,45 @@ _KEEP = {
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What a RayJob makes: by what it is labelled, and which program of ours its entry point and its pods run."""
+
+    workload: str
+    fingerprint: str
+    folder: JobFolder
+    store: str
+    requested_by: str
+    """The Dagster run; empty if none."""
+    entry: str
+    """A module that takes a specification and the RayJob's name."""
+    is_training: bool = True
+    """Otherwise there is nothing to save when a pod is told to go, and its driver computes nothing."""
+    min_workers: int | None = None
+
+
+def training(job: TrainingJob) -> Subject:
+    """A training as what a RayJob makes."""
+    return Subject(
+        workload=job.recipe.workload,
+        fingerprint=job.recipe.fingerprint,
+        folder=job.folder,
+        store=job.store,
+        requested_by=job.requested_by,
+        entry="mlpipes.compute.kubernetes_entry",
+        min_workers=job.min_workers,
+    )
+
+
+@dataclass(frozen=True)
 class Attempt:
     """What a RayJob is for."""
 
     name: str
-    """Of the training, as `training_name` makes it."""
+    """Of what it makes, as `training_name` makes it."""
     number: int
     specification: Path
     environment: Mapping[str, str]
-    job: TrainingJob
+    subject: Subject
 
     @property
     def id(self) -> str:
@@ -123,22 +154,23 @@ def ray_job(
     A queue admits it by lifting `suspend`; without a queue it starts at once.
     """
     needed = shape(scale, settings)
-    entry = [settings.python, "-m", "mlpipes.compute.kubernetes_entry"]
+    subject = attempt.subject
+    entry = [settings.python, "-m", subject.entry]
     arguments = [shlex.quote(str(attempt.specification)), attempt.id]
     labels = {
         NAME_LABEL: attempt.name,
-        f"{PREFIX}/workload": label_value(attempt.job.recipe.workload),
+        f"{PREFIX}/workload": label_value(subject.workload),
         f"{PREFIX}/scale": label_value(scale.key),
-        f"{PREFIX}/fingerprint": attempt.job.recipe.fingerprint[:_LABEL_CHARACTERS],
-        STORE_LABEL: store_label(attempt.job.store),
-        f"{PREFIX}/dagster-run": label_value(attempt.job.requested_by),
+        f"{PREFIX}/fingerprint": subject.fingerprint[:_LABEL_CHARACTERS],
+        STORE_LABEL: store_label(subject.store),
+        f"{PREFIX}/dagster-run": label_value(subject.requested_by),
     }
     annotations = {
-        FOLDER_ANNOTATION: str(attempt.job.folder.path),
-        f"{PREFIX}/workload": attempt.job.recipe.workload,
+        FOLDER_ANNOTATION: str(subject.folder.path),
+        f"{PREFIX}/workload": subject.workload,
         f"{PREFIX}/scale": scale.key,
-        f"{PREFIX}/fingerprint": attempt.job.recipe.fingerprint,
-        f"{PREFIX}/dagster-run": attempt.job.requested_by,
+        f"{PREFIX}/fingerprint": subject.fingerprint,
+        f"{PREFIX}/dagster-run": subject.requested_by,
     }
     queue = {QUEUE_LABEL: settings.queue, QUEUE_PRIORITY_LABEL: settings.queue_priority}
     farewell = [*entry, "--farewell", str(settings.save_seconds), *arguments]
@@ -160,7 +192,7 @@ def ray_job(
         "spec": {
             # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
             "entrypoint": " ".join(["exec", *entry, *arguments]),
-            **_reserved(scale),
+            **(_reserved(scale) if subject.is_training else {}),
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
             "shutdownAfterJobFinishes": True,
@@ -177,7 +209,7 @@ def ray_job(
                 "workerGroupSpecs": [
                     {
                         "groupName": WORKERS,
-                        **dict.fromkeys(("replicas", "minReplicas"), _at_first(attempt.job, needed, settings)),
+                        **dict.fromkeys(("replicas", "minReplicas"), _at_first(subject, needed, settings)),
                         "maxReplicas": needed.pods,
                         "rayStartParams": {
                             "num-cpus": str(math.ceil(needed.cpus)),
@@ -192,14 +224,14 @@ def ray_job(
     }
 
 
-def _at_first(job: TrainingJob, needed: Shape, settings: KubernetesSettings) -> int:
+def _at_first(subject: Subject, needed: Shape, settings: KubernetesSettings) -> int:
     """With how many worker pods it begins. KubeRay submits when all are ready; an elastic training asks for more then.
 
     A queue admits a job whole, so nothing could be asked for later.
     """
-    if job.min_workers is None or settings.queue:
+    if subject.min_workers is None or settings.queue:
         return needed.pods
-    return math.ceil(job.min_workers / needed.workers)
+    return math.ceil(subject.min_workers / needed.workers)
 
 
 _START = {"object-store-memory": str(_OBJECT_STORE_BYTES)}
@@ -225,7 +257,7 @@ def _pod(
     is_worker = role == "worker"
     pools = [settings, *([settings.spot] if settings.spot and is_worker else [])]
     spec: dict[str, Any] = {
-        "terminationGracePeriodSeconds": settings.save_seconds + _STOP_SECONDS,
+        "terminationGracePeriodSeconds": (settings.save_seconds if attempt.subject.is_training else 0) + _STOP_SECONDS,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {
@@ -313,9 +345,10 @@ def _container(
             {"name": SHARED_MEMORY, "mountPath": "/dev/shm"},  # noqa: S108
             *settings.mounts,
         ],
-        # SIGTERM would reach only `ray start`, which ends its workers without a word.
-        "lifecycle": {"preStop": {"exec": {"command": ["/bin/sh", "-c", farewell]}}},
     }
+    if attempt.subject.is_training:
+        # SIGTERM would reach only `ray start`, which ends its workers without a word.
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", farewell]}}}
     if settings.image_pull_policy:
         container["imagePullPolicy"] = settings.image_pull_policy
     if settings.environment_from:

@@ -210,6 +210,14 @@ class KubernetesSettings(_Strict):
                 "is mounted here"
             )
 
+    def check_visible(self, file: Path) -> None:
+        """Raises ConfigError if a file lies on nothing that pods mount."""
+        shared = [self.store.mount_path, *(str(mount["mountPath"]) for mount in self.mounts)]
+        if not any(file.is_relative_to(path) for path in shared):
+            raise ConfigError(
+                f"pods do not see {file}: they mount {', '.join(shared)}. Copy it to a folder below one of these"
+            )
+
 
 def _validated(content: Mapping[str, Any], where: str) -> KubernetesSettings:
     try:

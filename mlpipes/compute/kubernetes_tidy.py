@@ -9,7 +9,7 @@ from mlpipes.compute.kubernetes_api import KubernetesApi
 from mlpipes.compute.kubernetes_manifest import FOLDER_ANNOTATION, PREFIX, STORE_LABEL, store_label
 from mlpipes.compute.kubernetes_reasons import silent_nodes
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder
 
 _ENDED = ("Complete", "Failed", "ValidationFailed")
 _STUCK_SECONDS = 300.0
@@ -27,7 +27,7 @@ def tidy(settings: KubernetesSettings, store: str, is_followed: Callable[[str], 
         metadata, name = job["metadata"], job["metadata"]["name"]
         if is_followed(metadata["annotations"].get(f"{PREFIX}/dagster-run", "")):
             continue
-        folder = TrainingFolder(Path(metadata["annotations"][FOLDER_ANNOTATION]))
+        folder = JobFolder(Path(metadata["annotations"][FOLDER_ANNOTATION]))
         has_ended = job.get("status", {}).get("jobDeploymentStatus") in _ENDED
         if (has_ended or folder.result.is_file()) and not metadata.get("deletionTimestamp"):
             api.delete(api.ray_jobs(name))

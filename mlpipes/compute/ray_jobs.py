@@ -17,7 +17,7 @@ from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.environment import apply
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder
 from mlpipes.store.training_job import TrainingJob
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class RayJobs(Jobs):
         """Have the head end a job."""
         self._patiently(lambda client: client.stop_job(handle.id))
 
-    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def logs(self, handle: JobHandle, folder: JobFolder) -> str:
         """What the driver printed; for people."""
         return self._patiently(lambda client: client.get_job_logs(handle.id))
 

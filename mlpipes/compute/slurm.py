@@ -20,7 +20,7 @@ from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.errors import ConfigError, PreflightError, ScaleError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.settings import load_mapping, problems
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder
 
 SETTINGS_VARIABLE = "MLPIPES_SLURM"
 _WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}
@@ -165,7 +165,7 @@ class SlurmJobs(Jobs):
         """Cancel a job."""
         self._command(["scancel", handle.id])
 
-    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def logs(self, handle: JobHandle, folder: JobFolder) -> str:
         """What the training's latest job printed; for people."""
         logs = sorted(folder.specification(0).parent.glob("a*.log"), key=lambda path: path.stat().st_mtime)
         return logs[-1].read_text(encoding="utf-8", errors="replace") if logs else ""

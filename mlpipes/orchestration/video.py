@@ -252,6 +252,7 @@ def _follow(context: dg.AssetExecutionContext, job: "VideoJob", ray: RayResource
     from mlpipes.video.following import follow, stop
     from mlpipes.video.places import place_for
 
+    job = job.model_copy(update={"requested_by": context.run_id})
     try:
         follow(job, lambda: place_for(job, ray.address), _observer(context), context.log.warning)
     except BaseException:

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from mlpipes.errors import CorruptionError
 from mlpipes.store.files import read_record, write_record
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder
 
 _NUMBERED = re.compile(r"a(\d+)\.(?:json|jsonl|claim)")
 
@@ -22,7 +22,7 @@ class SupersededError(Exception):
     """Another job continues the training; this one has nothing left to do."""
 
 
-def claimed(folder: TrainingFolder, job: str) -> int:
+def claimed(folder: JobFolder, job: str) -> int:
     """The latest attempt that a job has claimed; 0 if it has claimed none."""
     found = 0
     for path in folder.claim(0).parent.glob("a*.claim"):
@@ -34,7 +34,7 @@ def claimed(folder: TrainingFolder, job: str) -> int:
     return found
 
 
-def claim(folder: TrainingFolder, job: str, first: int) -> int:
+def claim(folder: JobFolder, job: str, first: int) -> int:
     """Claim the attempt that this run of a job's entry point is: the `first`, or in a later run the next one.
 
     Raises SupersededError if another job was submitted meanwhile, for the training is that one's now.
@@ -49,10 +49,10 @@ def claim(folder: TrainingFolder, job: str, first: int) -> int:
         return attempt
 
 
-def submission_lock(folder: TrainingFolder) -> Path:
+def submission_lock(folder: JobFolder) -> Path:
     """What whoever submits a job of a training, or claims an attempt, holds meanwhile."""
     return folder.specification(0).parent / "submit.lock"
 
 
-def _files(folder: TrainingFolder) -> list[Path]:
+def _files(folder: JobFolder) -> list[Path]:
     return [*folder.specification(0).parent.iterdir(), *folder.messages(0).parent.glob("a*.jsonl")]

@@ -25,40 +25,20 @@ def home() -> Path:
 
 
 @dataclass(frozen=True)
-class TrainingFolder:
-    """Everything about one training, named by its fingerprint."""
+class JobFolder:
+    """The folder of what jobs make, one attempt after the other, named by its fingerprint."""
 
     path: Path
 
     @property
     def fingerprint(self) -> str:
-        """The training's identity (SHA-256, hex)."""
+        """The identity (SHA-256, hex) of what is made."""
         return self.path.name
 
     @property
-    def recipe(self) -> Path:
-        """What was asked for: the inputs of the fingerprint."""
-        return self.path / "recipe.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """One published directory per kept checkpoint."""
-        return self.path / "checkpoints"
-
-    @property
     def result(self) -> Path:
-        """The outcome; there only when the training has finished."""
+        """What became of it; there only when it is finished."""
         return self.path / "result.json"
-
-    @property
-    def model(self) -> Path:
-        """The exported best model."""
-        return self.path / "model"
-
-    @property
-    def calibration(self) -> Path:
-        """How the exported model's outputs are corrected; not there for a model of before that was done."""
-        return self.path / "calibration.json"
 
     def messages(self, attempt: int) -> Path:
         """The append-only progress file of one attempt: for display, never the truth."""
@@ -67,10 +47,6 @@ class TrainingFolder:
     def specification(self, attempt: int) -> Path:
         """What one attempt's driver is told."""
         return self.path / "jobs" / f"a{attempt}.json"
-
-    def handover(self, attempt: int) -> Path:
-        """What one attempt's driver is told that nobody else may read; of mode 600, and gone when the training is done."""
-        return self.path / "jobs" / f"a{attempt}.handover"
 
     def heartbeat(self, attempt: int) -> Path:
         """A file that one attempt's driver touches while it lives."""
@@ -83,6 +59,35 @@ class TrainingFolder:
     def log(self, attempt: int) -> Path:
         """What one attempt's driver printed, where nobody else keeps it."""
         return self.path / "jobs" / f"a{attempt}.log"
+
+
+@dataclass(frozen=True)
+class TrainingFolder(JobFolder):
+    """Everything about one training, named by its fingerprint."""
+
+    @property
+    def recipe(self) -> Path:
+        """What was asked for: the inputs of the fingerprint."""
+        return self.path / "recipe.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One published directory per kept checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The exported best model."""
+        return self.path / "model"
+
+    @property
+    def calibration(self) -> Path:
+        """How the exported model's outputs are corrected; not there for a model of before that was done."""
+        return self.path / "calibration.json"
+
+    def handover(self, attempt: int) -> Path:
+        """What one attempt's driver is told that nobody else may read; of mode 600, and gone when the training is done."""
+        return self.path / "jobs" / f"a{attempt}.handover"
 
     def stop_request(self, attempt: int) -> Path:
         """A file whose presence asks one attempt for a last checkpoint, because it is about to be stopped."""

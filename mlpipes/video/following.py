@@ -127,7 +127,7 @@ def follow(
         except ConnectionError as error:
             warn(f"{error}; trying again")
             continue
-        if fatal:
+        if fatal and not is_done(job):
             raise UpscalingFailedError(fatal)
     show(progress_of(job))
 
@@ -192,6 +192,7 @@ def _watch(
             offset, pulse, asked = 0, Pulse(job.folder.heartbeat(handle.attempt)), float("-inf")
             continue
         if status.state not in ALIVE:
+            jobs.forget(handle, job.folder)
             return _end_of(status)
         waits = status.state == JobState.PENDING
         if waits and status.reason not in (told, "", "None"):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mlpipes.errors import ConfigError
 from mlpipes.store.files import digest_of
-from mlpipes.store.layout import Store
+from mlpipes.store.layout import JobFolder, Store
 from mlpipes.store.record import Record
 from mlpipes.video.colour import result_format
 from mlpipes.video.probe import Source
@@ -70,6 +70,8 @@ class VideoJob(Record):
     gpus_per_worker: float = 0.0
     """Below 1, workers share a GPU."""
     attempt: int = 0
+    requested_by: str = ""
+    """The Dagster run that wants it; empty if none does."""
     until: Literal["upscaled", "final"] = "final"
     """What is to be there when the job ends."""
     preview: bool = False
@@ -116,10 +118,9 @@ class VideoJob(Record):
 
 
 @dataclass(frozen=True)
-class VideoFolder:
+class VideoFolder(JobFolder):
     """Everything about one video, named by its fingerprint."""
 
-    path: Path
     chunk: int
 
     @property
@@ -155,26 +156,9 @@ class VideoFolder:
         return self.path / "job.json"
 
     @property
-    def result(self) -> Path:
-        """What became of the finished video when it was moved away."""
-        return self.path / "result.json"
-
-    @property
     def parts(self) -> tuple[Path, ...]:
         """What nobody needs any more when the video is finished."""
         return (*self.path.glob("source-*"), *self.path.glob("upscaled-*"), self.path / "segments")
-
-    def specification(self, attempt: int) -> Path:
-        """What an attempt's driver is told."""
-        return self.path / "jobs" / f"a{attempt}.json"
-
-    def heartbeat(self, attempt: int) -> Path:
-        """A file that an attempt's driver touches while it lives."""
-        return self.path / "jobs" / f"a{attempt}.heartbeat"
-
-    def messages(self, attempt: int) -> Path:
-        """What an attempt says, for display."""
-        return self.path / "messages" / f"a{attempt}.jsonl"
 
 
 class Plan(Record):

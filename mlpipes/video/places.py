@@ -1,6 +1,7 @@
-"""Where videos are upscaled: on a Ray, or on Slurm as one batch job a video, whose allocation holds the workers of its pool.
+"""Where videos are upscaled: on a Ray, or as one job a video, of Slurm or Kubernetes, which holds the workers of its pool.
 
-Slurm's batch script runs this as `python -m mlpipes.video.places <specification>`.
+Slurm's batch script runs this as `python -m mlpipes.video.places <specification>`; the entry point of a RayJob on Kubernetes
+with the RayJob's name behind that.
 """
 
 import sys
@@ -9,15 +10,19 @@ from typing import Any
 
 from mlpipes.compute.allocation import drive, restarts_so_far
 from mlpipes.compute.jobs import Jobs
+from mlpipes.compute.kubernetes import KubernetesJobs
+from mlpipes.compute.kubernetes_entry import SUPERSEDED, become
+from mlpipes.compute.kubernetes_manifest import Subject
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE as KUBERNETES_VARIABLE
+from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.compute.places import is_local, resolve
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.slurm import SETTINGS_VARIABLE as SLURM_VARIABLE
 from mlpipes.compute.slurm import SlurmJobs, SlurmSettings
-from mlpipes.errors import ConfigError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.claims import SupersededError, claim
 from mlpipes.store.environment import value_of
-from mlpipes.store.messages import MessageWriter
+from mlpipes.store.messages import MessageWriter, Warned
 from mlpipes.video.job import VideoJob
 from mlpipes.video.joining import is_done
 
@@ -34,46 +39,83 @@ class VideoRayJobs(RayJobs):
 
 
 class VideoSlurmJobs(SlurmJobs):
-    """The batch jobs of videos with so many workers. What differs for them in the settings is said of `scale`'s key."""
+    """The batch jobs of videos with so many workers. What differs for them in the settings is said of their scale's key."""
 
     module = "mlpipes.video.places"
 
-    def __init__(self, settings: SlurmSettings, workers: int, gpus_per_worker: float = 0.0) -> None:
-        scale = RayScaleConfig(workers=workers, batch_size=workers, epochs=1, gpus_per_worker=gpus_per_worker)
-        super().__init__(settings, scale)
+
+class VideoKubernetesJobs(KubernetesJobs):
+    """The RayJobs of videos; settings as for trainings of their scale's key."""
+
+    def _subject(self, specification: Path) -> Subject:
+        job = VideoJob.read(specification)
+        self.settings.check_visible(Path(job.source.path))
+        return Subject(
+            workload="video",
+            fingerprint=job.fingerprint,
+            folder=job.folder,
+            store=job.store,
+            requested_by=job.requested_by,
+            entry="mlpipes.video.places",
+            is_training=False,
+        )
 
 
 def check_place() -> None:
-    """Raises ConfigError if the environment asks for two places, for one with unusable settings, or for Kubernetes."""
-    if settings := value_of(KUBERNETES_VARIABLE):
-        raise ConfigError(
-            f"{KUBERNETES_VARIABLE}={settings}: videos are not upscaled on Kubernetes yet. Unset it to use this machine"
-        )
+    """Raises ConfigError if the environment asks for two places, or for one with unusable settings."""
     is_local()
 
 
 def place_for(job: VideoJob, address: str | None = None) -> Jobs:
-    """Where a video is upscaled: Slurm, the Ray at an address, or this machine's, started if need be.
+    """Where a video is upscaled: Slurm, Kubernetes, the Ray at an address, or this machine's, started if need be.
 
     `address` is of a Ray; default as configured. Raises ConfigError as `check_place` does.
     """
     check_place()
+    scale = RayScaleConfig(workers=job.workers, batch_size=job.workers, epochs=1, gpus_per_worker=job.gpus_per_worker)
     if settings := value_of(SLURM_VARIABLE):
-        return VideoSlurmJobs(SlurmSettings.load(Path(settings)), job.workers, job.gpus_per_worker)
+        return VideoSlurmJobs(SlurmSettings.load(Path(settings)), scale)
+    if settings := value_of(KUBERNETES_VARIABLE):
+        return VideoKubernetesJobs(KubernetesSettings.load(Path(settings)), scale)
     return VideoRayJobs(resolve(address))
 
 
-def main(path: Path) -> int:
-    """Run one attempt of a video in this allocation of Slurm's; returns the exit code."""
+def main(path: Path, rayjob: str | None = None) -> int:
+    """Run one attempt of a video in this allocation of Slurm's, or in this pod; returns the exit code."""
+    return _in_allocation(path) if rayjob is None else _in_pod(path, rayjob)
+
+
+def _in_allocation(path: Path) -> int:
     job = VideoJob.read(path)
     if restarts := restarts_so_far():
-        job = job.model_copy(update={"attempt": job.attempt + restarts})
-        path = job.folder.specification(job.attempt)
-        job.write_to(path)
+        path, job = _next(job, job.attempt + restarts)
     notify = MessageWriter(job.folder.messages(job.attempt))
     # Nothing is left to save: each part is published when it is done.
     return drive(DRIVER, path, notify, save=lambda: None, is_done=lambda: is_done(job))
 
 
+def _in_pod(path: Path, rayjob: str) -> int:
+    """Claim an attempt and become its driver; returns only if the video is another job's by now."""
+    job = VideoJob.read(path)
+    try:
+        attempt = claim(job.folder, rayjob, job.attempt)
+    except SupersededError as error:
+        print(error, file=sys.stderr)
+        return SUPERSEDED
+    if attempt != job.attempt:
+        text = f"the job's entry point runs again; attempt {attempt} goes on after attempt {job.attempt}"
+        path, job = _next(job, attempt)
+        MessageWriter(job.folder.messages(attempt))(Warned(text=text))
+    return become(DRIVER, path, job.folder.log(attempt))
+
+
+def _next(job: VideoJob, attempt: int) -> tuple[Path, VideoJob]:
+    """Another attempt at the same, and its specification."""
+    job = job.model_copy(update={"attempt": attempt})
+    path = job.folder.specification(attempt)
+    job.write_to(path)
+    return path, job
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

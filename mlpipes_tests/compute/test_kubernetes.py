@@ -8,12 +8,22 @@ import pytest
 
 from mlpipes.compute.jobs import JobState
 from mlpipes.compute.kubernetes import KubernetesJobs
-from mlpipes.compute.kubernetes_manifest import Attempt, label_value, merged, ray_job, shape, training_name
+from mlpipes.compute.kubernetes_manifest import (
+    Attempt,
+    Subject,
+    label_value,
+    merged,
+    ray_job,
+    shape,
+    training,
+    training_name,
+)
 from mlpipes.compute.kubernetes_reasons import Look, quantity, silent_nodes, standing
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.compute.places import has_queue, jobs_for
 from mlpipes.errors import ConfigError, ScaleError
 from mlpipes.scales import RayScaleConfig
+from mlpipes.store.layout import JobFolder
 from mlpipes_tests.compute.test_jobs import job_in
 from mlpipes_tests.sandbox import CHECKOUT
 
@@ -32,7 +42,9 @@ def settings(**changes: Any) -> KubernetesSettings:
 
 
 def manifest(folder: Path, scale: RayScaleConfig = W2, **changes: Any) -> dict[str, Any]:
-    attempt = Attempt("digits-w2-13c6ba78", 1, folder / "a1.json", {"MLPIPES_HOME": "/shared/home"}, job_in(folder))
+    attempt = Attempt(
+        "digits-w2-13c6ba78", 1, folder / "a1.json", {"MLPIPES_HOME": "/shared/home"}, training(job_in(folder))
+    )
     return ray_job(attempt, scale, settings(**changes))
 
 
@@ -124,7 +136,7 @@ def test_settings_can_differ_by_scale(tmp_path: Path) -> None:
     loaded = KubernetesSettings.load(written(tmp_path, changed))
     assert loaded.of_scale(W2.key).queue == "b"
     assert loaded.of_scale("w1-b1-e1-g0").queue == "a"
-    made = ray_job(Attempt("a-1", 1, tmp_path, {}, job_in(tmp_path)), W2, loaded.of_scale(W2.key))
+    made = ray_job(Attempt("a-1", 1, tmp_path, {}, training(job_in(tmp_path))), W2, loaded.of_scale(W2.key))
     assert template(made, "worker")["spec"]["hostNetwork"]
     assert "hostNetwork" not in template(made, "head")["spec"]
 
@@ -245,7 +257,7 @@ def test_a_job_is_ended_by_us_and_owned_by_the_release(tmp_path: Path) -> None:
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert "ownerReferences" not in made["metadata"]
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "release", "uid": "u"}
-    attempt = Attempt("digits-w2-13c6ba78", 1, tmp_path, {}, job_in(tmp_path))
+    attempt = Attempt("digits-w2-13c6ba78", 1, tmp_path, {}, training(job_in(tmp_path)))
     assert ray_job(attempt, W2, settings(), owner)["metadata"]["ownerReferences"] == [owner]
 
 
@@ -271,7 +283,7 @@ def test_an_elastic_job_begins_with_its_least_workers_but_not_in_a_queue(
     tmp_path: Path, queue: str | None, first: int
 ) -> None:
     job = job_in(tmp_path).model_copy(update={"min_workers": 1})
-    attempt = Attempt("digits-w2-13c6ba78", 1, tmp_path / "a1.json", {}, job)
+    attempt = Attempt("digits-w2-13c6ba78", 1, tmp_path / "a1.json", {}, training(job))
     (group,) = ray_job(attempt, W2, settings(queue=queue))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (first, first, 2)
 
@@ -539,3 +551,21 @@ def test_quantities_are_numbers(text: str, number: float) -> None:
 def test_what_is_no_quantity_is_an_error() -> None:
     with pytest.raises(ValueError, match="no quantity"):
         quantity("many")
+
+
+def test_a_videos_pods_have_nothing_to_save_and_its_driver_reserves_nothing(tmp_path: Path) -> None:
+    scale = RayScaleConfig.from_key("w1-b1-e1-g0")
+    subject = Subject("video", "f" * 64, JobFolder(tmp_path / "v"), str(tmp_path), "", "mlpipes.video.places", False)
+    spec = ray_job(Attempt("video-1", 2, tmp_path / "a2.json", {}, subject), scale, settings())["spec"]
+    assert spec["entrypoint"] == f"exec python -m mlpipes.video.places {tmp_path}/a2.json video-1-a2"
+    assert "entrypointNumCpus" not in spec
+    for group in (spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert "lifecycle" not in pod["containers"][0]
+        assert pod["terminationGracePeriodSeconds"] < 30
+
+
+def test_a_file_that_pods_do_not_see_is_told_before_a_job_is_made() -> None:
+    settings().check_visible(Path(settings().store.mount_path) / "videos" / "x.mp4")
+    with pytest.raises(ConfigError, match=r"pods do not see /elsewhere/x.mp4: they mount /"):
+        settings().check_visible(Path("/elsewhere/x.mp4"))

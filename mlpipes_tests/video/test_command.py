@@ -178,7 +178,7 @@ def test_a_place_where_videos_cannot_be_upscaled_is_said_before_anything_starts(
 ) -> None:
     path, settings = write_video(tmp_path / "x.mp4", 4), tmp_path / "settings.yaml"
     for content, variables, match in (
-        ("store_claim: x", ("MLPIPES_KUBERNETES",), "not upscaled on Kubernetes yet"),
+        ("store_claim: x", ("MLPIPES_KUBERNETES",), "Kubernetes settings, "),
         ("time: soon", ("MLPIPES_SLURM",), "write a time limit as Slurm does"),
         ("{}", ("MLPIPES_SLURM", "MLPIPES_RAY_ADDRESS"), "MLPIPES_RAY_ADDRESS="),
     ):
