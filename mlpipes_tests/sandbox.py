@@ -88,6 +88,8 @@ def end(server: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
             process.wait(5)
         except psutil.TimeoutExpired:
             process.kill()
+        except FileNotFoundError:  # what gVisor's kernel says of one that is just ending
+            continue
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -23,7 +23,7 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 @app.command()
 @friendly
 def upscale(
-    source: Annotated[Path, typer.Argument(help="the video")],
+    source: Annotated[Path, typer.Argument(help="the video", readable=False)],
     result: Annotated[Path, typer.Argument(help="the file to write: .mp4, .m4v, .mov or .mkv")],
     scale: Annotated[int | None, typer.Option(help="2, 3 or 4; default: the model's, and 2 for bicubic")] = None,
     model: Annotated[

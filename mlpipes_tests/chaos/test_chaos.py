@@ -50,5 +50,7 @@ def test_cancel_ends_the_training_after_a_last_checkpoint_and_it_can_go_on(sessi
     session.launch(parent=run_id)
     session.until(lambda: "SUCCESS" in session.family(run_id), "it has been resumed and has ended")
     again = read_messages(folder.messages(2))[0]
-    assert [message.step for message in again if isinstance(message, Resumed)] == [stopped]
+    # A hurried training may have come to its end by the time that it looks whether it is to stop.
+    left = session.expected["steps"] - stopped
+    assert [message.step for message in again if isinstance(message, Resumed)] == [stopped] * bool(left)
     assert session.compare(folder) == ""

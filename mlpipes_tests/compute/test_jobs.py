@@ -10,7 +10,7 @@ import pytest
 from mlpipes.compute import jobs
 from mlpipes.compute.jobs import Ended, JobHandle, Jobs, JobState, JobStatus, Requeued, ask_for_last_checkpoint
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder
 from mlpipes.store.messages import CheckpointSaved, DriverStarted, Finished, MessageWriter, Started, Stopping
 from mlpipes.store.outcome import Best
 from mlpipes.store.recipe import Recipe
@@ -48,7 +48,7 @@ class Notebook(Jobs):
     def ask_to_stop(self, handle: JobHandle) -> None:
         self.state = JobState.STOPPED
 
-    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def logs(self, handle: JobHandle, folder: JobFolder) -> str:
         return ""
 
 

@@ -15,6 +15,7 @@ from mlpipes_tests.integration.test_kubernetes import Training, as_user
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.video.made import QUICK, upscale_here, write_video
 from mlpipes_tests.video.upscalers import wait_at
+from mlpipes_tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 cluster, namespace = conftest.cluster, conftest.namespace
@@ -31,7 +32,14 @@ class Upscaling(Training):
         command += ["--model", GATED, "--chunk", "4", "--workers", "2"]
         command += ["--crf", str(QUICK.crf), "--preset", QUICK.preset]
         with self.log_file.open("wb") as log:
-            return subprocess.Popen([*as_user(), *command], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [*as_user(), *command], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log
+            )
+        return self.process
+
+    def in_vain(self) -> str:
+        """Why waiting for anything is in vain; empty if it is not."""
+        return self.cluster.died() or ("" if self.process.poll() is None else f"the command has ended: {self.log()}")
 
     def delete(self, role: str) -> set[str]:
         """Have all pods of a role gone at once; returns their names."""
@@ -64,10 +72,10 @@ def test_whatever_is_killed_it_ends_in_the_bytes_of_the_local_run(
 
     run.send_signal(signal.SIGINT)
     assert made.end(run) == 130, made.log()[-5000:]
-    made.assert_nothing_is_left()
+    until(lambda: made.things() <= made.before, f"nothing is left but {made.before}")
     assert not result.exists()
     (made.home / "gate" / "9").unlink()
     assert made.end(made.start(source, result)) == 0, made.log()[-5000:]
     assert sha256_file(result) == wanted
-    made.assert_nothing_is_left()
+    until(lambda: made.things() <= made.before, f"nothing is left but {made.before}")
     print(f"sha256 {wanted}")

@@ -15,7 +15,7 @@ from mlpipes.errors import TrainingFailedError
 from mlpipes.orchestration import following
 from mlpipes.orchestration.following import MAX_JOBS, _Restarts, follow_training
 from mlpipes.store.files import write_record
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder, TrainingFolder
 from mlpipes.store.messages import Waits, read_messages
 from mlpipes.store.training_job import TrainingJob
 from mlpipes_tests.compute.test_jobs import job_in
@@ -53,10 +53,10 @@ class Place(Jobs):
         self.stopped.append(handle)
         self.answers = iter([JobStatus(JobState.STOPPED)] * 9)
 
-    def forget(self, handle: JobHandle, folder: TrainingFolder) -> None:
+    def forget(self, handle: JobHandle, folder: JobFolder) -> None:
         self.forgotten.append(handle)
 
-    def logs(self, handle: JobHandle, folder: TrainingFolder) -> str:
+    def logs(self, handle: JobHandle, folder: JobFolder) -> str:
         return "what it printed"
 
 
