@@ -1,7 +1,8 @@
 """Benchmark: videos: frames per CPU-second against a plain loop, memory by length, and the real clip against itself.
 
-Run as `python -m mlpipes_tests.benchmarks.video speed|memory|clip [--model models:/mlpipes-video_sr@champion]`. All of it
-is in processes of its own without Ray, whose start is not what is measured. `clip` needs MLPIPES_REAL_DATA.
+Run as `python -m mlpipes_tests.benchmarks.video speed|memory|clip [--model models:/mlpipes-video_sr@champion]`, `clip` also
+with `--precision bf16`, and with MLPIPES_REAL_DATA set. All of it is in processes of its own without Ray, whose start is not
+what is measured.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def one(frames: int) -> None:
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 
 
-def clip(model: str | None) -> None:
+def clip(model: str | None, precision: str = "fp32") -> None:
     """The real clip, made half as large and upscaled, against itself."""
     import os
 
@@ -165,11 +166,12 @@ def clip(model: str | None) -> None:
         print("| model | PSNR Y, dB | SSIM Y | warping error, levels (original's own) |\n| --- | --- | --- | --- |")
         for spec in ["bicubic", *([model] if model else [])]:
             job = job_of(small, Path(folder) / "store", ".mp4", chunk=48)
-            pinned = models.pin(spec, None, default_store() if spec != "bicubic" else Store(Path(folder)))
+            keeper = default_store() if spec != "bicubic" else Store(Path(folder))
+            pinned = models.pin(spec, None, keeper, precision)
             place = str(default_store().root) if spec != "bicubic" else job.store
             job = job.model_copy(update={"model": pinned, "store": place, "encoding": Encoding(crf=10)})
             made, took = all_parts(job)
-            print(f"| {pinned.name} | {_compare(original, made)} |")
+            print(f"| {pinned.name}, {pinned.precision} | {_compare(original, made)} |")
             print(
                 f"  {', '.join(f'{name} {seconds:.1f} CPU-s' for name, seconds in took.items())}; {made}",
                 file=sys.stderr,
@@ -261,12 +263,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["speed", "memory", "clip", "one"])
     parser.add_argument("--model")
+    parser.add_argument("--precision", default="fp32", help="of `clip`")
     parser.add_argument("--frames", type=int, default=100)
     chosen = parser.parse_args()
     if chosen.what == "one":
         one(chosen.frames)
+    elif chosen.what == "clip":
+        clip(chosen.model, chosen.precision)
     else:
-        {"speed": speed, "memory": memory, "clip": clip}[chosen.what](chosen.model)
+        {"speed": speed, "memory": memory}[chosen.what](chosen.model)
 
 
 if __name__ == "__main__":
