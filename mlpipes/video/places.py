@@ -5,20 +5,23 @@ with the RayJob's name behind that.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlpipes.compute.allocation import drive, restarts_so_far
-from mlpipes.compute.jobs import Jobs
+from mlpipes.compute.jobs import JobHandle, Jobs
 from mlpipes.compute.kubernetes import KubernetesJobs
 from mlpipes.compute.kubernetes_entry import SUPERSEDED, become
 from mlpipes.compute.kubernetes_manifest import Subject
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE as KUBERNETES_VARIABLE
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.compute.places import is_local, resolve
+from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.slurm import SETTINGS_VARIABLE as SLURM_VARIABLE
 from mlpipes.compute.slurm import SlurmJobs, SlurmSettings
+from mlpipes.errors import PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import SupersededError, claim
 from mlpipes.store.environment import value_of
@@ -33,6 +36,19 @@ class VideoRayJobs(RayJobs):
     """The Jobs API of a cluster, for videos."""
 
     module = DRIVER
+
+    def submit(
+        self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
+    ) -> JobHandle:
+        """Submit an attempt. Raises PreflightError where no node has the GPUs of a worker, which would wait for ever."""
+        if wanted := VideoJob.read(specification).gpus_per_worker:
+            nodes = nodes_of(self.address)
+            if not any(node.gpus >= wanted for node in nodes):
+                raise PreflightError(
+                    f"a worker needs {wanted:g} GPUs, and no node of Ray has as many. It has "
+                    f"{'; '.join(map(str, nodes)) or 'no living node'}. Leave --gpus-per-worker out to use CPUs"
+                )
+        return super().submit(name, specification, attempt, environment, about)
 
     def _reserved(self, specification: Path) -> dict[str, Any]:
         return {}  # the driver reads the source and joins the result: little beside what its workers do

@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 
 from mlpipes.cli.app import app
 from mlpipes.compute.local import LocalRay
+from mlpipes.errors import PreflightError
 from mlpipes.store.files import sha256_file
+from mlpipes.video.following import follow
+from mlpipes.video.places import VideoRayJobs
 from mlpipes_tests.video.command import Command, kill
-from mlpipes_tests.video.made import QUICK, upscale_here, write_video
+from mlpipes_tests.video.made import QUICK, job_of, upscale_here, write_video
 from mlpipes_tests.video.upscalers import wait_at
 from mlpipes_tests.waiting import until
 
@@ -158,6 +161,8 @@ def test_ten_kills_at_random_moments(tmp_path: Path, command: Command) -> None:
         ("out.mp4", ("--scale", "7"), "a scale of 7 is none of 2, 3, 4"),
         ("out.mp4", ("--preset", "quickest"), "is none of x264's"),
         ("out.mp4", ("--precision", "fp8"), "is none of fp32, bf16"),
+        ("out.mp4", ("--gpus-per-worker", "1.5"), "1.5 GPUs a worker: give 0, a part of one such as 0.5"),
+        ("out.mp4", ("--gpus-per-worker", "1"), "bicubic is computed by CPUs: leave the GPUs out"),
         ("there.mp4", (), "is there already; name another file, or give --overwrite"),
     ],
 )
@@ -190,3 +195,13 @@ def test_a_place_where_videos_cannot_be_upscaled_is_said_before_anything_starts(
         assert done.exit_code == 1
         assert match in " ".join((done.output + done.stderr + capfd.readouterr().err).split())
         assert not (tmp_path / "out.mp4").exists()
+
+
+def test_gpus_that_are_not_there_are_told_instead_of_waited_for(ray_home: Path, tmp_path: Path) -> None:
+    job = job_of(write_video(tmp_path / "x.mp4", 4), ray_home / "store", model="mlpipes_tests.video.upscalers:slow")
+    job = job.model_copy(update={"gpus_per_worker": 99.0})
+    with pytest.raises(
+        PreflightError, match=r"a worker needs 99 GPUs, and no node of Ray has as many. It has \S+ [\d.]+ CPUs"
+    ):
+        follow(job, lambda: VideoRayJobs(LocalRay(ray_home / "ray").ensure()))
+    assert not list(job.folder.path.glob("messages/*")), "no job was begun"
