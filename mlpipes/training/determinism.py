@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from mlpipes.store.files import canonical_json
-from mlpipes.workloads.tensors import compute_fp32_in_full
+from mlpipes.workloads.tensors import compute_fp32_in_full, has_native_bf16
 
 
 def mixed_seed(*parts: Any) -> int:
@@ -118,18 +118,6 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         sha.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return sha.hexdigest()
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; without that, bf16 is slower than float32.
-
-    A CPU that is told to do as an older one (`ATEN_CPU_CAPABILITY`) has what the older one has.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:

@@ -36,9 +36,12 @@ class Worker:
     def placed(self) -> None:
         """Answer as soon as there is a place for it, which may take long where nodes come and go."""
 
-    def ready(self) -> None:
-        """Load the model. Not before: the reason why an actor could not be made reaches nobody whole."""
+    def ready(self) -> str:
+        """Load the model; returns what a user should know of it there. Not before: the reason why an actor could not be made
+        reaches nobody whole.
+        """
         self.model = load(self.job.model, Store(Path(self.job.store)))
+        return getattr(self.model, "caveat", "")
 
     def work(self, part: Part) -> int:
         """Do a part; returns the number of frames."""
@@ -119,6 +122,8 @@ class Pool:
     """References of the answers of those that wait for a place."""
     _began: dict[Any, float] = field(default_factory=dict)
     """By reference, when its part was handed out, or when it began to load the model."""
+    _told: set[str] = field(default_factory=set)
+    """Of what workers had to say of the model."""
     _slowest: dict[str, float] = field(default_factory=dict)
     """Seconds that a part of a kind took at most: a segment is encoded in seconds while a chunk may take an hour."""
 
@@ -173,7 +178,7 @@ class Pool:
             has_a_place = reference in self._placing
             self._placing.discard(reference)
             try:
-                ray.get(reference)
+                answer = ray.get(reference)
             except exceptions.RayTaskError as error:
                 self._failed(part, error)
                 if part is not None:
@@ -188,6 +193,9 @@ class Pool:
                 if has_a_place:
                     self._load(actor)
                     continue
+                if part is None and answer and answer not in self._told:
+                    self._told.add(answer)
+                    self.warn(answer)
                 if part is not None:
                     self._slowest[part[0]] = max(self._slowest.get(part[0], 0.0), took)
                     todo.done(part)

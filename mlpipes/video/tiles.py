@@ -11,7 +11,7 @@ from torch.export.passes import move_to_device_pass
 
 from mlpipes.errors import ConfigError
 from mlpipes.video.job import ModelPin
-from mlpipes.workloads.tensors import compute_fp32_in_full
+from mlpipes.workloads.tensors import compute_fp32_in_full, has_native_bf16
 
 TILE = (320, 512)
 """Height and width of a tile at most, in pixels of the source, without its overlap. What a layer makes of a larger one
@@ -40,6 +40,10 @@ class Program:
             _compute_repeatably()
             program = move_to_device_pass(program, self.device)
         self.program = program.module()
+        self.caveat = ""
+        """What a user should know of it on this machine."""
+        if self.bf16 and not has_native_bf16(torch.device(self.device)):
+            self.caveat = "bf16 is not in this processor, which takes many times as long by it as by fp32"
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """The frames, upscaled."""

@@ -74,3 +74,15 @@ def compute_fp32_in_full() -> None:
     # flag for all of them and refuses a mixture.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; without that, bf16 is slower than float32.
+
+    A CPU that is told to do as an older one (`ATEN_CPU_CAPABILITY`) has what the older one has.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

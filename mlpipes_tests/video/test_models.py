@@ -76,6 +76,15 @@ def test_bf16_is_near(program: Path) -> None:
     assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > 45
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_on_a_processor_without_it_is_said_to_be_slow(
+    native: bool, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlpipes.video.tiles.has_native_bf16", lambda device: native)
+    assert ("not in this processor" in Program(program, pinned(precision="bf16")).caveat) == (not native)
+    assert not Program(program, pinned()).caveat
+
+
 class Casting(nn.Module):
     """Refuses anything but fp32 in its middle, as a program does that was exported with a cast."""
 

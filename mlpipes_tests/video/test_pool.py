@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from mlpipes.video.job import Plan
-from mlpipes.video.pool import ENCODE, UPSCALE, Pool
+from mlpipes.video.pool import ENCODE, UPSCALE, Pool, Todo
 from mlpipes_tests.video.made import job_of, write_video
 
 
@@ -56,3 +56,16 @@ def test_a_worker_that_loads_the_model_for_too_long_is_ended_and_one_that_waits_
     made._end_what_hangs()
     assert ended == ["loading"]
     assert "it was loading the model for 3700 s" in warnings[0]
+
+
+def test_what_workers_say_of_the_model_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(ray, "get", {"a": "slow here", "b": "slow here", "c": ""}.__getitem__)
+    warnings: list[str] = []
+    job = job_of(write_video(tmp_path / "x.mp4", 8), tmp_path / "store")
+    made = Pool(job, tmp_path / "a1.json", Plan(frames=8, chunk=4, mended=0), warnings.append)
+    made._busy = {name: (name, None) for name in "abc"}
+    idle: list[Any] = []
+    made._hear(Todo.of(job, made.plan), idle)
+    assert warnings == ["slow here"]
+    assert idle == ["a", "b", "c"]
