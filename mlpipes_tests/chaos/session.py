@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,8 @@ class Session:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.dev = None
+        self.temporary = set[Path]()
+        """Folders of its `mlpipes dev`s, which one that is killed cannot remove."""
 
     def __enter__(self) -> "Session":
         try:
@@ -71,8 +72,8 @@ class Session:
         self.sandbox.run(".venv/bin/mlpipes ray down")
         for process in self.of_the_sandbox():
             process.kill()
-        for folder in Path(tempfile.gettempdir()).glob("mlpipes-dev-*"):  # of sessions that were killed
-            shutil.rmtree(folder)
+        for folder in self.temporary:
+            shutil.rmtree(folder, ignore_errors=True)
         if self.own_disk:
             subprocess.run(["umount", "--lazy", str(self.store.root)], check=False)
 
@@ -103,6 +104,8 @@ class Session:
             end(self.dev)
         self.dev = self.sandbox.start(".venv/bin/mlpipes", "dev", "--port", str(self.port))
         wait_for(f"{self.address}/server_info", self.dev)
+        words = [word for process in psutil.Process(self.dev.pid).children() for word in _words(process)]
+        self.temporary |= {Path(word).parent for word in words if "/mlpipes-dev-" in word}
 
     def is_ready(self) -> bool:
         """Whether the webserver knows the jobs: what an earlier trial broke is mended."""
@@ -272,3 +275,10 @@ def small_disk(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"no small disk for the fault 'full disk': {done.stderr.strip()}")
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

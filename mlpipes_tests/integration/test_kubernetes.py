@@ -20,7 +20,7 @@ from mlpipes.store.claims import claimed
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
 from mlpipes_tests import evidence
-from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.barriers import HASTE, Barriers, haste
 from mlpipes_tests.cluster import conftest, queues, software
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
@@ -68,7 +68,7 @@ class Training:
             "store": {"claim": "store", "mount_path": str(namespace.store)},
             "volumes": [volume for volume in software.volumes() if volume["name"] != "store"],
             "mounts": [mount for mount in software.mounts() if mount["name"] != "store"],
-            "environment": {**software.environment(), "PYTHONPATH": str(CHECKOUT)},
+            "environment": {**software.environment(), "PYTHONPATH": str(CHECKOUT), HASTE: str(haste())},
             "python": sys.executable,
             "run_as_user": _USER,
             "head_cpu": "100m",

@@ -24,7 +24,7 @@ from mlpipes.store.messages import Allocated, Resumed, Started, Stopping, read_m
 from mlpipes.store.references import EvaluationReference
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
-from mlpipes_tests.barriers import Barriers
+from mlpipes_tests.barriers import HASTE, Barriers, haste
 from mlpipes_tests.held import REFERENCE
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
@@ -65,7 +65,8 @@ class Training:
         self.cluster, self.folder, self.scale, self.runs = cluster, folder, scale, 0
         self.store, self.barriers = Store(folder / "home" / "store"), Barriers(folder / "home")
         evidence.collect_from(folder)
-        self.settings(poll_seconds=0.5, time="01:00:00", workers_per_node=1)
+        hurry = [f"export {HASTE}={haste()}"]  # Slurm's jobs have no variables of ours
+        self.settings(poll_seconds=0.5, time="01:00:00", workers_per_node=1, setup=hurry)
 
     def settings(self, **changes: Any) -> None:
         """Change the site's settings."""
