@@ -24,7 +24,7 @@ from mlpipes.store.messages import Allocated, Resumed, Started, Stopping, read_m
 from mlpipes.store.references import EvaluationReference
 from mlpipes.workloads.catalog import CATALOG, Entry
 from mlpipes_tests import evidence
-from mlpipes_tests.barriers import HASTE, Barriers, haste
+from mlpipes_tests.barriers import Barriers
 from mlpipes_tests.held import REFERENCE
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
@@ -65,8 +65,7 @@ class Training:
         self.cluster, self.folder, self.scale, self.runs = cluster, folder, scale, 0
         self.store, self.barriers = Store(folder / "home" / "store"), Barriers(folder / "home")
         evidence.collect_from(folder)
-        hurry = [f"export {HASTE}={haste()}"]  # Slurm's jobs have no variables of ours
-        self.settings(poll_seconds=0.5, time="01:00:00", workers_per_node=1, setup=hurry)
+        self.settings(poll_seconds=0.5, time="01:00:00", workers_per_node=1)
 
     def settings(self, **changes: Any) -> None:
         """Change the site's settings."""
@@ -159,7 +158,7 @@ def test_one_and_two_nodes_end_in_the_model_of_the_local_run(
     definitions = build_defs(catalog=[entry])
     checkpoints = definitions.resolve_assets_def(dg.AssetKey(["digits", "checkpoints"]))
     assert checkpoints.op.pool is None, "a job that waits in Slurm's queue holds no slot of Dagster"
-    local = run_here(make_job(tmp_path / "reference", scales[0], REFERENCE))
+    local = run_here(make_job(tmp_path / "reference", scales[0], CATALOG[0].implementation))
     with dg.DagsterInstance.ephemeral() as instance:
         for scale, nodes in zip(scales, ("1", "2"), strict=True):
             chain = definitions.resolve_job_def("digits_chain")
