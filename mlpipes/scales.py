@@ -104,6 +104,12 @@ def _validated(fields: Mapping[str, Any], where: str) -> RayScaleConfig:
         raise ScaleError(f"{where}: {problems(error, whole='scale')}") from error
 
 
+def workers_of(workers: int, gpus_per_worker: float, where: str) -> RayScaleConfig:
+    """So many workers that train nothing, as a scale. Raises ScaleError."""
+    fields = {"workers": workers, "batch_size": workers, "epochs": 1, "gpus_per_worker": gpus_per_worker}
+    return _validated(fields, where)
+
+
 def scales_of(entries: Iterable[str | Mapping[str, Any]], where: str) -> tuple[RayScaleConfig, ...]:
     """Scales from keys or mappings of fields, in order. Raises ScaleError naming the entry for invalid or double ones."""
     scales: dict[str, RayScaleConfig] = {}

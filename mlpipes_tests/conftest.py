@@ -63,6 +63,13 @@ def missing(what: str) -> None:
     pytest.skip(what)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_of_other_modules() -> None:
+    """A module's own fixtures are made before `isolated_home`, and MLflow keeps where it was sent in a variable."""
+    for name in _settings("MLPIPES_", "MLFLOW_", "DAGSTER_"):
+        del os.environ[name]
+
+
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a home folder of its own, and nothing that the one before has left: MLflow sets variables and remembers

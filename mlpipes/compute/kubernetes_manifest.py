@@ -56,7 +56,7 @@ class Subject:
     entry: str
     """A module that takes a specification and the RayJob's name."""
     is_training: bool = True
-    """Otherwise there is nothing to save when a pod is told to go, and its driver computes nothing."""
+    """Otherwise there is nothing to save when a pod is told to go, and its driver is on the head and no worker."""
     min_workers: int | None = None
 
 

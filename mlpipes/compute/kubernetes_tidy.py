@@ -19,17 +19,23 @@ _STUCK_SECONDS = 300.0
 def tidy(settings: KubernetesSettings, store: str, is_followed: Callable[[str], bool]) -> Iterator[str]:
     """Tidy up after the RayJobs of a store whose Dagster run `is_followed` says is over; yields what was done, in words.
 
-    Those that have ended, or whose result is there, are deleted. Those that train go on, as they do when Dagster is away;
-    only pods that a dead node holds are removed. Raises ConnectionError or RefusedError.
+    Those that have ended, or whose result is there, are deleted. What no run of Dagster asked for, such as a video of the
+    command line, is deleted by whoever did, and here if it ended long ago. Those that work go on, as they do when Dagster is
+    away; only pods that a dead node holds are removed. Raises ConnectionError or RefusedError.
     """
     api = KubernetesApi(settings, patience_seconds=15)
     for job in api.items(api.ray_jobs(), labels=f"{STORE_LABEL}={store_label(store)}"):
         metadata, name = job["metadata"], job["metadata"]["name"]
-        if is_followed(metadata["annotations"].get(f"{PREFIX}/dagster-run", "")):
+        run = metadata["annotations"].get(f"{PREFIX}/dagster-run", "")
+        if is_followed(run):
             continue
-        folder = JobFolder(Path(metadata["annotations"][FOLDER_ANNOTATION]))
-        has_ended = job.get("status", {}).get("jobDeploymentStatus") in _ENDED
-        if (has_ended or folder.result.is_file()) and not metadata.get("deletionTimestamp"):
+        folder, status = JobFolder(Path(metadata["annotations"][FOLDER_ANNOTATION])), job.get("status") or {}
+        is_over = status.get("jobDeploymentStatus") in _ENDED
+        if run:
+            is_over = is_over or folder.result.is_file()
+        else:
+            is_over = is_over and _seconds_since(status.get("endTime")) > _STUCK_SECONDS
+        if is_over and not metadata.get("deletionTimestamp"):
             api.delete(api.ray_jobs(name))
             yield f"RayJob {name} has ended and nobody follows it: deleted"
         pods = api.items(api.core("pods"), labels=f"{PREFIX}/job={name}")
@@ -41,7 +47,10 @@ def tidy(settings: KubernetesSettings, store: str, is_followed: Callable[[str], 
 def _stuck(pods: list[dict[str, Any]]) -> Iterator[str]:
     """Pods whose grace was over long ago."""
     for pod in pods:
-        if due := pod["metadata"].get("deletionTimestamp"):
-            late = datetime.now(UTC) - datetime.fromisoformat(due)
-            if late.total_seconds() > _STUCK_SECONDS:
-                yield pod["metadata"]["name"]
+        if _seconds_since(pod["metadata"].get("deletionTimestamp")) > _STUCK_SECONDS:
+            yield pod["metadata"]["name"]
+
+
+def _seconds_since(time: str | None) -> float:
+    """How long ago something was; 0 where it is not known."""
+    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds() if time else 0.0

@@ -48,7 +48,7 @@ class VideoConfig(dg.Config):
     workers: int = Field(default=2, ge=1, description="processes that upscale and encode")
     gpus_per_worker: float = Field(default=0.0, ge=0, description="0.5: two workers share a GPU; 0: CPUs")
     chunk: int | None = Field(default=None, ge=1, description="frames of a chunk; changes speed, not the result")
-    precision: str = Field(default="fp32", description="of a network: fp32, or bf16 where the CPUs have it")
+    precision: str = Field(default="fp32", description="of a network: fp32, or bf16 where the CPUs or GPUs have it")
     crf: int = Field(default=16, ge=0, le=51, description="quality of the encoding: less is better and larger")
     preset: str = Field(default="veryfast", description="of x264")
     suffix: str | None = Field(default=None, description=".mp4, .m4v, .mov or .mkv; default: the source's, else .mkv")

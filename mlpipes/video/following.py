@@ -11,7 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from mlpipes.compute.jobs import ALIVE, JobHandle, Jobs, JobState, JobStatus, python_path
-from mlpipes.errors import ConfigError, UpscalingFailedError
+from mlpipes.errors import UpscalingFailedError
+from mlpipes.scales import workers_of
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
 from mlpipes.store.heartbeat import Pulse
 from mlpipes.store.layout import Store, home
@@ -20,6 +21,7 @@ from mlpipes.video.disk import check_disk, expected_frames
 from mlpipes.video.job import SEGMENT, Encoding, Plan, VideoJob, chunk_length, suffix_of
 from mlpipes.video.joining import check_container, file_of, final_of, is_done
 from mlpipes.video.models import pin
+from mlpipes.video.places import check_source
 from mlpipes.video.probe import probe
 
 MAX_ATTEMPTS = 5
@@ -60,8 +62,8 @@ def prepare(
 
     Raises DataError for a file that cannot be upscaled, ConfigError for what is asked for, PreflightError for a full disk.
     """
-    if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
-        raise ConfigError(f"{gpus_per_worker:g} GPUs a worker: give 0, a part of one such as 0.5, or a whole number")
+    workers_of(workers, gpus_per_worker, "the workers of a video")
+    check_source(path)
     suffix, source = suffix_of(result), probe(path)
     job = VideoJob(
         source=source,
@@ -113,6 +115,8 @@ def follow(
     the cause.
     """
     job.write_to(job.folder.job)
+    if not is_done(job):
+        job.folder.result.unlink(missing_ok=True)  # of a result that was delivered once, and is wanted again
     in_vain, reached = 0, -1
     while not is_done(job):
         now = progress_of(job).all
@@ -184,6 +188,8 @@ def _watch(
                 warn(message.text)
             elif isinstance(message, Failed):
                 if message.fatal:
+                    with suppress(ConnectionError):  # the error counts
+                        jobs.stop(handle)  # else the next call would find it, and its error
                     return message.error
                 warn(message.error)
         show(progress_of(job))
@@ -193,6 +199,8 @@ def _watch(
             continue
         if status.state not in ALIVE:
             jobs.forget(handle, job.folder)
+            if status.state != JobState.SUCCEEDED and status.reason not in ("", "None"):
+                warn(f"{jobs.name} {handle.id} has ended: {status.reason}")
             return _end_of(status)
         waits = status.state == JobState.PENDING
         if waits and status.reason not in (told, "", "None"):

@@ -7,7 +7,7 @@ with the RayJob's name behind that.
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlpipes.compute.allocation import drive, restarts_so_far
 from mlpipes.compute.jobs import JobHandle, Jobs
@@ -22,7 +22,7 @@ from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.slurm import SETTINGS_VARIABLE as SLURM_VARIABLE
 from mlpipes.compute.slurm import SlurmJobs, SlurmSettings
 from mlpipes.errors import PreflightError
-from mlpipes.scales import RayScaleConfig
+from mlpipes.scales import workers_of
 from mlpipes.store.claims import SupersededError, claim
 from mlpipes.store.environment import value_of
 from mlpipes.store.messages import MessageWriter, Warned
@@ -36,18 +36,23 @@ class VideoRayJobs(RayJobs):
     """The Jobs API of a cluster, for videos."""
 
     module = DRIVER
+    placed: ClassVar[set[str]] = set()
+    """Videos for whose workers this process has found GPUs."""
 
     def submit(
         self, name: str, specification: Path, attempt: int, environment: Mapping[str, str], about: str
     ) -> JobHandle:
         """Submit an attempt. Raises PreflightError where no node has the GPUs of a worker, which would wait for ever."""
-        if wanted := VideoJob.read(specification).gpus_per_worker:
+        job = VideoJob.read(specification)
+        # Once a call: nodes that go later may come back.
+        if (wanted := job.gpus_per_worker) and job.fingerprint not in self.placed:
             nodes = nodes_of(self.address)
             if not any(node.gpus >= wanted for node in nodes):
                 raise PreflightError(
                     f"a worker needs {wanted:g} GPUs, and no node of Ray has as many. It has "
                     f"{'; '.join(map(str, nodes)) or 'no living node'}. Leave --gpus-per-worker out to use CPUs"
                 )
+            self.placed.add(job.fingerprint)
         return super().submit(name, specification, attempt, environment, about)
 
     def _reserved(self, specification: Path) -> dict[str, Any]:
@@ -82,13 +87,19 @@ def check_place() -> None:
     is_local()
 
 
+def check_source(source: Path) -> None:
+    """Raises ConfigError if the place does not see a file."""
+    if settings := value_of(KUBERNETES_VARIABLE):
+        KubernetesSettings.load(Path(settings)).check_visible(source)
+
+
 def place_for(job: VideoJob, address: str | None = None) -> Jobs:
     """Where a video is upscaled: Slurm, Kubernetes, the Ray at an address, or this machine's, started if need be.
 
     `address` is of a Ray; default as configured. Raises ConfigError as `check_place` does.
     """
     check_place()
-    scale = RayScaleConfig(workers=job.workers, batch_size=job.workers, epochs=1, gpus_per_worker=job.gpus_per_worker)
+    scale = workers_of(job.workers, job.gpus_per_worker, "the workers of a video")
     if settings := value_of(SLURM_VARIABLE):
         return VideoSlurmJobs(SlurmSettings.load(Path(settings)), scale)
     if settings := value_of(KUBERNETES_VARIABLE):

@@ -118,6 +118,7 @@ class Pool:
     _failures: Counter[tuple[str, int]] = field(default_factory=Counter)
     _losses: Counter[tuple[str, int]] = field(default_factory=Counter)
     _bad_starts: int = 0
+    _cpus: float = 0.0
     _placing: set[Any] = field(default_factory=set)
     """References of the answers of those that wait for a place."""
     _began: dict[Any, float] = field(default_factory=dict)
@@ -154,9 +155,10 @@ class Pool:
     def _start(self) -> None:
         import ray
 
-        cpus = ray.cluster_resources().get("CPU", 1.0)
+        # As many as there were at best: a node that is away comes back, and its workers must not crowd on another meanwhile.
+        self._cpus = max(self._cpus, ray.cluster_resources().get("CPU", 0.0))
         # More workers than there are CPUs share them, instead of waiting for ever.
-        share = min(1.0, int(100 * cpus / self.job.workers) / 100)
+        share = min(1.0, int(100 * (self._cpus or 1.0) / self.job.workers) / 100)
         remote: Any = ray.remote(Worker)
         gpus = self.job.gpus_per_worker or None
         actor = remote.options(num_cpus=share, num_gpus=gpus).remote(str(self.specification), self.plan.model_dump())

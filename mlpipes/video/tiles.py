@@ -61,17 +61,18 @@ class Program:
         return made
 
     def _run(self, frames: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
+        given = torch.from_numpy(np.ascontiguousarray(frames))
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             try:
-                return self.program(given).cpu().numpy()
+                return self.program(given.to(self.device)).cpu().numpy()
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
                     f"the GPU has not enough memory for {self.name} ({str(error).partition('. ')[0]}); let fewer workers "
                     "share it with --workers or --gpus-per-worker"
                 ) from error
             except RuntimeError as error:
-                if not self.bf16:
+                of_types = any(word in str(error).lower() for word in ("dtype", "type", "expected"))
+                if not (self.bf16 and of_types):
                     raise
                 said = str(error).splitlines()[0]
                 raise ConfigError(f"{self.name} cannot compute in bf16 ({said}); use the precision fp32") from error

@@ -1,6 +1,7 @@
 """Kubernetes without a cluster: settings, the manifest of a scale, names, and what the API server's words mean."""
 
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import pytest
 
 from mlpipes.compute.jobs import JobState
 from mlpipes.compute.kubernetes import KubernetesJobs
+from mlpipes.compute.kubernetes_api import KubernetesApi
 from mlpipes.compute.kubernetes_manifest import (
+    FOLDER_ANNOTATION,
+    PREFIX,
     Attempt,
     Subject,
     label_value,
@@ -20,6 +24,7 @@ from mlpipes.compute.kubernetes_manifest import (
 )
 from mlpipes.compute.kubernetes_reasons import Look, quantity, silent_nodes, standing
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
+from mlpipes.compute.kubernetes_tidy import tidy
 from mlpipes.compute.places import has_queue, jobs_for
 from mlpipes.errors import ConfigError, ScaleError
 from mlpipes.scales import RayScaleConfig
@@ -569,3 +574,39 @@ def test_a_file_that_pods_do_not_see_is_told_before_a_job_is_made() -> None:
     settings().check_visible(Path(settings().store.mount_path) / "videos" / "x.mp4")
     with pytest.raises(ConfigError, match=r"pods do not see /elsewhere/x.mp4: they mount /"):
         settings().check_visible(Path("/elsewhere/x.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "ended", "has_result", "deleted"),
+    [
+        ("over", "Running", 0, False, False),
+        ("over", "Running", 0, True, True),
+        ("over", "Complete", 10, False, True),
+        ("goes-on", "Complete", 10, True, False),
+        ("", "Running", 0, True, False),  # a video of the command line, delivered once before
+        ("", "Failed", 10, False, False),  # whoever asked for it looks once a second or so, and goes on
+        ("", "Failed", 4000, False, True),
+    ],
+)
+def test_what_is_tidied_up(
+    run: str,
+    status: str,
+    ended: int,
+    has_result: bool,
+    deleted: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if has_result:
+        (tmp_path / "result.json").touch()
+    end = (datetime.now(UTC) - timedelta(seconds=ended)).isoformat()
+    job = {
+        "metadata": {"name": "j-a1", "annotations": {FOLDER_ANNOTATION: str(tmp_path), f"{PREFIX}/dagster-run": run}},
+        "status": {"jobDeploymentStatus": status, "endTime": end},
+    }
+    gone: list[str] = []
+    monkeypatch.setattr(KubernetesApi, "items", lambda api, path, **_: [job] if "rayjobs" in path else [])
+    monkeypatch.setattr(KubernetesApi, "delete", lambda api, path, **_: gone.append(path))
+    said = list(tidy(settings(), str(tmp_path), lambda name: name == "goes-on"))
+    assert [path.endswith("j-a1") for path in gone] == [True] * deleted
+    assert len(said) == deleted
