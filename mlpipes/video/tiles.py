@@ -4,10 +4,12 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.export.passes import move_to_device_pass
+from torch.utils import deterministic
 
 from mlpipes.errors import ConfigError
 from mlpipes.video.job import ModelPin
@@ -82,6 +84,7 @@ def _compute_repeatably() -> None:
     """The same bits every time on a GPU, and no rounding of pixels to TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    cast(Any, deterministic).fill_uninitialized_memory = False  # as in training: a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
     compute_fp32_in_full()
 
