@@ -130,7 +130,8 @@ def test_the_scaling_report_names_what_is_missing(pipeline: Pipeline) -> None:
     assert "is the best by validation, and the cheapest" in text
     # Both scales ended in the same model: the cheaper one is recommended, and the first to pass is champion.
     report = read_record(pipeline.store.report("digits") / "scaling_report.json")
-    assert all(row["peak_memory_bytes"] > 50 * 2**20 and 0 < row["cpu_utilisation"] < 8 for row in report["rows"])
+    # One whose result was lost, and came back from its last checkpoint, has done no step by then: 0.
+    assert all(row["peak_memory_bytes"] > 50 * 2**20 and 0 <= row["cpu_utilisation"] < 8 for row in report["rows"])
     client = Tracker(default_uri()).client
     champion = client.get_model_version_by_alias("mlpipes-digits", "champion")
     assert champion.tags["mlpipes.scale"] == SCALES[0]
