@@ -20,7 +20,6 @@ from mlpipes.compute.kubernetes_settings import (
     TEMPORARY,
     KubernetesSettings,
     SecretKey,
-    Toleration,
 )
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import JobFolder
@@ -268,7 +267,7 @@ def _pod(
         },
         "nodeSelector": {key: value for pool in pools for key, value in pool.node_selector.items()},
         "tolerations": [
-            *(_toleration(toleration) for pool in pools for toleration in pool.tolerations),
+            *(toleration.model_dump(exclude_none=True) for pool in pools for toleration in pool.tolerations),
             # By default a pod of a silent node stays for five minutes, in which nothing takes its place.
             *(
                 {
@@ -360,10 +359,6 @@ def _variable(name: str, value: str | SecretKey) -> dict[str, Any]:
     if isinstance(value, SecretKey):
         return {"name": name, "valueFrom": {"secretKeyRef": {"name": value.secret, "key": value.key}}}
     return {"name": name, "value": value}
-
-
-def _toleration(toleration: Toleration) -> dict[str, Any]:
-    return toleration.model_dump(exclude_none=True)
 
 
 def _affinity(placement: str, job: str) -> dict[str, Any]:
