@@ -24,13 +24,12 @@ dev: install
 # A module's tests share fixtures, so they stay together; the longest modules go first.
 PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
-# What a change of code can break; lint and types are among the tests. Five processes for two cores, for Ray and Dagster wait a
-# lot; browsers do not.
-test: install
-	$(PYTEST) -n 5 -m "not slurm and not browser and not chaos and not cluster and not gpu"
+# What a change of code can break. Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
+test: lint types definitions
+	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not cluster and not gpu"
 
 # All but the Kubernetes cluster and a GPU; what a program is missing for is skipped, and says so.
-test-all: install
+test-all: lint types definitions
 	FUZZ_FILES=10000 $(PYTEST) -n 2 -m "not cluster and not gpu"
 
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
