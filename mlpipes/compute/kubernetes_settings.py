@@ -211,9 +211,10 @@ class KubernetesSettings(_Strict):
             )
 
     def check_visible(self, file: Path) -> None:
-        """Raises ConfigError if a file lies on nothing that pods mount."""
+        """Raises ConfigError if a file, or what a link leads to, lies on nothing that pods mount."""
         shared = [self.store.mount_path, *(str(mount["mountPath"]) for mount in self.mounts)]
-        if not any(file.resolve().is_relative_to(Path(path).resolve()) for path in shared):
+        by_name = any(file.absolute().is_relative_to(path) for path in shared)
+        if not (by_name and any(file.resolve().is_relative_to(Path(path).resolve()) for path in shared)):
             raise ConfigError(
                 f"pods do not see {file}: they mount {', '.join(shared)}. Copy it to a folder below one of these"
             )

@@ -570,6 +570,20 @@ def test_a_videos_pods_have_nothing_to_save_and_its_driver_reserves_nothing(tmp_
         assert pod["terminationGracePeriodSeconds"] < 30
 
 
+def test_links_into_and_out_of_what_pods_mount_are_told(tmp_path: Path) -> None:
+    shared, elsewhere = tmp_path / "shared", tmp_path / "elsewhere"
+    for folder in (shared, elsewhere):
+        folder.mkdir()
+        (folder / "x.mp4").touch()
+    (shared / "out.mp4").symlink_to(elsewhere / "x.mp4")
+    (elsewhere / "into.mp4").symlink_to(shared / "x.mp4")
+    mine = settings(store={"claim": "store", "mount_path": str(shared)})
+    mine.check_visible(shared / "x.mp4")
+    for link in (shared / "out.mp4", elsewhere / "into.mp4"):
+        with pytest.raises(ConfigError, match="pods do not see"):
+            mine.check_visible(link)
+
+
 def test_a_file_that_pods_do_not_see_is_told_before_a_job_is_made() -> None:
     settings().check_visible(Path(settings().store.mount_path) / "videos" / "x.mp4")
     with pytest.raises(ConfigError, match=r"pods do not see /elsewhere/x.mp4: they mount /"):
