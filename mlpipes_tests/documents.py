@@ -44,6 +44,7 @@ ELSEWHERE = {
     '.venv/bin/mlpipes predict docstrings w1-b64-e6-g0 "Compute the singular value decomposition of a sparse matrix"': (
         "integration/test_text_chain.py::test_predict_answers_new_texts"
     ),
+    ".venv/bin/mlpipes serve digits": ("serving/test_server.py::test_formats_headers_and_the_bits_of_the_evaluation"),
     ".venv/bin/mlpipes doctor slurm": (
         "integration/test_slurm.py::test_the_doctor_says_what_is_there_and_what_is_missing"
     ),

@@ -2,7 +2,7 @@
 
 import typer
 
-from mlpipes.cli import machine, models, new, training, video
+from mlpipes.cli import machine, models, new, serving, training, video
 
 app = typer.Typer(
     help="Durable ML training as Dagster assets.",
@@ -11,5 +11,5 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for part in (machine, training, models, video, new):
+for part in (machine, training, models, serving, video, new):
     app.add_typer(part.app)

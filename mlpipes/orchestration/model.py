@@ -49,7 +49,7 @@ def materialize_model(
     mlflow: MlflowResource,
 ) -> dg.MaterializeResult:
     """Export the best checkpoint by validation, calibrate it there, write its card, register it."""
-    from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, SNAPSHOT, register, registered_name
+    from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, SNAPSHOT, WEIGHTS, register, registered_name
     from mlpipes.training.model import calibrated_model, deployable, export_best
 
     folder, recipe, snapshot, outcome = _open(store, reference)
@@ -71,7 +71,7 @@ def materialize_model(
             FINGERPRINT: recipe.fingerprint,
             EXPORTED: exported,
             SCALE: recipe.scale.key,
-            "mlpipes.weights_digest": trained.meta["weights_digest"],
+            WEIGHTS: trained.meta["weights_digest"],
             SNAPSHOT: recipe.snapshot,
         },
         extra_files=[card],

@@ -103,6 +103,11 @@ def _address(text: str) -> None:
         raise ValueError("write an address such as http://host:8265")
 
 
+def _token(text: str) -> None:
+    if len(text) < 16 or not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("write 16 characters at least, without blanks, such as `openssl rand -hex 32` makes")
+
+
 def _proxy(text: str) -> None:
     if not _is_address(text if "://" in text else f"http://{text}", _PROXIES):
         raise ValueError("write an address such as http://proxy:3128")
@@ -206,6 +211,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("MLPIPES_NIGHTLY", _K, _cron),
         Variable("MLPIPES_NIGHTLY_TIMEZONE", _K, _timezone),
         Variable("MLPIPES_WEBHOOK", _K, _address, secret=True),
+        Variable("MLPIPES_SERVE_TOKEN", _K, _token, secret=True),
         Variable("MLPIPES_GPU_HOUR", _K, _price),
         Variable("MLPIPES_CPU_HOUR", _K, _price),
         Variable("MLPIPES_DAGSTER_UI", _K, _address),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlpipes.workloads.base import Deployable
 
 FINGERPRINT, SCALE, SNAPSHOT = "mlpipes.fingerprint", "mlpipes.scale", "mlpipes.snapshot"
-EXPORTED = "mlpipes.exported_digest"
+EXPORTED, WEIGHTS = "mlpipes.exported_digest", "mlpipes.weights_digest"
 """Tags of a registered version."""
 
 

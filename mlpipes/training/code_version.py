@@ -22,12 +22,14 @@ ENGINE_MODULES = (
 """Engine code that numbers depend on. The rest (checkpoints, messages, tracking) may change without retraining."""
 PREPARING_MODULES = ("mlpipes.data.dataset", "mlpipes.data.ragged", "mlpipes.data.snapshot", "mlpipes.data.splits")
 """What makes a snapshot of any workload's data."""
-EXPORTING_MODULES = tuple(f"mlpipes.workloads.{name}" for name in ("deployables", "served_text_model", "temperature"))
+EXPORTING_MODULES = tuple(
+    f"mlpipes.workloads.{name}"
+    for name in ("deployables", "served", "served_text_model", "temperature", "text_serving")
+)
 """What makes what is served of a trained model."""
 _PACKAGES = frozenset({"mlpipes", "mlpipes.data", "mlpipes.reporting", "mlpipes.training", "mlpipes.workloads"})
-_NOT_RUN = frozenset(
-    f"mlpipes.workloads.{name}"
-    for name in ("catalog", "deployables", "entry", "packages", "served_text_model", "temperature")
+_NOT_RUN = frozenset(f"mlpipes.workloads.{name}" for name in ("catalog", "entry", "golden", "packages")) | frozenset(
+    EXPORTING_MODULES
 )
 """What lists workloads, and what calibrates and serves models: none of it trains."""
 _NO_NUMBERS = frozenset({"dagster", "matplotlib", "mlflow", "pydantic", "ray", "rich", "tqdm", "typer"})

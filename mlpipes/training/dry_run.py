@@ -27,11 +27,12 @@ from mlpipes.training.determinism import mixed_seed, random_numbers_from
 from mlpipes.training.disk_full import is_disk_full
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
-from mlpipes.training.prediction import autocast, outputs_of, predictions_of
+from mlpipes.training.prediction import outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Workload
 from mlpipes.workloads.deployables import PythonCode, TorchProgram
 from mlpipes.workloads.entry import cause_of
-from mlpipes.workloads.tensors import on_device
+from mlpipes.workloads.served import served_predictions
+from mlpipes.workloads.tensors import autocast, on_device
 
 TRAINED, EVALUATED, MORE = 8, 32, 2000
 """Rows that are trained on, rows that are evaluated, and rows for figures that so few do not define."""
@@ -169,6 +170,13 @@ class DryRun:
         workload, (columns, rows) = self.workload, self._rows(count)
         predictions, moved = self._predictions(model, columns), on_device(columns, self.device)
         self._check_metrics(workload.validate(predictions, columns))
+        few = on_device({name: column[np.arange(min(rows, 2))] for name, column in columns.items()}, self.device)
+        with random_numbers_from(self.seed):
+            served = served_predictions(workload, model, few, self.hp, self.trainer.progress.precision)
+        if (shapes := _shapes(served)) != _shapes(predictions):
+            raise self._wrong(
+                "served_batch", f"leads to predictions {shapes}; those of `batch` are {_shapes(predictions)}"
+            )
         calibration = workload.calibrate(predictions, columns)
         if calibration is not None and not isinstance(calibration, Calibration):
             raise self._wrong("calibrate", f"gives {type(calibration).__name__}; it must give a `Calibration`, or None")
@@ -262,10 +270,15 @@ class DryRun:
         """As MLflow will at the end: 0.3 to 1 CPU-seconds for the networks that come with mlpipes."""
         try:
             torch.export.export(
-                program.module.to(memory_format=torch.contiguous_format),  # pyright: ignore[reportCallIssue]
+                program.module.to(memory_format=program.memory_format),  # pyright: ignore[reportCallIssue]
                 (torch.from_numpy(program.example),),
                 dynamic_shapes=[{0: torch.export.Dim.AUTO}],
             )
         except Exception as error:
             said = " ".join(str(error).split())
             raise self._wrong("deployable", f"gives a program that torch cannot export: {said[:_SAID]}") from error
+
+
+def _shapes(predictions: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Of one sample."""
+    return {name: values.shape[1:] for name, values in predictions.items()}

@@ -40,10 +40,10 @@ from mlpipes.training.disk_full import write_with_patience
 from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.parallel import Workers
-from mlpipes.training.prediction import autocast, predictions_of
+from mlpipes.training.prediction import predictions_of
 from mlpipes.training.stopwatch import Stopwatch
 from mlpipes.workloads.base import DataInfo, Workload
-from mlpipes.workloads.tensors import on_device
+from mlpipes.workloads.tensors import autocast, on_device
 
 LOGGED_POINTS = 1000
 """Points of a loss curve, whatever the length of the training, so that a checkpoint can carry the whole curve."""

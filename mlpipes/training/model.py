@@ -26,6 +26,8 @@ from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.prediction import outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Deployable, Workload
 from mlpipes.workloads.catalog import load_workload
+from mlpipes.workloads.deployables import TorchProgram
+from mlpipes.workloads.served import served_predictions
 from mlpipes.workloads.tensors import compute_fp32_in_full, on_device
 
 KIND = "model"
@@ -61,7 +63,8 @@ class TrainedModel:
 
     def info(self, snapshot: Snapshot) -> DataInfo:
         """What its workload may know about the data, and the calibration."""
-        return DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files, self.calibration)
+        facts, statistics = snapshot.facts, snapshot.meta["statistics"]
+        return DataInfo(facts, statistics, snapshot.files, self.calibration, self.meta["precision"])
 
 
 def export_best(folder: TrainingFolder, recipe: Recipe, outcome: Outcome) -> Path:
@@ -153,7 +156,7 @@ def evaluate(model: TrainedModel, snapshot: Snapshot, split: str) -> tuple[Repor
     workload, network, hp, precision = model.workload, model.network, model.hp, model.meta["precision"]
     columns = snapshot.columns(split)
     moved = on_device(columns, next(network.parameters()).device)
-    predictions = predictions_of(workload, network, moved, hp, SingleWorker(), precision)
+    predictions = served_predictions(workload, network, moved, hp, precision)
 
     def look(rows: np.ndarray) -> Mapping[str, np.ndarray]:
         numbers = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))  # torch has no negative strides
@@ -187,7 +190,11 @@ def _assert_comparable(report: Report, scores: np.ndarray, metric: str, rows: in
 
 def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:
     """What to deploy of a model, on the CPU, with examples from the training split."""
-    return model.workload.deployable(model.network.cpu(), model.hp, model.info(snapshot), snapshot.columns("train"))
+    workload, info = model.workload, model.info(snapshot)
+    found = workload.deployable(model.network.cpu(), model.hp, info, snapshot.columns("train"))
+    if isinstance(found, TorchProgram):
+        return replace(found, rows=workload.served_rows, precision=info.precision)
+    return found
 
 
 def predict_texts(
@@ -203,5 +210,5 @@ def predict_texts(
         raise ConfigError(f"{model.recipe.workload} reads {'single texts' if pairs is not None else 'pairs of texts'}")
     info = model.info(snapshot)
     columns = on_device(workload.raw_columns(texts, pairs, info), next(model.network.parameters()).device)
-    outputs = predictions_of(workload, model.network, columns, model.hp, SingleWorker(), model.meta["precision"])
+    outputs = served_predictions(workload, model.network, columns, model.hp, model.meta["precision"])
     return workload.answers(outputs, info)

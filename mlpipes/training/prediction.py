@@ -1,26 +1,19 @@
 """Running a model over a whole split, shared between workers, with results that do not depend on who computed them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlpipes.errors import TrainingFailedError
 from mlpipes.training.parallel import Workers, shares
 from mlpipes.workloads.base import Workload
-from mlpipes.workloads.tensors import TensorColumns
+from mlpipes.workloads.tensors import TensorColumns, autocast, each_row
 
 BATCH_SIZE = 500
 """Samples per forward pass. Fixed, because the bits of a convolution may depend on the size of its batch."""
 BATCH_COST = 16384
 """Padded tokens per forward pass at most, where samples have lengths."""
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which forward passes run at `bf16` or `fp32`."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()
@@ -47,7 +40,7 @@ def predictions_of(
         for part in workload.micro_batches(columns, batches[number], hp):
             batch = workload.batch(columns, part, hp, augment=False)
             with autocast(device, precision):
-                outputs.append(_each_row("predict", workload.predict(model, batch, hp), len(part)))
+                outputs.append(each_row("predict", workload.predict(model, batch, hp), len(part)))
     model.train(was_training)
     bounds = [
         len(torch.cat([batches[n] for n in share])) if share else 0 for share in shares(len(batches), workers.size)
@@ -75,20 +68,9 @@ def outputs_of(
     for part in workload.micro_batches(columns, rows, hp):
         batch = workload.batch(columns, part, hp, augment=False)
         with autocast(device, precision):
-            found.append(_each_row("outputs", workload.outputs(model, batch, hp), len(part)))
+            found.append(each_row("outputs", workload.outputs(model, batch, hp), len(part)))
     model.train(was_training)
     return {name: torch.cat([each[name] for each in found]).cpu().numpy() for name in found[0]}
-
-
-def _each_row(method: str, outputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Outputs in float32. Raises TrainingFailedError for one that is not of so many rows."""
-    for name, value in outputs.items():
-        if value.ndim == 0 or len(value) != rows:
-            raise TrainingFailedError(
-                f"`{method}` gives {name!r} of shape {tuple(value.shape)} for {rows} samples; its first dimension must be "
-                "that of the samples"
-            )
-    return {name: value.float() for name, value in outputs.items()}
 
 
 def _batches(rows: int, lengths: np.ndarray | None) -> list[Tensor]:

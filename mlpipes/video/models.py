@@ -18,6 +18,7 @@ from mlpipes.errors import ConfigError
 from mlpipes.store.files import digest_of, open_published, publishing, sha256_file
 from mlpipes.store.layout import Store
 from mlpipes.video.job import SCALES, ModelPin
+from mlpipes.workloads.golden import BF16_PROGRAM
 
 BICUBIC = "bicubic"
 PRECISIONS = ("fp32", "bf16")
@@ -137,7 +138,7 @@ def _registered(spec: str, store: Store, tracker: Any, precision: str) -> ModelP
             raise ConfigError(f"{pinned} is no model that upscales frames: its metadata say nothing of {FACTS}")
         with tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch:
             local = Path(mlflow.artifacts.download_artifacts(artifact_uri=pinned, dst_path=scratch))
-            programs = sorted(local.rglob("*.pt2"))
+            programs = sorted(path for path in local.rglob("*.pt2") if path.name != BF16_PROGRAM)
             if len(programs) != 1:
                 raise ConfigError(f"{pinned} holds {len(programs)} torch programs, expected one")
             digest = sha256_file(programs[0])

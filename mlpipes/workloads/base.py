@@ -77,6 +77,8 @@ class DataInfo:
     """The folder of the snapshot's files, such as a tokenizer and pretrained weights."""
     calibration: Calibration | None = None
     """How the outputs of a finished model are corrected; `predict` gives corrected ones then."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """What a finished model's forward passes run at."""
 
 
 class Deployable(Protocol):
@@ -100,6 +102,10 @@ class Workload(ABC):
     """The schema of what can be set, a subclass of `Hyperparameters`."""
     sparse_embedding_gradients: ClassVar[bool] = False
     """Whether a step's gradient of a large embedding holds only the rows that were read: the same bits, faster on a CPU."""
+    served_rows: ClassVar[int] = 8
+    """Samples of a forward pass of the finished model, where it is evaluated and where it is served: always as many, for
+    the bits of an answer depend on their number. Fewer are filled up with copies, whose answers nobody sees.
+    """
     source: Source
     split: SplitPlan
 
@@ -216,6 +222,17 @@ class Workload(ABC):
         """How well each sample was done, float (N,), greater is better: what two models are compared by, pairwise."""
 
     # -- serving ------------------------------------------------------------------------------------------------------
+    def served_length(self, length: int) -> int:
+        """To what a sample that costs so much is padded where the model is served; samples of equal ones go together."""
+        return length
+
+    def served_batch(self, columns: Mapping[str, Any], rows: Tensor, hp: Any) -> Batch:
+        """The batch of `served_rows` rows (B,) of one `served_length`; its shape may depend on nothing else.
+
+        `predict` must answer for the first B.
+        """
+        return self.batch(columns, rows, hp, augment=False)
+
     @abstractmethod
     def deployable(self, model: nn.Module, hp: Any, info: DataInfo, columns: Columns) -> Deployable:
         """What to deploy: raw samples in (any batch size), outputs out, no random numbers. Examples come from `columns`."""

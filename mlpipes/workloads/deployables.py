@@ -1,16 +1,21 @@
 """What is deployed of trained models: a torch program, or Python code with its files; each logs itself to MLflow."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from mlpipes.workloads.golden import BF16_PROGRAM, GOLDEN, GoldenRequest
+from mlpipes.workloads.served import AtPrecision, answers_in_batches
+
+_LOG = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 """How far, absolutely and relatively, a stored model's outputs may lie from the trained one's: kernels differ."""
 
@@ -26,14 +31,22 @@ class TorchProgram:
     """The axes of a batch whose length may be another one than the example's."""
     about: Mapping[str, Any] | None = None
     """What whoever loads it must know, as JSON: MLflow's `metadata` of the model."""
+    memory_format: torch.memory_format = torch.contiguous_format
+    """Of its weights; the module itself brings what it is given, plain arrays, into the order that suits them."""
+    rows: int = 8
+    """How many samples at a time it is given where it is served; the engine says how many it was evaluated with."""
+    precision: str = "fp32"
+    """What it is served at; the engine says at what it was evaluated."""
 
     def log(self, extra_files: Sequence[Path]) -> Any:
         """See `Deployable.log`."""
         import mlflow
         from mlflow.models import Model
 
-        # Contiguous weights: exported programs carry memory layouts, and servers send plain arrays.
-        module = self.module.cpu().eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        module = self.module.cpu().eval()
+        evaluated = AtPrecision(module, self.precision)
+        trained = answers_in_batches(evaluated, self.example, self.rows)
+        module = module.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         with torch.no_grad():
             answer = module(torch.from_numpy(self.example))
         outputs = (answer.float() if answer.is_floating_point() else answer).numpy()
@@ -52,7 +65,31 @@ class TorchProgram:
         )
         again = np.asarray(mlflow.pyfunc.load_model(logged.model_uri).predict(self.example))
         _compare("its output", again, outputs)
+        with tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch:
+            program, stored = Path(scratch) / BF16_PROGRAM, None
+            if self.precision == "bf16":
+                stored = self._stored(evaluated, program)
+            precision, files = (self.precision, [program]) if stored else ("fp32", [])
+            served = answers_in_batches(
+                stored or cast(Any, mlflow.pytorch.load_model(logged.model_uri)), self.example, self.rows
+            )
+            exact = precision == self.precision and _same_bits(served, trained)
+            _attach(GoldenRequest.of(self.rows, precision, self.example, served, exact=exact), logged, files)
         return logged
+
+    def _stored(self, module: nn.Module, path: Path) -> Any:
+        """A program as it comes back from a file, where MLflow's is of fp32; None where it cannot be exported."""
+        lengths = dict.fromkeys(self.free, torch.export.Dim.AUTO)
+        try:
+            torch.export.save(
+                torch.export.export(module, (torch.from_numpy(self.example),), dynamic_shapes=[lengths]), path
+            )
+            return torch.export.load(path).module()
+        except (
+            Exception
+        ) as error:  # of whatever the author's module does; fp32 is served then, and said not to be exact
+            _LOG.warning("the model is served in fp32, for what it computes in bf16 cannot be exported: %s", error)
+            return None
 
     def _signature(self, outputs: np.ndarray) -> Any:
         from mlflow.models import ModelSignature
@@ -98,6 +135,11 @@ class PythonCode:
     """What the trained model says of them, by column."""
     requirements: Sequence[str] = ("torch", "pandas", "mlflow")
     """Packages that it needs, pinned to the versions here."""
+    rows: int = 1
+    """How many samples at a time it is given where it is served; more than 1 only if each answer depends on its own
+    sample alone, in its last bit, whatever the others are."""
+    precision: str = "fp32"
+    """What the code computes at."""
 
     def log(self, extra_files: Sequence[Path]) -> Any:
         """See `Deployable.log`."""
@@ -119,9 +161,30 @@ class PythonCode:
                 pip_requirements=_requirements(*self.requirements),
             )
         again: Any = mlflow.pyfunc.load_model(logged.model_uri).predict(example)
+        exact = True
         for name, column in self.answers.items():
-            _compare(f"column {name!r}", again[name].to_numpy(), np.asarray(column))
+            found, trained = again[name].to_numpy(), np.asarray(column)
+            _compare(f"column {name!r}", found, trained)
+            exact = exact and _same_bits(found, trained)
+        answer = {str(name): again[name].to_numpy() for name in again}
+        given = {name: np.array(list(column), dtype=object) for name, column in self.example.items()}
+        _attach(GoldenRequest.of(self.rows, self.precision, given, answer, exact=exact), logged)
         return logged
+
+
+def _attach(golden: GoldenRequest, logged: Any, files: Sequence[Path] = ()) -> None:
+    """Put the golden request, and other files, beside a model that was logged."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch:
+        path = Path(scratch) / GOLDEN
+        path.write_bytes(golden.to_json())
+        for each in (path, *files):
+            mlflow.MlflowClient().log_model_artifact(logged.model_id, str(each))
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one, other.astype(one.dtype) if one.dtype != other.dtype else other)
 
 
 def _requirements(*names: str) -> list[str]:

@@ -61,6 +61,8 @@ class SuperResolution(Workload):
     """PSNR on luma above the better of bicubic and the untrained network, paired: its baseline is 0 for whatever image."""
 
     hyperparameters = SuperResolutionHyperparameters
+    served_rows = 1
+    """A picture has a size of its own."""
 
     def __init__(self, source: Source, split: SplitPlan) -> None:
         self.source, self.split = source, split

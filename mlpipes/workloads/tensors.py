@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlpipes.data.dataset import Columns
 from mlpipes.data.ragged import Ragged
+from mlpipes.errors import TrainingFailedError
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class RaggedTensor:
         """Where it is."""
         return self.values.device
 
-    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The given rows (B,) as int64 (B, L), padded with 0 to the longest of them, and which entries are real (bool)."""
+    def padded(self, rows: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+        """The given rows (B,) as int64 (B, L), padded with 0 to the longest of them, and which entries are real (bool).
+
+        `least`: what L is at least.
+        """
         rows = rows.to(self.offsets.device)
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
-        along = torch.arange(max([1, *lengths.tolist()]), device=starts.device)  # also of no rows
+        along = torch.arange(max([least, *lengths.tolist()]), device=starts.device)  # also of no rows
         real = along < lengths[:, None]
         picked = self.values[torch.where(real, starts[:, None] + along, 0)] if len(self.values) else real.long()
         return picked.long().masked_fill(~real, 0), real
@@ -63,6 +67,22 @@ def on_device(columns: Columns, device: torch.device) -> dict[str, Any]:
             else moved(column)
             for name, column in columns.items()
         }
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which forward passes run at `bf16` or `fp32`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def each_row(method: str, outputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Outputs in float32. Raises TrainingFailedError for one that is not of so many rows."""
+    for name, value in outputs.items():
+        if value.ndim == 0 or len(value) != rows:
+            raise TrainingFailedError(
+                f"`{method}` gives {name!r} of shape {tuple(value.shape)} for {rows} samples; its first dimension must be "
+                "that of the samples"
+            )
+    return {name: value.float() for name, value in outputs.items()}
 
 
 def compute_fp32_in_full() -> None:

@@ -1,7 +1,6 @@
 """Text: classification and regression of texts or pairs with an encoder of BERT's kind; `docstrings` and `sst2`."""
 
 import os
-import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -25,21 +24,22 @@ from mlpipes.errors import ConfigError, DataError
 from mlpipes.reporting.classification import probabilities_of
 from mlpipes.reporting.report import Table
 from mlpipes.store.calibration import Calibration
+from mlpipes.workloads import text_serving
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import PythonCode
 from mlpipes.workloads.encoder_models import Pooling, build, freeze, logits_of, pool
 from mlpipes.workloads.encoder_trial import Trial
-from mlpipes.workloads.encoders import TOKENIZER, Encoder, Pretrained, Tiny, tokenizer_of
+from mlpipes.workloads.encoders import Encoder, Pretrained, Tiny, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
 from mlpipes.workloads.regression import Regression
+from mlpipes.workloads.served import served_predictions
 from mlpipes.workloads.temperature import TEMPERATURE
 from mlpipes.workloads.tensors import RaggedTensor, on_device
 
 SST2_VARIABLE = "MLPIPES_SST2"
 SST2_MODEL_VARIABLE = "MLPIPES_SST2_MODEL"
 SHORT_TOKENS = 128
-SERVED_CODE = Path(__file__).with_name("served_text_model.py")
 _SHOWN_CHARACTERS = 300
 _CPU = torch.device("cpu")
 
@@ -74,6 +74,7 @@ class TextWorkload(Workload):
     """What classification and regression share: columns `text`, `text_pair` (UTF-8) become `tokens`, `types` (ragged)."""
 
     sparse_embedding_gradients = True
+    served_rows = 4
 
     def __init__(
         self,
@@ -231,34 +232,23 @@ class TextWorkload(Workload):
             return logits_of(model, hp.pooling, mask, **inputs)
 
     # -- serving ------------------------------------------------------------------------------------------------------
+    def served_length(self, length: int) -> int:
+        """16, 24, 32, 48, 64, … tokens, or the greatest length."""
+        return next(each for each in text_serving.lengths(self.max_length) if each >= length)
+
+    def served_batch(self, columns: Mapping[str, Any], rows: Tensor, hp: TextHyperparameters) -> Batch:
+        """The rows, and one that nobody asks for."""
+        longest = int(columns["tokens"].lengths[rows.cpu().numpy()].max())
+        return text_serving.batch(columns, rows, self.served_length(longest))
+
     def deployable(self, model: Any, hp: TextHyperparameters, info: DataInfo, columns: Columns) -> PythonCode:
         """Texts (or pairs) in; labels and probabilities, or values, out. The tokenizer goes with it."""
         rows = np.arange(min(4, len(columns["text"])))
         example = {name: list(columns[name][rows].texts()) for name in _names(columns)}
-        model.config.mlpipes = {"max_length": self.max_length, "pooling": hp.pooling} | {
-            name: info.statistics[name] for name in ("label_mean", "label_std") if name in info.statistics
-        }
-        if info.calibration is not None:
-            model.config.mlpipes |= info.calibration.parameters
-
-        def write(folder: Path) -> None:
-            assert info.files is not None  # noqa: S101 - `prepare` has put the tokenizer there
-            model.save_pretrained(folder)
-            shutil.copytree(info.files / TOKENIZER, folder, dirs_exist_ok=True)
-
-        answers = self._answers(model, hp, info, example)
-        requirements = ("torch", "transformers", "pandas", "mlflow")
-        return PythonCode(SERVED_CODE, write, example, answers, requirements)
-
-    def _answers(
-        self, model: Any, hp: TextHyperparameters, info: DataInfo, texts: Mapping[str, Sequence[str]]
-    ) -> dict[str, Sequence[Any]]:
-        """What the model says of new texts, on the CPU: `label` and a probability for each class, or `value`."""
-        columns = on_device(self.raw_columns(texts["text"], texts.get("text_pair"), info), _CPU)
-        model.cpu().eval()
-        with torch.no_grad():
-            rows = torch.arange(len(texts["text"]))
-            return self.answers(self.predict(model, self.batch(columns, rows, hp, augment=False), hp), info)
+        raw = on_device(self.raw_columns(example["text"], example.get("text_pair"), info), _CPU)
+        answers = self.answers(served_predictions(self, model.cpu(), raw, hp, info.precision), info)
+        how = {"pooling": hp.pooling, "rows": self.served_rows, "lengths": text_serving.lengths(self.max_length)}
+        return text_serving.deployed(model, info, how, example, answers)
 
     @abstractmethod
     def answers(self, outputs: Mapping[str, Any], info: DataInfo) -> dict[str, Sequence[Any]]:

@@ -44,6 +44,12 @@ BAD: dict[str, tuple[str, ...]] = {
     "MLPIPES_NIGHTLY": ("banana", "* * *", "0 2 * * * *", "@nightly", "2 o'clock"),
     "MLPIPES_NIGHTLY_TIMEZONE": ("Berlin", "Europe/Nowhere", "../etc/passwd", "Europe", "/etc/localtime"),
     "MLPIPES_WEBHOOK": NOT_AN_ADDRESS,
+    "MLPIPES_SERVE_TOKEN": (
+        "short",
+        "with blanks, and long enough",
+        "line\nbreaks-are-not-sent",
+        "ümlaute-werden-nicht-gesendet",
+    ),
     "MLPIPES_GPU_HOUR": NO_PRICE,
     "MLPIPES_CPU_HOUR": NO_PRICE,
     "MLPIPES_DAGSTER_UI": NOT_AN_ADDRESS,

@@ -1,0 +1,60 @@
+"""The part of the command line about serving: serve."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlpipes.cli.common import console, friendly
+from mlpipes.errors import ConfigError
+from mlpipes.store.layout import default_store
+from mlpipes.store.redaction import redact
+from mlpipes.workloads.catalog import entry_named
+
+app = typer.Typer()
+TOKEN_VARIABLE = "MLPIPES_SERVE_TOKEN"  # noqa: S105 - its name
+
+
+@app.command()
+@friendly
+def serve(
+    workload: Annotated[str, typer.Argument(help="whose model")],
+    version: Annotated[
+        int | None, typer.Option(min=1, help="a certain version; default: whichever is champion")
+    ] = None,
+    alias: Annotated[str, typer.Option(help="follow another alias of MLflow's registry")] = "champion",
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8100,
+    poll: Annotated[float, typer.Option(min=0.1, help="seconds between two looks whether the alias has moved")] = 5.0,
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate, PEM; with --tls-key")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
+    behind_proxy: Annotated[bool, typer.Option("--behind-proxy", help="something in front of it speaks TLS")] = False,
+    max_body: Annotated[int, typer.Option(min=1, help="MiB of a request")] = 8,
+    max_requests: Annotated[int, typer.Option(min=1, help="at once; beyond them: 429")] = 128,
+    drain: Annotated[float, typer.Option(min=0, help="seconds of not being ready before the end, for balancers")] = 0.0,
+) -> None:
+    """Serve a workload's champion over HTTP; when another model becomes champion, it takes over without a pause."""
+    from mlpipes.serving.current import Registry, Wanted
+    from mlpipes.serving.limits import Limits
+    from mlpipes.serving.server import Address, serve
+    from mlpipes.serving.web import State
+    from mlpipes.tracking.models import registered_name
+    from mlpipes.tracking.runs import Tracker, existing_uri
+
+    entry_named(workload)
+    if version is not None and alias != "champion":
+        raise ConfigError("name a --version or an --alias, not both")
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    address = Address(host, port, tls_cert, tls_key, behind_proxy, drain)
+    address.check(token)
+    wanted = Wanted(registered_name(workload), str(version) if version else None, alias)
+    # One client, but whether MLflow answers is asked each time: by itself, a client would try for minutes.
+    tracker = cache(Tracker)
+    registry = Registry(lambda: tracker(existing_uri()), wanted, default_store())
+
+    def tell(text: str) -> None:
+        console.print(redact(text), markup=False, highlight=False, soft_wrap=True)
+
+    serve(State(registry, poll, tell, Limits(max_body << 20, in_flight=max_requests, token=token)), address)

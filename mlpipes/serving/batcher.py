@@ -1,0 +1,108 @@
+"""Batching: samples of requests that arrive together go through the model together, on one thread."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from mlpipes.serving.model import ServedModel
+from mlpipes.serving.signature import cut, joined, rows_of
+from mlpipes.workloads.golden import Values
+
+AT_ONCE = 64
+"""Samples that are taken from the queue for one call."""
+MOST_WAITING = 1024
+"""Samples in the queue beyond which requests are refused."""
+
+
+class FullError(Exception):
+    """The queue is full: come again."""
+
+
+@dataclass
+class _Waiting:
+    values: Values
+    model: ServedModel
+    future: "asyncio.Future[Values]"
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = rows_of(self.values)
+
+
+class Batcher:
+    """A queue in front of models. Each request is answered by the one that checked it, whichever is there by then."""
+
+    def __init__(self, seen: Callable[[int], None] = lambda rows: None) -> None:
+        self._queue: deque[_Waiting] = deque()
+        self._rows, self._seen = 0, seen
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._wake = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def __call__(self, model: ServedModel, values: Values) -> Values:
+        """The answer to samples that the model's signature has checked. Raises FullError, or what the model raises."""
+        waiting = _Waiting(values, model, asyncio.get_running_loop().create_future())
+        if self._rows and self._rows + waiting.rows > MOST_WAITING:
+            raise FullError
+        self._queue.append(waiting)
+        self._rows += waiting.rows
+        self._wake.set()
+        try:
+            return await waiting.future
+        finally:
+            self._rows -= waiting.rows
+
+    async def close(self) -> None:
+        """Answer no more."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            taken = self._take()
+            if not self._queue:
+                self._wake.clear()
+            if not taken:
+                continue
+            rows = sum(each.rows for each in taken)
+            self._seen(rows)
+            try:
+                # No waiting for company: while this one is computed, the next gathers.
+                answer = await loop.run_in_executor(
+                    self._thread, taken[0].model, joined([each.values for each in taken])
+                )
+                if rows_of(answer) != rows:
+                    raise ValueError(f"the model gave {rows_of(answer)} answers to {rows} samples")
+            except Exception as error:
+                for each in taken:
+                    if not each.future.done():
+                        each.future.set_exception(error)
+                continue
+            at = 0
+            for each in taken:
+                if not each.future.done():
+                    each.future.set_result(cut(answer, at, at + each.rows))
+                at += each.rows
+
+    def _take(self) -> list[_Waiting]:
+        """Requests from the front that may go together."""
+        taken: list[_Waiting] = []
+        rows = 0
+        while self._queue:
+            head = self._queue[0]
+            if head.future.done():  # who asked has gone
+                self._queue.popleft()
+                continue
+            together = head.model.shares and head.model.signature.same_shapes
+            if taken and (not together or head.model is not taken[0].model or rows + head.rows > AT_ONCE):
+                break
+            taken.append(self._queue.popleft())
+            rows += head.rows
+        return taken

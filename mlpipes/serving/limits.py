@@ -1,0 +1,169 @@
+"""Who may ask, how much, how fast, and how many at once: what stands before the application, and before its server."""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mlpipes.serving.metrics import Metrics
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+OPEN = frozenset({"/ping", "/v2/health/live", "/v2/health/ready"})
+"""What is answered without a token: probes have none."""
+_HEADER_SECONDS, _MOST_CONNECTIONS = 5.0, 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    body_bytes: int = 8 << 20
+    body_seconds: float = 10.0
+    in_flight: int = 128
+    token: str = ""
+    """What a request must bear; empty: nothing."""
+
+
+class Guard:
+    """The outermost layer: counts requests, and refuses what is beyond the limits before anything is parsed."""
+
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], limits: Limits, metrics: Metrics, routes: frozenset[str]
+    ) -> None:
+        self.app, self.limits, self.metrics, self.routes = app, limits, metrics, routes
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, code = time.perf_counter(), 499  # nginx's code for a client that has gone
+
+        async def noting(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+            await send(message)
+
+        try:
+            await self._limited(scope, receive, noting)
+        finally:
+            route = scope["path"] if scope["path"] in self.routes else "other"
+            self.metrics.requests.labels(route, str(code)).inc()
+            if scope["method"] == "POST":
+                self.metrics.seconds.observe(time.perf_counter() - began)
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limits, headers = self.limits, dict(scope["headers"])
+        if limits.token and scope["path"] not in OPEN and not _bears(headers, limits.token):
+            # The connection ends: what else of a body comes is not read.
+            await _refuse(send, 401, "a bearer token is wanted", {"www-authenticate": "Bearer", "connection": "close"})
+            return
+        if scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if _length(headers) > limits.body_bytes:
+            await self._too_large(send)
+            return
+        if self.in_flight >= limits.in_flight:
+            await _refuse(send, 429, "too many requests at once", {"retry-after": "1"})
+            return
+        self.in_flight += 1
+        self.metrics.in_flight.set(self.in_flight)
+        try:
+            body = bytearray()
+            try:
+                async with asyncio.timeout(limits.body_seconds):
+                    while True:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            return
+                        body += message.get("body", b"")
+                        if len(body) > limits.body_bytes:  # of chunks, whose sum no header says
+                            await self._too_large(send)
+                            return
+                        if not message.get("more_body"):
+                            break
+            except TimeoutError:
+                await _refuse(send, 408, f"the body took more than {limits.body_seconds:g} s", {"connection": "close"})
+                return
+            scope["body"] = bytes(body)
+            await self.app(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+            self.metrics.in_flight.set(self.in_flight)
+
+    async def _too_large(self, send: Send) -> None:
+        await _refuse(send, 413, f"a body may have {self.limits.body_bytes:,} bytes", {"connection": "close"})
+
+
+def _bears(headers: dict[bytes, bytes], token: str) -> bool:
+    kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+    return kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode())
+
+
+def _length(headers: dict[bytes, bytes]) -> int:
+    try:
+        return int(headers.get(b"content-length", b"0"))
+    except ValueError:  # the server refuses it
+        return 0
+
+
+async def _refuse(send: Send, code: int, text: str, headers: dict[str, str]) -> None:
+    body = json.dumps({"error": text}).encode()
+    fields = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+    pairs = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": code, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with a limit for the time that headers take, which it has none for, and for connections."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            transport.close()
+            return
+        self._arm()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._arm()
+
+    def on_headers_complete(self) -> None:
+        """All headers are there."""
+        self._disarm()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(_HEADER_SECONDS, self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

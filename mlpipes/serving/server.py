@@ -1,0 +1,146 @@
+"""The process that serves: uvicorn on one address, ended in peace by SIGTERM, with TLS where it leaves the machine."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from mlpipes.errors import ConfigError
+from mlpipes.serving.limits import GuardedProtocol
+from mlpipes.serving.web import State, make_app
+from mlpipes.store.environment import LOOPBACK
+
+_GRACE = 20
+"""Seconds that requests in flight have when it is told to end."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens; port 0: any that is free."""
+
+    host: str = "127.0.0.1"
+    port: int = 8100
+    certificate: Path | None = None
+    key: Path | None = None
+    behind_proxy: bool = False
+    """Whether something in front of it speaks TLS."""
+    drain: float = 0.0
+    """Seconds between SIGTERM and the end in which it is not ready, and still answers."""
+
+    def check(self, token: str) -> None:
+        """Raises ConfigError for what would let anybody ask, or listen in, or cannot work."""
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("TLS needs both: --tls-cert and --tls-key")
+        for path in (self.certificate, self.key):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{path} is not there; name a file in PEM")
+        if self.host in LOOPBACK:
+            return
+        if not token:
+            raise ConfigError(
+                f"whoever reaches {self.host} could ask: set MLPIPES_SERVE_TOKEN, which requests then bear"
+            )
+        if self.certificate is None and not self.behind_proxy:
+            raise ConfigError(
+                f"on {self.host}, the token and all data would travel in the open: name --tls-cert and --tls-key, or say "
+                "--behind-proxy where something in front of it speaks TLS"
+            )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, state: State, drain: float) -> None:
+        super().__init__(config)
+        self.state, self.drain = state, drain
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not ready any more, and after a while no more; a second signal ends it at once.
+
+        uvicorn's own would raise the signal again at the end, and the process would seem to have been killed.
+        """
+        if self.state.draining or not self.drain or self.loop is None:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+            return
+        self.state.draining = True
+        # From a signal's handler, which may run anywhere.
+        self.loop.call_soon_threadsafe(self.loop.call_later, self.drain, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+
+def serve(state: State, address: Address) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError where nothing can be served, or the port is taken."""
+    address.check(state.limits.token)
+    problem: list[BaseException] = []
+    options: dict[str, Any] = {}
+    if address.certificate is not None:
+        options = {"ssl_certfile": str(address.certificate), "ssl_keyfile": str(address.key)}
+    config = uvicorn.Config(
+        _Noting(make_app(state), problem),
+        host=address.host,
+        port=address.port,
+        http=GuardedProtocol,
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_level="critical",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE,
+        **options,
+    )
+    server = _Server(config, state, address.drain)
+    sock = _bound(address)
+    scheme = "https" if address.certificate is not None else "http"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    where = f"{scheme}://{host}:{sock.getsockname()[1]}"
+    state.tell(f"{state.registry.wanted}: {where} (try {where}/docs); Ctrl-C ends it")
+    try:
+        server.run([sock])
+    except SystemExit:
+        if not problem:
+            raise
+    finally:
+        sock.close()
+    if problem:
+        raise problem[0]
+
+
+def _bound(address: Address) -> Any:
+    import socket
+
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((address.host, address.port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"{address.host}:{address.port} cannot be listened on ({error.strerror}); try --port"
+        ) from None
+    return sock
+
+
+class _Noting:
+    """Passes on, and keeps what the application's start has raised, which uvicorn would only log."""
+
+    def __init__(self, app: Any, problem: list[BaseException]) -> None:
+        self.app, self.problem = app, problem
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            if scope["type"] == "lifespan":
+                self.problem.append(error)
+            raise

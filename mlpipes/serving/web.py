@@ -1,0 +1,231 @@
+"""The endpoint: MLflow's `/invocations`, the Open Inference Protocol's `/v2`, `/metrics` and `/docs`, with FastAPI."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from mlpipes.serving.batcher import Batcher, FullError
+from mlpipes.serving.current import Current, Registry
+from mlpipes.serving.formats import described, of_csv, of_mlflow, of_protocol, parsed, to_mlflow, to_protocol
+from mlpipes.serving.limits import Guard, Limits
+from mlpipes.serving.metrics import Metrics
+from mlpipes.serving.model import ServedModel
+from mlpipes.serving.signature import BadRequestError, is_finite
+from mlpipes.workloads.golden import Values
+
+Convert = Callable[[Request, bytes, ServedModel], Values]
+
+
+@dataclass
+class State:
+    """What the routes share."""
+
+    registry: Registry
+    every: float
+    """Seconds between two looks at the registry."""
+    tell: Callable[[str], None]
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    draining: bool = False
+    """Whether it is about to end: probes are told, requests are still answered."""
+
+    def __post_init__(self) -> None:
+        self.current = Current(self.registry, self.tell, self.metrics.swapped)
+
+    @property
+    def name(self) -> str:
+        """Of the registered model."""
+        return self.registry.wanted.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model, and there will be one for a while."""
+        return self.current.model is not None and not self.draining
+
+
+_ANSWERS = {
+    400: {"description": "the input is not what the model takes; says field and rule"},
+    401: {"description": "a bearer token is wanted"},
+    408: {"description": "the body took too long"},
+    413: {"description": "the body is too large"},
+    415: {"description": "the body is neither JSON nor CSV"},
+    422: {"description": "the model's answer has numbers that JSON does not have"},
+    429: {"description": "too many requests wait; come again after Retry-After seconds"},
+    500: {"description": "the model has failed"},
+    503: {"description": "no model is loaded yet"},
+}
+
+
+def make_app(state: State) -> Any:
+    """The ASGI application; it loads its model when it starts, and raises UserError then if there is none."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        await state.current.start()
+        app.state.batcher = Batcher(state.metrics.batches.observe)
+        following = asyncio.create_task(state.current.follow(state.every))
+        try:
+            yield
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+            await app.state.batcher.close()
+
+    app = FastAPI(
+        title=f"mlpipes serve {state.name}",
+        description="A registered model behind an endpoint; answers are those of its evaluation, bit for bit.",
+        version="1",
+        lifespan=life,
+    )
+    _add_probes(app, state)
+    _add_invocations(app, state)
+    _add_protocol(app, state)
+    routes = frozenset(route.path for route in app.routes if isinstance(getattr(route, "path", None), str))  # type: ignore[attr-defined]
+    return Guard(app, state.limits, state.metrics, routes | {f"/v2/models/{state.name}/infer"})
+
+
+def _add_probes(app: FastAPI, state: State) -> None:
+    @app.get("/ping", summary="Whether a model is loaded")
+    @app.get("/v2/health/ready", summary="Whether requests are answered")
+    async def ready() -> JSONResponse:
+        return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
+
+    @app.get("/v2/health/live", summary="Whether the process lives")
+    async def live() -> JSONResponse:
+        return JSONResponse({"live": True})
+
+    @app.get("/metrics", summary="For Prometheus")
+    async def metrics() -> Response:
+        return Response(state.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _answered(request: Request, state: State, convert: Convert) -> tuple[ServedModel, Values] | JSONResponse:
+    """The answer to a request, or what is wrong with it."""
+    model = state.current.model
+    if model is None:
+        return _problem(503, "no model is loaded yet")
+    try:
+        body: bytes = request.scope["body"]
+        values = convert(request, body, model)
+        answer = await request.app.state.batcher(model, values)
+    except BadRequestError as error:
+        return _problem(400, str(error), error.field)
+    except FullError:
+        return JSONResponse({"error": "too many samples wait"}, 429, {"retry-after": "1"})
+    except Exception as error:  # of somebody's model: whatever it is, the next request is answered
+        state.tell(f"{model.name} version {model.version} has failed: {type(error).__name__}: {error}")
+        return _problem(500, "the model has failed; the server's log says how")
+    if not is_finite(answer):
+        return _problem(422, "the model's answer has numbers that JSON does not have")
+    state.metrics.answered(model, answer)
+    return model, answer
+
+
+def _problem(code: int, text: str, field: str = "") -> JSONResponse:
+    return JSONResponse({"error": text} | ({"field": field} if field else {}), code)
+
+
+def _reply(model: ServedModel, content: Any) -> Response:
+    headers = {
+        "x-model-version": model.version,
+        "x-model-weights": model.weights,
+        "x-model-fingerprint": model.fingerprint,
+        "x-model-exact": str(model.exact).lower(),
+    }
+    return Response(json.dumps(content, allow_nan=False), media_type="application/json", headers=headers)
+
+
+def _of_invocation(request: Request, body: bytes, model: ServedModel) -> Values:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "text/csv":
+        return of_csv(body, model.signature)
+    return of_mlflow(parsed(body), model.signature)
+
+
+def _add_invocations(app: FastAPI, state: State) -> None:
+    formats = {
+        "application/json": {"schema": {"type": "object"}, "example": {"inputs": [[0, 0]]}},
+        "text/csv": {"schema": {"type": "string"}},
+    }
+
+    @app.post(
+        "/invocations",
+        summary="Answers to samples in one of MLflow's formats",
+        openapi_extra={"requestBody": {"required": True, "content": formats}},
+        responses=_ANSWERS,  # type: ignore[arg-type]
+    )
+    async def invocations(request: Request) -> Response:
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind not in ("application/json", "text/csv"):
+            return _problem(415, f"{kind[:80]!r} is neither application/json nor text/csv", "content-type")
+        found = await _answered(request, state, _of_invocation)
+        return found if isinstance(found, JSONResponse) else _reply(found[0], to_mlflow(found[1]))
+
+
+def _add_protocol(app: FastAPI, state: State) -> None:
+    tensor = {"name": "input-0", "shape": [1, 2], "datatype": "FP32", "data": [0, 0]}
+    content = {"application/json": {"schema": {"type": "object"}, "example": {"inputs": [tensor]}}}
+
+    @app.get("/v2", summary="The server")
+    async def server() -> JSONResponse:
+        return JSONResponse({"name": "mlpipes", "version": "1", "extensions": []})
+
+    def unknown(model: str, version: str | None) -> JSONResponse | None:
+        serving = state.current.model
+        if model != state.name:
+            return _problem(404, f"no such model; {state.name} is served", "model")
+        if serving is None:
+            return _problem(503, "no model is loaded yet")
+        if version is not None and version != serving.version:
+            return _problem(404, f"version {serving.version} is served", "version")
+        return None
+
+    @app.get("/v2/models/{model}", summary="What the model takes and gives", responses={404: {}, 503: {}})
+    @app.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
+    async def metadata(model: str, version: str | None = None) -> JSONResponse:
+        serving = state.current.model
+        wrong = unknown(model, version)
+        if wrong is not None or serving is None:
+            return wrong or _problem(503, "no model is loaded yet")
+        about = {"scale": serving.scale, "weights": serving.weights, "fingerprint": serving.fingerprint}
+        about |= {"exact": str(serving.exact).lower(), "caveat": serving.caveat}
+        content = {"name": serving.name, "versions": [serving.version], "platform": "pytorch", "parameters": about}
+        return JSONResponse(content | described(serving.signature))
+
+    @app.get("/v2/models/{model}/ready", summary="Whether the model answers", responses={404: {}, 503: {}})
+    @app.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
+    async def model_ready(model: str, version: str | None = None) -> JSONResponse:
+        return unknown(model, version) or JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
+
+    @app.post(
+        "/v2/models/{model}/infer",
+        summary="Answers by the Open Inference Protocol",
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+        responses=_ANSWERS | {404: {"description": "another model or version is served"}},  # type: ignore[arg-type]
+    )
+    @app.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
+    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+        if (wrong := unknown(model, version)) is not None:
+            return wrong
+        identity: list[Any] = []
+
+        def convert(_: Request, body: bytes, serving: ServedModel) -> Values:
+            asked = parsed(body)
+            values = of_protocol(asked, serving.signature)
+            identity.append(asked.get("id"))
+            return values
+
+        found = await _answered(request, state, convert)
+        if isinstance(found, JSONResponse):
+            return found
+        serving, answer = found
+        reply = {"model_name": serving.name, "model_version": serving.version}
+        reply |= {"id": str(identity[0])[:200]} if identity[0] is not None else {}
+        return _reply(serving, reply | {"outputs": to_protocol(answer)})

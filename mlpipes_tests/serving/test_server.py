@@ -1,0 +1,353 @@
+"""The real server process: formats, bits, limits, swaps under load, an absent registry, its end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from mlpipes_tests import evidence
+from mlpipes_tests.sandbox import CHECKOUT, end
+from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
+from mlpipes_tests.waiting import until
+
+TOKEN = "0123456789abcdef-of-a-test"  # noqa: S105
+
+
+@dataclass
+class Serving:
+    """A home with registered models, and a server that is started in it."""
+
+    home: Path
+    versions: dict[str, np.ndarray]
+    """What the evaluation of each would say of `IMAGES`."""
+    tracker: Any
+    name: str = "server"
+    process: "subprocess.Popen[bytes] | None" = None
+    address: str = ""
+
+    @property
+    def log(self) -> str:
+        return (self.home / f"{self.name}.log").read_text()
+
+    def start(self, *options: str, **environment: str) -> "Serving":
+        assert self.process is None
+        base = {name: value for name, value in os.environ.items() if not name.startswith(("MLPIPES_", "MLFLOW_"))}
+        environment = base | {"MLPIPES_HOME": str(self.home), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | environment
+        with (self.home / f"{self.name}.log").open("wb") as out:
+            self.process = subprocess.Popen(
+                [f"{CHECKOUT}/.venv/bin/mlpipes", "serve", "digits", "--port", "0", "--poll", "0.1", *options],
+                env=environment,
+                cwd=self.home,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        until(lambda: "is served, after" in self.log, "the server has loaded its model", vain=self.ended)
+        found = re.search(r"(https?://\S+) \(try", self.log)
+        assert found
+        self.address = found[1]
+        return self
+
+    def ended(self) -> str:
+        assert self.process is not None
+        return f"it has ended: {self.log}" if self.process.poll() is not None else ""
+
+    def stop(self) -> None:
+        if self.process is not None:
+            end(self.process)
+            self.process = None
+
+    def ask(self, rows: Any, **options: Any) -> requests.Response:
+        return requests.post(
+            f"{self.address}/invocations", json={"inputs": IMAGES[rows].tolist()}, timeout=60, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Serving:
+    home = tmp_path_factory.mktemp("serving")
+    evidence.collect_from(home)
+    tracker = tracker_in(home)
+    return Serving(home, dict(registered(tracker, seed) for seed in (1, 2)), tracker)
+
+
+@pytest.fixture(scope="module")
+def running(registry: Serving) -> Iterator[Serving]:
+    champion(registry.tracker, "1")
+    try:
+        yield registry.start("--max-body", "2")
+    finally:
+        registry.stop()
+
+
+@pytest.fixture
+def server(running: Serving) -> Iterator[Serving]:
+    """The one server of this module, which serves version 1."""
+    yield running
+    champion(running.tracker, "1")
+    until(lambda: running.ask([0]).headers["x-model-version"] == "1", "version 1 is served", vain=running.ended)
+
+
+@pytest.fixture
+def another(registry: Serving, running: Serving) -> Iterator[Serving]:
+    """One that a test starts by itself, in the same home, in which version 1 was served."""
+    own = Serving(registry.home, registry.versions, registry.tracker, "another")
+    try:
+        yield own
+    finally:
+        own.stop()
+
+
+def test_formats_headers_and_the_bits_of_the_evaluation(server: Serving) -> None:
+    wanted = server.versions["1"]
+    answer = server.ask([3, 1, 2])
+    assert answer.status_code == 200
+    assert np.array_equal(np.array(answer.json()["predictions"], dtype=np.float32), wanted[[3, 1, 2]])
+    assert answer.headers["x-model-version"] == "1"
+    assert answer.headers["x-model-weights"] == f"{1:064x}"
+    assert answer.headers["x-model-exact"] == "true"
+
+    metadata = requests.get(f"{server.address}/v2/models/{NAME}", timeout=60).json()
+    assert metadata["inputs"] == [{"name": "input-0", "datatype": "UINT8", "shape": [-1, 1, 8, 8]}]
+    tensor = {"name": "input-0", "shape": [2, 1, 8, 8], "datatype": "UINT8", "data": IMAGES[:2].ravel().tolist()}
+    reply = requests.post(
+        f"{server.address}/v2/models/{NAME}/infer", json={"id": "7", "inputs": [tensor]}, timeout=60
+    ).json()
+    assert reply["id"] == "7"
+    (output,) = reply["outputs"]
+    assert output["shape"] == [2, 10]
+    assert np.array_equal(np.array(output["data"], dtype=np.float32).reshape(2, 10), wanted[:2])
+    for path, code in (
+        ("/ping", 200),
+        ("/v2/health/ready", 200),
+        ("/v2", 200),
+        ("/docs", 200),
+        ("/openapi.json", 200),
+        (f"/v2/models/{NAME}/versions/1/ready", 200),
+        (f"/v2/models/{NAME}/versions/9", 404),
+        ("/v2/models/other", 404),
+        ("/nothing", 404),
+    ):
+        assert requests.get(f"{server.address}{path}", timeout=60).status_code == code, path
+    figures = requests.get(f"{server.address}/metrics", timeout=60).text
+    assert 'mlpipes_serve_requests_total{code="200",route="/invocations"} 1.0' in figures
+    assert f'mlpipes_serve_version{{exact="true",model="{NAME}",scale="w1-b128-e1-g0"}} 1.0' in figures
+    counted = {name: float(n) for name, n in re.findall(r'answers_total\{label="(\d)"\} (\S+)', figures)}
+    assert counted == {str(k): float(n) for k, n in enumerate(np.bincount(wanted[[3, 1, 2, 0, 1]].argmax(1))) if n}
+    assert server.process is not None
+    (listening,) = {
+        c.laddr.ip for c in __import__("psutil").Process(server.process.pid).net_connections() if c.status == "LISTEN"
+    }
+    assert listening == "127.0.0.1"
+
+
+def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(server: Serving) -> None:
+    generator = np.random.default_rng(1)
+    asked = [generator.choice(len(IMAGES), generator.integers(1, 12)) for _ in range(1500)]
+    done = threading.Event()
+
+    def swapping() -> int:
+        count = 0
+        while not done.is_set():
+            count += 1
+            version = str(1 + count % 2)
+            champion(server.tracker, version)
+            said = f"version {version} ("
+            until(lambda said=said: said in server.log.splitlines()[-1] or done.is_set(), "it is swapped")
+        return count
+
+    def ask(rows: np.ndarray, session: Any = threading.local()) -> tuple[str, bool]:  # noqa: B008 - one a thread
+        session.http = getattr(session, "http", None) or requests.Session()
+        body = {"inputs": IMAGES[rows].tolist()}
+        answer = session.http.post(f"{server.address}/invocations", json=body, timeout=600)
+        assert answer.status_code == 200, answer.text
+        version = answer.headers["x-model-version"]
+        found = np.array(answer.json()["predictions"], dtype=np.float32)
+        return version, np.array_equal(found, server.versions[version][rows])
+
+    with ThreadPoolExecutor(13) as pool:
+        swaps = pool.submit(swapping)
+        try:
+            answers = list(pool.map(ask, asked))
+        finally:
+            done.set()
+        assert swaps.result() >= 2
+    assert all(same for _, same in answers)
+    assert {version for version, _ in answers} == {"1", "2"}
+    figures = requests.get(f"{server.address}/metrics", timeout=60).text
+    together = re.search(r'batch_rows_bucket\{le="16.0"\} (\S+)', figures)
+    assert together
+    assert float(together[1]) < float(re.search(r"batch_rows_count (\S+)", figures)[1]), "some were answered together"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "says"),
+    [
+        (b"{", "body", "JSON is wanted"),
+        (b"[" * 100_000, "body", "nested too deeply"),
+        (b'{"inputs": NaN}', "body", "NaN is no number"),
+        (b"[]", "body", "an object"),
+        (b"{}", "body", "exactly one of"),
+        (b'{"inputs": [], "instances": []}', "body", "exactly one of"),
+        (b'{"inputs": [], "more": 1}', "body", "nothing else"),
+        (b'{"inputs": 5}', "inputs", "a list of samples"),
+        (b'{"inputs": []}', "inputs", "shape (n, 1, 8, 8)"),
+        (b'{"inputs": [[[1, 2], [3]]]}', "inputs", "different lengths"),
+        (b'{"inputs": [[1, 2]]}', "inputs", "shape (n, 1, 8, 8)"),
+        ({"inputs": np.full((1, 1, 8, 8), 0.5).tolist()}, "inputs[0][0][0][0]", "0.5 is no whole number from 0 to 255"),
+        ({"inputs": np.full((1, 1, 8, 8), 256).tolist()}, "inputs[0][0][0][0]", "256 is no whole number"),
+        ({"inputs": np.full((1, 1, 8, 8), -1).tolist()}, "inputs[0][0][0][0]", "-1 is no whole number"),
+        ({"inputs": np.full((1, 1, 8, 8), 10**30).astype(object).tolist()}, "inputs", ""),
+        ({"inputs": np.full((1, 1, 8, 8), "1").tolist()}, "inputs", "numbers are wanted"),
+        ({"inputs": np.full((1, 1, 8, 8), True).tolist()}, "inputs", "numbers are wanted"),
+        ({"inputs": [[[[True, 1, 1, 1, 1, 1, 1, 1]] * 8]]}, "inputs", "numbers are wanted"),
+        ({"inputs": [[[[None] * 8] * 8]]}, "inputs", "numbers are wanted"),
+        ({"inputs": np.zeros((5000, 1, 8, 8), int).tolist()}, "inputs", "1 to 4,096 samples"),
+        ({"dataframe_records": [{"a": 1}]}, "dataframe_records", "takes an array"),
+        ({"inputs": [[[[1] * 8] * 8]], "params": {"a": 1}}, "params", "takes none"),
+    ],
+)
+def test_bad_input_is_told_by_field_and_rule(server: Serving, body: Any, field: str, says: str) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    kind = {"content-type": "application/json"}
+    answer = requests.post(f"{server.address}/invocations", data=data, headers=kind, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["field"] == field
+    assert says in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"shape": [1, 1, 8, 9]}, "inputs[0].data"),
+        ({"shape": [0]}, "inputs[0].shape"),
+        ({"shape": [True, 1, 8, 8]}, "inputs[0].shape"),
+        ({"shape": "big"}, "inputs[0].shape"),
+        ({"shape": [64]}, "inputs[0].data"),
+        ({"datatype": "FP32"}, "inputs[0].datatype"),
+        ({"datatype": None}, "inputs[0].datatype"),
+        ({"data": 5}, "inputs[0].data"),
+        ({"data": [[1], [1, 2]]}, "inputs[0].data"),
+        ({"name": 5}, "inputs[0].name"),
+    ],
+)
+def test_bad_tensors_are_told_too(server: Serving, changes: dict[str, Any], field: str) -> None:
+    tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [1] * 64} | changes
+    answer = requests.post(f"{server.address}/v2/models/{NAME}/infer", json={"inputs": [tensor]}, timeout=60)
+    assert (answer.status_code, answer.json().get("field")) == (400, field), answer.text
+
+
+def test_what_is_too_large_or_too_slow_is_refused_and_others_are_answered(server: Serving) -> None:
+    port = int(server.address.rpartition(":")[2])
+    big = requests.post(f"{server.address}/invocations", data=b" " * (3 << 20), timeout=60)
+    assert big.status_code == 413
+    chunks = requests.post(f"{server.address}/invocations", data=iter([b" " * (1 << 20)] * 3), timeout=60)
+    assert chunks.status_code == 413
+    other = requests.post(f"{server.address}/invocations", data=b"x", headers={"content-type": "a/b"}, timeout=60)
+    assert other.status_code == 415
+    with socket.create_connection(("127.0.0.1", port)) as slow, socket.create_connection(("127.0.0.1", port)) as half:
+        slow.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\nx-never:")
+        half.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        assert server.ask([0]).status_code == 200
+        for connection in (slow, half):
+            connection.settimeout(600)
+        assert slow.recv(4096) == b"", "its headers never came"
+        assert half.recv(4096).startswith(b"HTTP/1.1 408")
+    assert server.ask([0]).status_code == 200
+
+
+def test_a_version_that_answers_otherwise_than_it_should_does_not_take_over(server: Serving) -> None:
+    bad, _ = registered(server.tracker, 3)
+    other, _ = registered(server.tracker, 4, classes=3)
+    golden = next((server.home / "mlflow").rglob(f"models/{_model(server, bad)}/**/golden.json"))
+    content = json.loads(golden.read_text())
+    content["answer"]["data"][0] += 1
+    golden.write_text(json.dumps(content))
+    for version, why in ((bad, "golden request otherwise"), (other, "takes or answers something else")):
+        champion(server.tracker, version)
+        until(lambda why=why: why in server.log, "it is told why it is not served", vain=server.ended)
+        assert server.ask([0]).headers["x-model-version"] == "1"
+    champion(server.tracker, "2")
+    until(lambda: server.ask([0]).headers["x-model-version"] == "2", "a good one takes over", vain=server.ended)
+    champion(server.tracker, "1")
+    until(lambda: server.ask([0]).headers["x-model-version"] == "1", "and is rolled back", vain=server.ended)
+
+
+def _model(server: Serving, version: str) -> str:
+    return str(server.tracker.client.get_model_version(NAME, version).source).rpartition("/")[2]
+
+
+def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
+    another: Serving, tmp_path: Path
+) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *made, "subjectAltName=DNS:localhost", *files], check=True, capture_output=True)
+    options = ("--host", "0.0.0.0", "--tls-cert", str(certificate), "--tls-key", str(key), "--drain", "3")  # noqa: S104
+    another.start(*options, MLPIPES_SERVE_TOKEN=TOKEN, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert "serving what was served last" in another.log
+    another.address = f"https://localhost:{another.address.rpartition(':')[2]}"
+    trust: dict[str, Any] = {"verify": str(certificate)}
+    assert requests.get(f"{another.address}/ping", timeout=60, **trust).status_code == 200
+    assert requests.get(f"{another.address}/metrics", timeout=60, **trust).status_code == 401
+    bearing = {"authorization": f"Bearer {TOKEN}"}
+    for headers, code in (({}, 401), ({"authorization": "Bearer x"}, 401), (bearing, 200)):
+        answer = another.ask([5], headers=headers, **trust)
+        assert answer.status_code == code
+    found = np.array(answer.json()["predictions"], dtype=np.float32)
+    assert np.array_equal(found, another.versions["1"][[5]])
+
+    assert another.process is not None
+    another.process.send_signal(signal.SIGTERM)
+    ready = f"{another.address}/ping"
+    until(lambda: requests.get(ready, timeout=60, **trust).status_code == 503, "probes are told", every=0.02)
+    assert another.ask([0], headers=bearing, **trust).status_code == 200, "requests are still answered"
+    assert another.process.wait(600) == 0
+    another.process = None
+    assert TOKEN not in another.log
+    assert "Traceback" not in another.log
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "says"),
+    [
+        (["--host", "0.0.0.0"], {}, "set MLPIPES_SERVE_TOKEN"),  # noqa: S104
+        (["--host", "0.0.0.0"], {"MLPIPES_SERVE_TOKEN": TOKEN}, "--tls-cert"),  # noqa: S104
+        ([], {"MLPIPES_SERVE_TOKEN": "short"}, "16 characters"),
+        (["--tls-cert", "absent.pem"], {}, "needs both"),
+        (["--tls-cert", "absent.pem", "--tls-key", "absent.pem"], {}, "absent.pem is not there"),
+        (["--version", "1", "--alias", "other"], {}, "not both"),
+        (["--version", "99"], {}, "is not registered"),
+        (["--alias", "nobody"], {}, "is not registered"),
+        (["--alias", "nobody"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "was never served from this home"),
+        (["--port", "TAKEN"], {}, "cannot be listened on"),
+    ],
+)
+def test_what_cannot_be_served_is_told_in_a_line(
+    server: Serving, options: list[str], environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from mlpipes.cli.app import app
+
+    taken = server.address.rpartition(":")[2]
+    monkeypatch.setenv("MLPIPES_HOME", str(server.home))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["serve", "digits", "--port", "0", *(o.replace("TAKEN", taken) for o in options)])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert says in " ".join(done.output.split())
