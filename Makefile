@@ -12,7 +12,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster test-gpu definitions format lint types benchmark chaos cluster cluster-down cluster-programs images clean
+.PHONY: install demo dev test test-all test-cluster test-gpu checks definitions format lint types benchmark chaos cluster cluster-down cluster-programs images clean
 install: .venv/.installed
 
 demo: install
@@ -25,11 +25,11 @@ dev: install
 PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
 # What a change of code can break. Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
-test: lint types definitions
+test: checks
 	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not cluster and not gpu"
 
 # All but the Kubernetes cluster and a GPU; what a program is missing for is skipped, and says so.
-test-all: lint types definitions
+test-all: checks
 	FUZZ_FILES=10000 $(PYTEST) -n 2 -m "not cluster and not gpu"
 
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
@@ -39,6 +39,10 @@ test-cluster: install cluster-programs
 # Where there is a GPU.
 test-gpu: install
 	$(BIN)/pytest -m gpu
+
+# Beside each other: types take as long as the rest, on one core.
+checks: install
+	$(MAKE) --jobs --output-sync lint types definitions
 
 definitions: install
 	$(BIN)/dagster definitions validate -w workspace.yaml
