@@ -140,6 +140,7 @@ def _program(path: Path, rows: int) -> Callable[[Values], Values]:
     from mlpipes.workloads.served import answers_in_batches
 
     module: Any = torch.export.load(path).module()
+    torch.set_num_threads(1)
 
     def run(values: Values) -> Values:
         assert isinstance(values, np.ndarray)  # noqa: S101 - the signature has checked them

@@ -95,6 +95,7 @@ def serve(state: State, address: Address) -> None:
         access_log=False,
         log_level="critical",
         server_header=False,
+        proxy_headers=False,  # who asks is not looked at
         timeout_graceful_shutdown=_GRACE,
         **options,
     )

@@ -16,11 +16,13 @@ from mlpipes.workloads.tensors import TensorColumns, autocast, each_row
 def one_thread() -> Iterator[None]:
     """Compute on one thread, for other numbers of them may give other bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if before != 1:  # which costs a while
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if before != 1:
+            torch.set_num_threads(before)
 
 
 @torch.no_grad()
