@@ -18,6 +18,10 @@ _SETTLING_MS = 1500
 """Fonts and animations, for the eye; nothing is asserted about it."""
 
 
+_EMPTY = 20_000
+"""Bytes that a screenshot of a page without content has at most."""
+
+
 @contextmanager
 def browser_page(height: int) -> Iterator[Any]:
     """A page of 1500 pixels' width; skips the test where there is no Chromium."""
@@ -38,6 +42,8 @@ def browser_page(height: int) -> Iterator[Any]:
 
 
 def picture(page: Any, name: str) -> None:
-    """Keep a screenshot of a page."""
+    """Keep a screenshot of a page, on which there is something."""
     page.wait_for_timeout(_SETTLING_MS)
-    page.screenshot(path=OUTPUT / f"{name}.png")
+    path = OUTPUT / f"{name}.png"
+    page.screenshot(path=path)
+    assert path.stat().st_size > _EMPTY, f"next to nothing is on {path}"

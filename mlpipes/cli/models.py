@@ -1,10 +1,12 @@
 """The part of the command line about models: promote, rollback, compare, history, predict."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mlpipes.cli.common import console, friendly, scale_named
@@ -123,17 +125,35 @@ def history(
 @app.command()
 @friendly
 def predict(
-    workload: Annotated[str, typer.Argument(help="which text workload")],
-    scale: Annotated[str, typer.Argument(help="which scale's model, e.g. w1-b64-e6-g0")],
+    workload: Annotated[str, typer.Argument(help="which workload; one of texts, where there is no --input")],
+    scale: Annotated[
+        str | None, typer.Argument(help="which scale's model, e.g. w1-b64-e6-g0; with --input: default champion")
+    ] = None,
     texts: Annotated[list[str] | None, typer.Argument(help="texts; none: one a line from standard input")] = None,
     pair: Annotated[
         list[str] | None, typer.Option(help="of a workload on pairs: the second text, once for each")
     ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="table (.parquet, .csv, .jsonl) or array (.npy)")
+    ] = None,
+    result: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="with --input: .parquet or .csv to write")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="with --input: processes that compute")] = 2,
 ) -> None:
-    """Ask a trained text model about new texts: labels and probabilities, or values."""
+    """Ask a model: about some texts, or about all samples of a file; a file that was begun is gone on with."""
     from mlpipes.data.snapshot import open_snapshot
     from mlpipes.training.model import load_model, predict_texts
 
+    if source is not None:
+        if texts or pair or result is None:
+            raise ConfigError("with --input, name an --output, and give no texts")
+        _predict_file(workload, scale, source.expanduser(), result.expanduser(), workers)
+        return
+    if scale is None or result is not None:
+        raise ConfigError(
+            "name a scale and some texts, or a file of samples with --input and one to write with --output"
+        )
     key = scale_named(workload, scale)
     reference = default_store().read_reference(ModelReference, workload, key)
     if reference is None:
@@ -159,3 +179,33 @@ def predict(
         cells = [column[row] for column in answers.values()]
         table.add_row(text, *(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
+
+
+def _predict_file(workload: str, scale: str | None, source: Path, result: Path, workers: int) -> None:
+    from mlpipes.serving.batch import Job
+    from mlpipes.serving.current import Registry, Wanted, describe
+    from mlpipes.serving.model import fetched
+    from mlpipes.serving.tables import rows_in
+    from mlpipes.tracking.champion import Champions
+    from mlpipes.tracking.models import registered_name
+    from mlpipes.tracking.runs import Tracker, existing_uri
+
+    entry_named(workload)
+    name, tracker = registered_name(workload), Tracker(existing_uri())
+    version = Champions(tracker, name).of_scale(scale_named(workload, scale)).version if scale else None
+    wanted = Registry(lambda: tracker, Wanted(name, version), default_store())
+    job = Job.of(fetched(tracker, name, wanted.version(), default_store()), source, default_store())
+    console.print(f"{describe(job.model)} answers", markup=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(source.name, total=rows_in(source))
+        found = 0
+
+        def done(rows: int, computed: bool) -> None:
+            nonlocal found
+            found += 0 if computed else rows
+            progress.advance(task, rows)
+
+        rows = job.run(result, workers, done)
+    there = f", of which {found:,} were answered before" if found else ""
+    console.print(f"{rows:,} answers are in {result}{there}.", markup=False, soft_wrap=True)

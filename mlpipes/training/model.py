@@ -27,7 +27,7 @@ from mlpipes.training.prediction import outputs_of, predictions_of
 from mlpipes.workloads.base import DataInfo, Deployable, Workload
 from mlpipes.workloads.catalog import load_workload
 from mlpipes.workloads.deployables import TorchProgram
-from mlpipes.workloads.served import served_predictions
+from mlpipes.workloads.served import served_predictions, served_rows
 from mlpipes.workloads.tensors import compute_fp32_in_full, on_device
 
 KIND = "model"
@@ -193,7 +193,7 @@ def deployable(model: TrainedModel, snapshot: Snapshot) -> Deployable:
     workload, info = model.workload, model.info(snapshot)
     found = workload.deployable(model.network.cpu(), model.hp, info, snapshot.columns("train"))
     if isinstance(found, TorchProgram):
-        return replace(found, rows=workload.served_rows, precision=info.precision)
+        return replace(found, rows=served_rows(workload, model.hp), precision=info.precision)
     return found
 
 

@@ -25,6 +25,11 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def served_rows(workload: Workload, hp: Any) -> int:
+    """Samples of a forward pass where a model is served: what its workload says, or fewer where memory is short."""
+    return min(workload.served_rows, hp.micro_batch or workload.served_rows)
+
+
 @torch.no_grad()
 def served_predictions(
     workload: Workload, model: nn.Module, columns: TensorColumns, hp: Any, precision: str
@@ -34,7 +39,7 @@ def served_predictions(
     In batches of one size and few lengths, on one thread: so no bit of an answer depends on the rows beside it. Raises
     TrainingFailedError for an output of `predict` that has another number of rows.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training, size = next(model.parameters()).device, model.training, served_rows(workload, hp)
     rows, lengths = len(next(iter(columns.values()))), workload.lengths(columns)
     alike = np.zeros(rows) if lengths is None else np.array([workload.served_length(int(each)) for each in lengths])
     model.eval()
@@ -42,8 +47,8 @@ def served_predictions(
     order: list[Tensor] = []
     with one_thread():
         for length in np.unique(alike):
-            for part in torch.from_numpy(np.flatnonzero(alike == length)).split(workload.served_rows):
-                batch = workload.served_batch(columns, _filled(part, workload.served_rows), hp)
+            for part in torch.from_numpy(np.flatnonzero(alike == length)).split(size):
+                batch = workload.served_batch(columns, _filled(part, size), hp)
                 with autocast(device, precision):
                     outputs = workload.predict(model, batch, hp)
                 seen = {name: value[: len(part)] if value.ndim else value for name, value in outputs.items()}

@@ -68,19 +68,20 @@ class TextModel(PythonModel):
         return found
 
     def _batch(self, tokens, numbers, rows, length):
-        """As `batch` in mlpipes/workloads/text_serving.py: filled up with the first row, and one more of a single token."""
-        filled = [*numbers, *[numbers[0]] * (rows - len(numbers) + 1)]
-        parts = {name: [tokens[name][number] for number in filled] for name in tokens}
+        """As `batch` in mlpipes/workloads/text_serving.py: filled up with the first row, and one more that has padding."""
+        filled = [*numbers, *[numbers[0]] * (rows - len(numbers))]
+        parts = {name: [list(tokens[name][number]) for number in filled] for name in tokens if name != "attention_mask"}
+        for values in parts.values():
+            first = values[0]
+            values.append(first[:1] + first[2:] if len(first) == length > 1 else first)
         parts["attention_mask"] = [[1] * len(ids) for ids in parts["input_ids"]]
-        parts["attention_mask"][-1] = [1]
         left = self.tokenizer.padding_side == "left"
         fill = {"input_ids": self.model.config.pad_token_id or 0}
         inputs = {}
-        for name, values in parts.items():
-            made = torch.full((len(filled), length), fill.get(name, 0))
-            for row, value in enumerate(values):
-                kept = torch.tensor(value[: sum(parts["attention_mask"][row])])
-                made[row, slice(length - len(kept), None) if left else slice(len(kept))] = kept
+        for name, several in parts.items():
+            made = torch.full((len(several), length), fill.get(name, 0))
+            for row, values in enumerate(several):
+                made[row, slice(length - len(values), None) if left else slice(len(values))] = torch.tensor(values)
             inputs[name] = made
         return inputs
 

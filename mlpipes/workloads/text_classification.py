@@ -33,7 +33,7 @@ from mlpipes.workloads.encoder_trial import Trial
 from mlpipes.workloads.encoders import Encoder, Pretrained, Tiny, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
 from mlpipes.workloads.regression import Regression
-from mlpipes.workloads.served import served_predictions
+from mlpipes.workloads.served import served_predictions, served_rows
 from mlpipes.workloads.temperature import TEMPERATURE
 from mlpipes.workloads.tensors import RaggedTensor, on_device
 
@@ -247,7 +247,8 @@ class TextWorkload(Workload):
         example = {name: list(columns[name][rows].texts()) for name in _names(columns)}
         raw = on_device(self.raw_columns(example["text"], example.get("text_pair"), info), _CPU)
         answers = self.answers(served_predictions(self, model.cpu(), raw, hp, info.precision), info)
-        how = {"pooling": hp.pooling, "rows": self.served_rows, "lengths": text_serving.lengths(self.max_length)}
+        size = served_rows(self, hp)
+        how = {"pooling": hp.pooling, "rows": size, "lengths": text_serving.lengths(self.max_length)}
         return text_serving.deployed(model, info, how, example, answers)
 
     @abstractmethod

@@ -30,15 +30,21 @@ def lengths(longest: int) -> list[int]:
 def batch(columns: Mapping[str, Any], rows: Tensor, length: int) -> Batch:
     """`input_ids`, `attention_mask` (B + 1, L) and `token_type_ids` of pairs, for B rows.
 
-    The last row is of a single token and nobody's: where nothing is masked, transformers computes in another way.
+    The last row is nobody's: it has padding, for where nothing is masked, transformers computes in another way. It is the
+    first row, less its second token if that fills the length: some encoders count tokens such as the one at the end.
     """
     ids, real = columns["tokens"].padded(rows, length)
-    alone = torch.arange(real.shape[1], device=real.device)[None] == 0
-    found = {"input_ids": torch.cat([ids, ids[:1]]), "attention_mask": torch.cat([real, alone])}
+    found = {"input_ids": _and_one_more(ids, real), "attention_mask": _and_one_more(real, real)}
     if "types" in columns:
-        types = columns["types"].padded(rows, length)[0]
-        found["token_type_ids"] = torch.cat([types, types[:1]])
+        found["token_type_ids"] = _and_one_more(columns["types"].padded(rows, length)[0], real)
     return found
+
+
+def _and_one_more(values: Tensor, real: Tensor) -> Tensor:
+    last = values[:1]
+    if bool(real[0].all()) and values.shape[1] > 1:
+        last = torch.cat([last[:, :1], last[:, 2:], torch.zeros_like(last[:, :1])], dim=1)
+    return torch.cat([values, last])
 
 
 def deployed(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.browser import OUTPUT, browser_page, picture
+from mlpipes_tests.browser import browser_page, picture
 from mlpipes_tests.desk import Desk
 from mlpipes_tests.waiting import until
 
@@ -34,19 +34,17 @@ def page(desk: Desk) -> Iterator[Any]:
         yield opened
 
 
-def test_a_partition_is_materialized_and_its_checks_are_seen(page: Any, desk: Desk) -> None:
+# -- what a user does, in this order whatever the order of the tests --------------------------------------------------
+@pytest.fixture(scope="module")
+def materialized(page: Any, desk: Desk) -> None:
+    """One scale, by clicks."""
     desk.materialize(page, "digits", [FIRST])
     desk.until_done([FIRST], "digits_chain")
-    desk.go(page, "assets/digits/eval_report?view=checks")
-    for name in ("floor", "regression", "calibration", "drift"):
-        page.get_by_text(name, exact=True).first.wait_for()
-    page.get_by_text("floor", exact=True).first.click()
-    page.get_by_text("This is a blocking asset check").wait_for()
-    page.get_by_text("Passed").first.wait_for()
-    picture(page, "checks")
 
 
-def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: Any, desk: Desk) -> None:
+@pytest.fixture(scope="module")
+def watched(page: Any, desk: Desk, materialized: None) -> tuple[str, str]:
+    """A long training is watched in the live view, which shows a step and a later one; then its run is cancelled."""
     desk.barriers.close(EARLY, LATE)
     desk.materialize(page, "digits", [LONG])
     desk.barriers.wait_for(EARLY)
@@ -64,7 +62,7 @@ def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: An
     before = until(shown, "the live view shows the training", every=1)
     desk.barriers.open(EARLY)
     desk.barriers.wait_for(LATE)
-    until(lambda: shown() not in ("", before), "the live view has changed", every=1)
+    after = until(lambda: (now := shown()) not in ("", before) and now, "the live view has changed", every=1)
     page.get_by_role("button", name="Plots").click()
     picture(page, "live")
 
@@ -76,12 +74,14 @@ def test_the_live_view_changes_while_it_trains_and_a_cancelled_run_ends(page: An
     desk.barriers.open()
     until(lambda: desk.runs(LONG)[0] == "CANCELED", "the run is cancelled")
     picture(page, "cancelled")
+    return before, str(after)
 
 
-def test_a_backfill_over_three_scales_and_the_report_that_follows(page: Any, desk: Desk) -> None:
+@pytest.fixture(scope="module")
+def backfilled(page: Any, desk: Desk, watched: tuple[str, str]) -> None:
+    """All short scales, by clicks; the report follows, which nobody asks for, when nothing is in progress any more."""
     desk.materialize(page, "digits", SHORT)
     desk.until_done(SHORT, "digits_chain")
-    # Nobody asks for the report: it follows when nothing is in progress any more.
     report = desk.home / "store" / "reports" / "digits" / "scaling_report.md"
 
     def has_followed() -> bool:
@@ -101,12 +101,33 @@ def test_a_backfill_over_three_scales_and_the_report_that_follows(page: Any, des
     page.get_by_text("[Show Markdown]").first.wait_for()
     picture(page, "report")
 
+
+# -- what then is so ---------------------------------------------------------------------------------------------------
+def test_the_checks_of_a_materialized_partition_are_seen(page: Any, desk: Desk, materialized: None) -> None:
+    desk.go(page, "assets/digits/eval_report?view=checks")
+    for name in ("floor", "regression", "calibration", "drift"):
+        page.get_by_text(name, exact=True).first.wait_for()
+    page.get_by_text("floor", exact=True).first.click()
+    page.get_by_text("This is a blocking asset check").wait_for()
+    page.get_by_text("Passed").first.wait_for()
+    picture(page, "checks")
+
+
+def test_the_live_view_changed_while_it_trained_and_the_cancelled_run_ended(
+    desk: Desk, watched: tuple[str, str]
+) -> None:
+    before, after = (int(step.partition("/")[0]) for step in watched)
+    assert before < after
+    assert "CANCELED" in desk.runs(LONG)
+
+
+def test_what_was_backfilled_is_not_done_again(desk: Desk, backfilled: None) -> None:
     done = desk.run(".venv/bin/mlpipes backfill digits " + " ".join(f"--scale {key}" for key in SHORT))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Fresh, nothing to do: " + ", ".join(SHORT) in done.stdout
 
 
-def test_a_backfill_from_the_command_line_goes_on_where_the_cancelled_run_stopped(desk: Desk) -> None:
+def test_a_backfill_from_the_command_line_goes_on_where_the_cancelled_run_stopped(desk: Desk, backfilled: None) -> None:
     (path,) = [p for p in (desk.home / "store").glob("trainings/*/") if not (p / "result.json").is_file()]
     done = desk.run(f".venv/bin/mlpipes backfill digits --scale {LONG} --smallest-first")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -126,7 +147,9 @@ def test_a_backfill_that_fails_says_so_and_where_to_look(desk: Desk) -> None:
     assert "/runs/" in where
 
 
-def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(page: Any, desk: Desk) -> None:
+def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(
+    page: Any, desk: Desk, backfilled: None
+) -> None:
     desk.go(page, "locations/mlpipes.definitions/schedules/digits_nightly")
     switch = page.locator("input[type=checkbox]").first
     switch.wait_for(state="attached")
@@ -141,9 +164,3 @@ def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(page: A
     picture(page, "nights")
     history = desk.run(f".venv/bin/mlpipes history digits {FIRST}")
     assert history.stdout.count("passed") >= 2
-
-
-def test_pictures_were_kept(desk: Desk) -> None:
-    for name in ("checks", "live", "cancelled", "report", "nights"):
-        path = OUTPUT / f"{name}.png"
-        assert path.stat().st_size > 20_000, name

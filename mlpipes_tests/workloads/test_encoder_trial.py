@@ -23,6 +23,7 @@ from mlpipes.store.layout import Store
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.encoder_models import freeze
 from mlpipes.workloads.encoders import ENCODER, TOKENIZER, Pretrained, tokenizer_of, wordpiece_tokenizer
+from mlpipes.workloads.served import served_predictions
 from mlpipes.workloads.served_text_model import TextModel
 from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.text_classification import TextClassification
@@ -223,9 +224,17 @@ def test_each_kind_trains_with_each_pooling_and_is_served_as_it_was_trained(
         workload.deployable(model, hp, info, columns).write(served_folder)
         served: Any = TextModel()
         served.load_context(SimpleNamespace(artifacts={"model": str(served_folder)}))
-        raw = pd.DataFrame({n: list(columns[n][rows].texts()) for n in ("text", "text_pair") if n in columns})
-        found = served.predict(None, raw)[[f"p({name})" for name in info.facts["class_names"]]].to_numpy()
-        assert np.abs(found - logits.double().softmax(1).numpy()).max() < 1e-5
+        raw = pd.DataFrame({n: list(columns[n].texts()) for n in ("text", "text_pair") if n in columns})
+        evaluated = workload.answers(served_predictions(workload, model, moved, hp, "fp32"), info)
+        names = [f"p({name})" for name in info.facts["class_names"]]
+        for asked in (rows, np.arange(len(raw))):
+            found = served.predict(None, raw.iloc[asked])
+            assert all(found[name].tolist() == np.asarray(evaluated[name])[asked].tolist() for name in names)
+        if not looks:
+            assert (
+                np.abs(served.predict(None, raw.iloc[rows])[names] - logits.double().softmax(1).numpy()).max(None)
+                < 1e-5
+            )
 
 
 def test_a_head_that_comes_with_the_model_is_never_used(

@@ -1,0 +1,126 @@
+"""Samples in files, a chunk at a time: Parquet, CSV and JSON lines for models of tables, arrays of NumPy for the others."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlpipes.errors import DataError
+from mlpipes.serving.signature import BadRequestError, Signature
+from mlpipes.workloads.golden import Values
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".ndjson": "json"}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive samples of a file."""
+
+    number: int
+    first: int
+    """The number of its first row in the file."""
+    values: Values
+    """As the model takes them, checked."""
+    table: "pa.Table | None"
+    """All columns of the file; None of an array."""
+
+
+def check_kind(path: Path, signature: Signature) -> None:
+    """Raises DataError where a file is not there, or holds nothing for such a model."""
+    if not path.is_file():
+        raise DataError(f"{path} is {'a folder; name a file' if path.is_dir() else 'not there'}")
+    wanted = (".npy",) if signature.is_tensor else tuple(_FORMATS)
+    if path.suffix.lower() not in wanted:
+        what = "an array" if signature.is_tensor else f"a table with {', '.join(c.name for c in signature.inputs)}"
+        raise DataError(f"the model takes {what}: give a file that ends with {' or '.join(wanted)}, not {path.name}")
+
+
+def rows_in(path: Path) -> int | None:
+    """How many samples a file has, where that is known without reading it."""
+    if path.suffix.lower() == ".npy":
+        return len(_array(path))
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.ParquetFile(path).metadata.num_rows
+        except Exception as error:  # of Arrow, which has many
+            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+    return None
+
+
+def chunks(path: Path, signature: Signature, rows: int) -> Iterator[Chunk]:
+    """The samples of a file, so many at a time, in order and in bounded memory.
+
+    Raises DataError for what cannot be read, or is not what the model takes, with the rows that it is in.
+    """
+    number = first = 0
+    for values, table in _read(path, signature, rows):
+        count = len(values if table is None else table)
+        try:
+            checked: Values
+            if signature.is_tensor:
+                checked = signature.check_array(values, "samples")
+            else:
+                checked = signature.check_table(values, "columns")
+        except BadRequestError as error:
+            raise DataError(f"{path}, rows {first} to {first + count - 1}: {error}") from error
+        yield Chunk(number, first, checked, table)
+        number, first = number + 1, first + count
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} is no array of NumPy: {error}") from error
+    if found.ndim == 0:
+        raise DataError(f"{path} holds a single number, and no samples")
+    return found
+
+
+def _read(path: Path, signature: Signature, rows: int) -> Iterator[tuple[Any, "pa.Table | None"]]:
+    if signature.is_tensor:
+        array = _array(path)
+        for start in range(0, len(array), rows):
+            yield np.asarray(array[start : start + rows]), None
+        return
+    for table in _tables(path, signature, rows):
+        wanted = [column.name for column in signature.inputs if column.name in table.column_names]
+        yield {name: table[name].to_pylist() for name in wanted}, table
+
+
+def _tables(path: Path, signature: Signature, rows: int) -> Iterator["pa.Table"]:
+    import pyarrow as pa
+    import pyarrow.csv as pa_csv
+    import pyarrow.dataset as pa_dataset
+
+    kind: Any = _FORMATS[path.suffix.lower()]
+    if kind == "csv":
+        # What looks like a number, or like nothing, is a text where the model takes texts.
+        texts = {column.name: pa.string() for column in signature.inputs if column.dtype == "str"}
+        scan = pa_dataset.CsvFragmentScanOptions(
+            convert_options=pa_csv.ConvertOptions(column_types=texts, strings_can_be_null=False)
+        )
+        parse = pa_csv.ParseOptions(newlines_in_values=True)
+        kind = pa_dataset.CsvFileFormat(parse_options=parse, default_fragment_scan_options=scan)
+    try:
+        batches = pa_dataset.dataset(path, format=kind).scanner().to_batches()
+        waiting: list[pa.RecordBatch] = []
+        count = 0
+        for batch in batches:
+            waiting.append(batch)
+            count += len(batch)
+            while count >= rows:
+                table = pa.Table.from_batches(waiting)
+                yield table.slice(0, rows)
+                waiting, count = table.slice(rows).to_batches(), count - rows
+        if count:
+            yield pa.Table.from_batches(waiting)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,185 @@
+"""Batch inference: the bits of the evaluation, each row once, whatever was killed, and what files may be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from mlpipes.errors import ConfigError, DataError
+from mlpipes.serving import batch
+from mlpipes.serving.batch import Job
+from mlpipes.serving.model import ServedModel, fetched
+from mlpipes.serving.signature import Column, Signature
+from mlpipes.serving.tables import chunks
+from mlpipes.store.layout import Store
+from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.serving import held_batch
+from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
+from mlpipes_tests.waiting import until
+
+TEXTS = Signature((Column("text", "str", ()),), (), is_tensor=False, answers_tensor=False)
+TIMES = 180
+"""How often `IMAGES` are repeated: some chunks."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("batch")
+
+
+@pytest.fixture(scope="module")
+def expected(home: Path) -> np.ndarray:
+    """Logits that the evaluation has of the rows of images.npy; the model is champion."""
+    tracker = tracker_in(home)
+    version, evaluated = registered(tracker, 1)
+    champion(tracker, version)
+    np.save(home / "images.npy", np.tile(IMAGES, (TIMES, 1, 1, 1)))
+    return np.tile(evaluated, (TIMES, 1))
+
+
+def command(home: Path, output: str, *options: str, held: bool = False) -> "subprocess.Popen[bytes]":
+    program = [sys.executable, "-m", held_batch.__name__] if held else [f"{CHECKOUT}/.venv/bin/mlpipes"]
+    environment = os.environ | {"MLPIPES_HOME": str(home)}
+    words = ("predict", "digits", "--input", str(home / "images.npy"), "--output", str(home / output), *options)
+    with (home / "predict.log").open("wb") as log:
+        return subprocess.Popen([*program, *words], env=environment, cwd=CHECKOUT, stdout=log, stderr=log)
+
+
+def published(home: Path) -> list[Path]:
+    return sorted((home / "store" / "predictions").glob("*/0*"))
+
+
+def descendants(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_killed_in_the_middle_it_goes_on_and_each_row_has_the_bits_of_the_evaluation(
+    home: Path, expected: np.ndarray
+) -> None:
+    first = command(home, "killed.parquet", "--workers", "1", held=True)
+
+    def ended() -> str:
+        return (home / "predict.log").read_text() if first.poll() is not None else ""
+
+    until(lambda: len(published(home)) == held_batch.HELD, "the chunks before the held one are published", vain=ended)
+    family = descendants(first)
+    first.kill()
+    first.wait()
+    until(lambda: not any(each.is_running() for each in family), "nobody computes on for a parent that is gone")
+    assert not (home / "killed.parquet").exists()
+    before = {path: path.stat().st_ino for path in published(home)}
+    assert len(before) == held_batch.HELD
+
+    second = command(home, "killed.parquet", "--workers", "2")
+    assert second.wait(1200) == 0, (home / "predict.log").read_text()
+    assert before.items() <= {path: path.stat().st_ino for path in published(home)}.items(), "what was there is kept"
+    assert "were answered before" in " ".join((home / "predict.log").read_text().split())
+    found = pq.read_table(home / "killed.parquet")
+    assert found["row"].to_pylist() == list(range(len(expected)))
+    assert np.array_equal(np.array(found["prediction"].to_pylist(), dtype=np.float32), expected)
+    assert found["predicted_label"].to_pylist()[:61] == [str(n) for n in expected[:61].argmax(1)]
+    assert set(found["model_of_prediction"].to_pylist()) == {f"{NAME}/1"}
+    assert set(found["weights_of_prediction"].to_pylist()) == {f"{1:064x}"}
+    whole = (home / "killed.parquet").read_bytes()
+
+    # A chunk that has changed is computed again; the result is the same file, byte for byte.
+    next(published(home)[0].glob("*.parquet")).write_bytes(b"something else")
+    assert command(home, "again.parquet").wait(1200) == 0, (home / "predict.log").read_text()
+    assert (home / "again.parquet").read_bytes() == whole
+    assert command(home, "flat.csv").wait(1200) == 0
+    flat = pa_csv.read_csv(home / "flat.csv")
+    assert np.array_equal(np.float32(flat["prediction_3"].to_numpy()), expected[:, 3])
+
+
+def test_a_process_that_is_killed_again_and_again_is_told(
+    home: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlpipes.errors import TrainingFailedError
+
+    job = job_of(home, home / "images.npy", tmp_path)
+    monkeypatch.setattr(batch, "_answer", _dies)
+    with pytest.raises(TrainingFailedError, match="killed 3 times without finishing a chunk"):
+        job.run(tmp_path / "x.parquet", 1)
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def _dies(*_: Any) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def job_of(home: Path, source: Path, store: Path) -> Job:
+    return Job.of(fetched(tracker_in(home), NAME, "1", Store(store)), source, Store(store))
+
+
+def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    for name, content, says in (
+        ("a.csv", b"text\nx", r"a file that ends with \.npy, not a\.csv"),
+        ("absent.npy", None, "is not there"),
+        ("odd.npy", b"something", "is no array of NumPy"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=says):
+            job_of(home, tmp_path / name, tmp_path).run(tmp_path / "x.parquet", 1)
+    bad = np.tile(IMAGES, (1, 1, 1, 1)).astype(np.float64)
+    bad[40, 0, 3, 5] = 0.5
+    np.save(tmp_path / "bad.npy", bad)
+    with pytest.raises(
+        DataError, match=r"bad\.npy, rows 0 to 60: samples\[40\]\[0\]\[3\]\[5\]: 0\.5 is no whole number"
+    ):
+        job_of(home, tmp_path / "bad.npy", tmp_path).run(tmp_path / "x.parquet", 1)
+    np.save(tmp_path / "empty.npy", IMAGES[:0])
+    with pytest.raises(DataError, match="has no samples"):
+        job_of(home, tmp_path / "empty.npy", tmp_path).run(tmp_path / "x.parquet", 1)
+    good = job_of(home, home / "images.npy", tmp_path)
+    with pytest.raises(ConfigError, match=r"ends with \.parquet or \.csv"):
+        good.run(tmp_path / "x.xlsx", 1)
+    with pytest.raises(ConfigError, match="is not there; make it first"):
+        good.run(tmp_path / "no" / "x.csv", 1)
+
+
+ROWS: list[dict[str, Any]] = [{"id": n, "text": f"007 {n}\n" if n % 3 else ""} for n in range(25)]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl"])
+def test_tables_come_in_chunks_with_all_of_their_columns(name: str, tmp_path: Path) -> None:
+    path, table = tmp_path / name, pa.Table.from_pylist(ROWS)
+    if name.endswith("parquet"):
+        pq.write_table(table, path, row_group_size=4)
+    elif name.endswith("csv"):
+        pa_csv.write_csv(table, path)
+    else:
+        path.write_text("\n".join(map(json.dumps, ROWS)))
+    found = list(chunks(path, TEXTS, 10))
+    assert [(c.number, c.first) for c in found] == [(0, 0), (1, 10), (2, 20)]
+    assert [text for c in found for text in dict(c.values)["text"].tolist()] == [row["text"] for row in ROWS]  # type: ignore[arg-type]
+    assert [row for c in found if c.table is not None for row in c.table.to_pylist()] == ROWS
+
+
+def test_a_text_that_looks_like_a_number_or_like_nothing_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text\n007\nNA\n1e5\n")
+    (chunk,) = chunks(tmp_path / "t.csv", TEXTS, 10)
+    assert dict(chunk.values)["text"].tolist() == ["007", "NA", "1e5"]  # type: ignore[arg-type]
+    for content, says in (("other\n1\n", r"columns\.text: the column is missing"), ("text\n1,2\n", "cannot be read")):
+        (tmp_path / "t.csv").write_text(content)
+        with pytest.raises(DataError, match=says):
+            list(chunks(tmp_path / "t.csv", TEXTS, 10))
+
+
+def test_columns_of_answers_never_hide_those_of_samples() -> None:
+    def answers(values: Any) -> Any:
+        return {"label": np.array(["x"], dtype=object), "p(x)": np.array([1.0])}
+
+    model = ServedModel("m", "1", "", "", "", TEXTS, True, "", True, {}, answers)
+    assert list(batch._named(model, answers(None))) == ["predicted_label", "predicted_p(x)"]
