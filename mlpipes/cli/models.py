@@ -193,8 +193,8 @@ def _predict_file(workload: str, scale: str | None, source: Path, result: Path, 
     entry_named(workload)
     name, tracker = registered_name(workload), Tracker(existing_uri())
     version = Champions(tracker, name).of_scale(scale_named(workload, scale)).version if scale else None
-    wanted = Registry(lambda: tracker, Wanted(name, version), default_store())
-    job = Job.of(fetched(tracker, name, wanted.version(), default_store()), source, default_store())
+    registered = Registry(lambda: tracker, Wanted(name, version), default_store()).wanted_now()
+    job = Job.of(fetched(tracker, registered, default_store()), source, default_store())
     console.print(f"{describe(job.model)} answers", markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

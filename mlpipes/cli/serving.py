@@ -1,6 +1,7 @@
 """The part of the command line about serving: serve."""
 
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ TOKEN_VARIABLE = "MLPIPES_SERVE_TOKEN"  # noqa: S105 - its name
 def serve(
     workload: Annotated[str, typer.Argument(help="whose model")],
     version: Annotated[
-        int | None, typer.Option(min=1, help="a certain version; default: whichever is champion")
+        int | None, typer.Option(min=1, max=2**31 - 1, help="a certain version; default: whichever is champion")
     ] = None,
     alias: Annotated[str, typer.Option(help="follow another alias of MLflow's registry")] = "champion",
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
@@ -55,6 +56,7 @@ def serve(
     registry = Registry(lambda: tracker(existing_uri()), wanted, default_store())
 
     def tell(text: str) -> None:
-        console.print(redact(text), markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError, SystemExit):  # who has read it has gone, or its disk is full: the server serves on
+            console.print(redact(text), markup=False, highlight=False, soft_wrap=True)
 
     serve(State(registry, poll, tell, Limits(max_body << 20, in_flight=max_requests, token=token)), address)

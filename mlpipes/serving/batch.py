@@ -221,7 +221,7 @@ def _flattened(table: "pa.Table") -> "pa.Table":
         column = table[name]
         if pa.types.is_fixed_size_list(column.type):
             for place in range(column.type.list_size):
-                columns[f"{name}_{place}"] = pc.list_element(column, place)
+                columns[f"{name}_{place}"] = pc.call_function("list_element", [column, pa.scalar(place)])
         else:
             columns[name] = column
     return pa.table(columns)

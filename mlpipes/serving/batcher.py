@@ -38,6 +38,7 @@ class Batcher:
     def __init__(self, seen: Callable[[int], None] = lambda rows: None) -> None:
         self._queue: deque[_Waiting] = deque()
         self._rows, self._seen = 0, seen
+        self._error: Exception = RuntimeError("nothing has failed yet")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._wake = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -63,7 +64,6 @@ class Batcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             taken = self._take()
@@ -71,25 +71,35 @@ class Batcher:
                 self._wake.clear()
             if not taken:
                 continue
-            rows = sum(each.rows for each in taken)
-            self._seen(rows)
-            try:
-                # No waiting for company: while this one is computed, the next gathers.
-                answer = await loop.run_in_executor(
-                    self._thread, taken[0].model, joined([each.values for each in taken])
-                )
-                if rows_of(answer) != rows:
-                    raise ValueError(f"the model gave {rows_of(answer)} answers to {rows} samples")
-            except Exception as error:
-                for each in taken:
-                    if not each.future.done():
-                        each.future.set_exception(error)
+            self._seen(sum(each.rows for each in taken))
+            # No waiting for company: while these are computed, the next gather.
+            if await self._answer(taken):
                 continue
-            at = 0
-            for each in taken:
-                if not each.future.done():
-                    each.future.set_result(cut(answer, at, at + each.rows))
-                at += each.rows
+            for each in taken:  # one by one, for nobody's request fails for the sample of somebody else
+                if len(taken) == 1 or not await self._answer([each]):
+                    self._fail(each)
+
+    async def _answer(self, taken: list[_Waiting]) -> bool:
+        """Answer requests together; whether that went well."""
+        rows = sum(each.rows for each in taken)
+        values = joined([each.values for each in taken])
+        try:
+            answer = await asyncio.get_running_loop().run_in_executor(self._thread, taken[0].model, values)
+            if rows_of(answer) != rows:
+                raise ValueError(f"the model gave {rows_of(answer)} answers to {rows} samples")
+        except Exception as error:
+            self._error = error
+            return False
+        at = 0
+        for each in taken:
+            if not each.future.done():
+                each.future.set_result(cut(answer, at, at + each.rows))
+            at += each.rows
+        return True
+
+    def _fail(self, waiting: _Waiting) -> None:
+        if not waiting.future.done():
+            waiting.future.set_exception(self._error)
 
     def _take(self) -> list[_Waiting]:
         """Requests from the front that may go together."""

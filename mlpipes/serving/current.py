@@ -1,20 +1,23 @@
 """Which version answers: an alias of MLflow's registry is followed, and a new version takes over between two batches."""
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlpipes.errors import ConfigError, CorruptionError, UserError
-from mlpipes.serving.model import ServedModel, fetched, load
+from mlpipes.serving.model import RefusedError, Registered, ServedModel, fetched, load
 from mlpipes.store.files import quarantine, read_record, write_record
 from mlpipes.store.layout import Store
 from mlpipes.tracking.runs import Tracker
 
 _OF_REGISTRY = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
 """What MLflow says where there is no such alias, or no such version."""
+_LONGEST_PAUSE = 60.0
+"""Seconds between two attempts to load a version that cannot be fetched."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Registry:
         self.last = store.root / "served" / wanted.name / f"{wanted.version or wanted.alias}.json"
         """Where it is noted which folder was served last."""
 
-    def version(self) -> str:
-        """The version that is wanted now. Raises ConfigError if there is none, and OSError if MLflow does not answer."""
+    def wanted_now(self) -> Registered:
+        """The version that is wanted. Raises ConfigError if there is none, and OSError if MLflow does not answer."""
         from mlflow.exceptions import MlflowException
 
         wanted = self.wanted
@@ -50,8 +53,9 @@ class Registry:
             raise OSError(str(error)) from error
         try:
             if wanted.version is not None:
-                return str(client.get_model_version(wanted.name, wanted.version).version)
-            return str(client.get_model_version_by_alias(wanted.name, wanted.alias).version)
+                found = client.get_model_version(wanted.name, wanted.version)
+            else:
+                found = client.get_model_version_by_alias(wanted.name, wanted.alias)
         except MlflowException as error:
             if error.error_code in _OF_REGISTRY:
                 raise ConfigError(
@@ -59,26 +63,37 @@ class Registry:
                     "name another --version or --alias"
                 ) from error
             raise OSError(f"MLflow does not answer: {error}") from error
+        return Registered(wanted.name, str(found.version), str(found.source), dict(found.tags))
 
-    def get(self, version: str) -> ServedModel:
-        """A version, loaded and tried. Raises UserError where it cannot be served."""
-        folder = fetched(self.connect(), self.wanted.name, version, self.store)
+    def get(self, registered: Registered) -> ServedModel:
+        """A version, loaded and tried. Raises RefusedError where it cannot be served, and another error where not now."""
+        folder = fetched(self.connect(), registered, self.store)
         try:
             model = load(folder)
         except CorruptionError:
             quarantine(folder)  # and once more from the registry
-            folder = fetched(self.connect(), self.wanted.name, version, self.store)
-            model = load(folder)
-        write_record(self.last, {"folder": folder.name})
+            model = load(fetched(self.connect(), registered, self.store))
+        with suppress(OSError):  # a store that cannot be written to is no reason not to serve
+            write_record(self.last, {"folder": folder.name})
         return model
 
     def kept(self, why: OSError) -> ServedModel:
         """What was served last. Raises UserError where nothing was, with why it is asked for, or where it has changed."""
         try:
-            folder = Path(self.last.parent / read_record(self.last)["folder"])
+            return load(Path(self.last.parent / read_record(self.last)["folder"]))
         except (FileNotFoundError, KeyError):
             raise ConfigError(f"{why}. Also, {self.wanted} was never served from this home") from why
-        return load(folder)
+
+
+@dataclass
+class _Refusal:
+    """A version that is not served."""
+
+    registered: Registered
+    again: float
+    """When it is tried again, by the monotonic clock; never: infinity."""
+    pause: float
+    said: str
 
 
 class Current:
@@ -87,65 +102,87 @@ class Current:
     def __init__(self, registry: Registry, tell: Callable[[str], None], swapped: Callable[[ServedModel], None]) -> None:
         self.registry, self.tell, self.swapped = registry, tell, swapped
         self.model: ServedModel | None = None
-        self.refused: dict[str, str] = {}
-        """Versions that are not served, and why; they are tried again when another was wanted in between."""
-        self._away = False
+        self._registered: Registered | None = None
+        self._refused: _Refusal | None = None
+        self._trouble = ""
 
     async def start(self) -> None:
         """Load the first. Raises UserError if there is none."""
         began = time.monotonic()
         try:
-            self._take(await asyncio.to_thread(lambda: self.registry.get(self.registry.version())))
+            registered = await asyncio.to_thread(self.registry.wanted_now)
         except OSError as error:
-            self._away = True
-            self._take(await asyncio.to_thread(self.registry.kept, error))
+            self._trouble = str(error)
+            self._take(await asyncio.to_thread(self.registry.kept, error), None)
             self.tell(f"{error}; serving what was served last")
+        else:
+            self._take(await asyncio.to_thread(self.registry.get, registered), registered)
         assert self.model is not None  # noqa: S101 - just taken
         self.tell(f"{describe(self.model)} is served, after {time.monotonic() - began:.1f} s")
 
-    async def follow(self, every: float, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+    async def follow(self, every: float) -> None:
         """Look every so many seconds which version is wanted, and change to it; never ends by itself."""
         while True:
-            await sleep(every)
-            with suppress(asyncio.TimeoutError):
-                await self.look()
+            await asyncio.sleep(every)
+            try:
+                await self.look(every)
+            except Exception as error:  # whatever it is, who serves now serves on
+                self.tell(f"the registry could not be looked at: {type(error).__name__}: {error}")
 
-    async def look(self) -> None:
+    async def look(self, every: float = 1.0) -> None:
         """Change to the version that is wanted, if it is another one and can be served."""
         assert self.model is not None  # noqa: S101 - started
         try:
-            version = await asyncio.to_thread(self.registry.version)
+            wanted = await asyncio.to_thread(self.registry.wanted_now)
         except (OSError, UserError) as error:
-            if not self._away:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
                 self.tell(f"{error}; version {self.model.version} is served on")
-            self._away = True
             return
-        if self._away:
-            self._away = False
-            self.tell("MLflow answers again")
-        if version == self.model.version:
-            self.refused.clear()
+        if self._trouble:
+            self._trouble = ""
+            self.tell(f"{self.registry.wanted} is found again")
+        if self._is_served(wanted):
+            self._registered, self._refused = wanted, None
             return
-        if version in self.refused:
+        if self._refused is not None and self._refused.registered != wanted:
+            self._refused = None
+        if self._refused is not None and time.monotonic() < self._refused.again:
             return
         try:
-            found = await asyncio.to_thread(self.registry.get, version)
+            found = await asyncio.to_thread(self.registry.get, wanted)
             if found.signature != self.model.signature or _classes(found) != _classes(self.model):
-                raise ConfigError(
+                raise RefusedError(
                     "it takes or answers something else than the version that is served, which clients would notice: "
                     "start the server again to serve it"
                 )
-        except Exception as error:  # whatever is wrong with it, who serves now serves on
-            self.refused = {version: str(error)}
-            self.tell(f"version {version} is not served, and version {self.model.version} is served on: {error}")
+        except Exception as error:
+            self._refuse(wanted, error, every)
             return
         before = self.model.version
-        self._take(found)
+        self._take(found, wanted)
         self.tell(f"{describe(found)} is served, instead of version {before}")
 
-    def _take(self, model: ServedModel) -> None:
-        self.model = model
-        self.refused.clear()
+    def _is_served(self, wanted: Registered) -> bool:
+        assert self.model is not None  # noqa: S101 - started
+        if self._registered is None:  # it was kept, and what it was is not known but for its number
+            return wanted.version == self.model.version
+        return (wanted.version, wanted.source) == (self._registered.version, self._registered.source)
+
+    def _refuse(self, wanted: Registered, error: Exception, every: float) -> None:
+        assert self.model is not None  # noqa: S101 - started
+        before, said = self._refused, str(error)
+        pause = min(_LONGEST_PAUSE, 2 * before.pause if before else every)
+        again = math.inf if isinstance(error, RefusedError) else time.monotonic() + pause
+        if before is None or before.said != said:
+            when = "" if math.isinf(again) else "; it is tried again"
+            self.tell(
+                f"version {wanted.version} is not served, and version {self.model.version} is served on: {said}{when}"
+            )
+        self._refused = _Refusal(wanted, again, pause, said)
+
+    def _take(self, model: ServedModel, registered: Registered | None) -> None:
+        self.model, self._registered, self._refused = model, registered, None
         self.swapped(model)
 
 

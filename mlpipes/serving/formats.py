@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from mlpipes.serving.signature import BadRequestError, Signature
+from mlpipes.serving.signature import BadRequestError, Signature, kinds_of
 from mlpipes.workloads.golden import Values
 
 _MLFLOW = ("inputs", "instances", "dataframe_split", "dataframe_records")
@@ -25,6 +27,7 @@ _DATATYPES = {
     "object": "BYTES",
 }
 """NumPy's types, and what the protocol calls them."""
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 
 
 def parsed(body: bytes) -> Any:
@@ -114,10 +117,9 @@ def _cell(text: str, dtype: str, column: str) -> Any:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise BadRequestError(f"body.{column}", f"{text[:40]!r} is neither true nor false")
-    try:
-        return float(text) if dtype.startswith("float") else int(text)
-    except ValueError:
-        raise BadRequestError(f"body.{column}", f"{text[:40]!r} is no number ({dtype})") from None
+    if not _NUMBER.fullmatch(text):  # Python takes `1_0` and the digits of all scripts
+        raise BadRequestError(f"body.{column}", f"{text[:40]!r} is no number ({dtype})")
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
 
 def to_mlflow(answer: Values) -> dict[str, Any]:
@@ -167,9 +169,13 @@ def _tensor(given: Any, field: str, signature: Signature) -> tuple[str, np.ndarr
         )
     except ValueError:
         raise BadRequestError(f"{field}.data", "the lists in it are of different lengths") from None
-    count = 1
-    for side in shape:
-        count *= side
+    if len(shape) != 1 + len(column.shape):
+        raise BadRequestError(f"{field}.shape", f"{1 + len(column.shape)} lengths are wanted, not {len(shape)}")
+    if column.dtype not in ("str", "bool") and (strange := kinds_of(data, given["data"]) - {int, float}):
+        raise BadRequestError(
+            f"{field}.data", f"numbers are wanted, not {sorted(kind.__name__ for kind in strange)[0]}"
+        )
+    count = math.prod(shape)
     if data.size != count:
         raise BadRequestError(f"{field}.data", f"{data.size:,} values are there, the shape says {count:,}")
     return name, data.reshape(shape)

@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 OPEN = frozenset({"/ping", "/v2/health/live", "/v2/health/ready"})
 """What is answered without a token: probes have none."""
-_HEADER_SECONDS, _MOST_CONNECTIONS = 5.0, 1024
+_HEADER_SECONDS, _HEADER_BYTES, _MOST_CONNECTIONS = 5.0, 64 << 10, 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Guard:
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
         limits, headers = self.limits, dict(scope["headers"])
-        if limits.token and scope["path"] not in OPEN and not _bears(headers, limits.token):
+        is_probe = scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
+        if limits.token and not is_probe and not _bears(headers, limits.token):
             # The connection ends: what else of a body comes is not read.
             await _refuse(send, 401, "a bearer token is wanted", {"www-authenticate": "Bearer", "connection": "close"})
             return
@@ -127,9 +128,14 @@ async def _refuse(send: Send, code: int, text: str, headers: dict[str, str]) -> 
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a limit for the time that headers take, which it has none for, and for connections."""
+    """uvicorn's protocol with limits that it has not: of the time and the bytes that headers take, and of connections.
+
+    Between two requests, too, a connection has no more time, whatever bytes it sends.
+    """
 
     _timer: asyncio.TimerHandle | None = None
+    _head = 0
+    """Bytes since the headers of the next request may have begun; -1: they are there."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -139,6 +145,15 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._arm()
 
+    def data_received(self, data: bytes) -> None:
+        """Some of a request has come."""
+        if self._head >= 0:
+            self._head += len(data)
+            if self._head > _HEADER_BYTES and self._timer is not None and data.find(b"\r\n\r\n", 0, _HEADER_BYTES) < 0:
+                self._late()
+                return
+        super().data_received(data)
+
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
@@ -146,8 +161,15 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """All headers are there."""
+        self._head = -1
         self._disarm()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is sent."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._arm()  # otherwise another request has been waiting for its turn
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
@@ -155,11 +177,12 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _arm(self) -> None:
+        self._head = 0
         if self._timer is None:
             self._timer = self.loop.call_later(_HEADER_SECONDS, self._late)
 
     def _late(self) -> None:
-        self._timer = None
+        self._disarm()
         if not self.transport.is_closing():
             self.transport.close()
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,16 @@ from mlpipes.serving.signature import Signature
 from mlpipes.store.files import digest_of, open_published, publishing
 from mlpipes.store.layout import Store
 from mlpipes.tracking.models import FINGERPRINT, SCALE, WEIGHTS
-from mlpipes.tracking.runs import Tracker
+from mlpipes.tracking.runs import Tracker, public_uri
 from mlpipes.workloads.golden import BF16_PROGRAM, GOLDEN, GoldenRequest, Values
 
 _KIND, _VERSION = "served model", 1
+_COMPUTING = threading.Lock()
+"""One model computes at a time in a process: torch's choice of attention kernels belongs to all of its threads."""
+
+
+class RefusedError(ConfigError):
+    """A version that cannot be served, whenever it is tried."""
 
 
 @dataclass(frozen=True)
@@ -45,47 +52,60 @@ class ServedModel:
 
     def __call__(self, values: Values) -> Values:
         """The answers to checked samples."""
-        return self.run(values)
+        with _COMPUTING:
+            return self.run(values)
 
 
-def fetched(tracker: Tracker, name: str, version: str, store: Store) -> Path:
+@dataclass(frozen=True)
+class Registered:
+    """A version as MLflow's registry has it."""
+
+    name: str
+    version: str
+    source: str
+    """What was logged: another one where a registry was made anew, whose versions have the same numbers."""
+    tags: Mapping[str, str]
+
+    def folder(self, store: Store) -> Path:
+        """Where it is kept."""
+        return store.root / "served" / self.name / f"{self.version}-{digest_of(self.source)[:12]}"
+
+
+def fetched(tracker: Tracker, registered: Registered, store: Store) -> Path:
     """The folder of a registered version in the store, downloaded where it is not there yet.
 
-    Raises ConfigError if MLflow does not know it, or does not give it.
+    Raises ConfigError if MLflow does not give it.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    place, what = registered.folder(store), f"{registered.name} version {registered.version}"
+    if place.is_dir():
+        return place
+    uri = f"models:/{registered.name}/{registered.version}"
     try:
-        tags = dict(tracker.client.get_model_version(name, version).tags)
-        place = folder_of(store, name, version, tags)
-        if not place.is_dir():
-            mlflow.set_tracking_uri(tracker.uri)
-            mlflow.set_registry_uri(tracker.uri)
-            with (
-                tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch,
-                publishing(place, kind=_KIND, version=_VERSION) as draft,
-            ):
-                got = Path(
-                    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{version}", dst_path=scratch)
-                )
-                shutil.move(got, draft.path / "model")
-                draft.meta |= {"name": name, "version": version, "tags": tags}
+        mlflow.set_tracking_uri(tracker.uri)
+        mlflow.set_registry_uri(tracker.uri)
+        with (
+            tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch,
+            publishing(place, kind=_KIND, version=_VERSION) as draft,
+        ):
+            got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+            if not (got / "MLmodel").is_file():  # of a folder that is gone, MLflow gives an empty one
+                raise ConfigError(f"the files of {what} are not in MLflow's artifacts; materialize `model` again")
+            shutil.move(got, draft.path / "model")
+            draft.meta |= {"name": registered.name, "version": registered.version, "tags": dict(registered.tags)}
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"{name} version {version} cannot be fetched from MLflow ({tracker.uri}): {error}") from error
+        raise ConfigError(f"{what} cannot be fetched from MLflow ({public_uri(tracker.uri)}): {error}") from error
     return place
-
-
-def folder_of(store: Store, name: str, version: str, tags: Mapping[str, str]) -> Path:
-    """Where a version is kept: numbers begin anew in another registry, digests do not."""
-    return store.root / "served" / name / f"{version}-{digest_of(dict(tags))[:12]}"
 
 
 def load(folder: Path) -> ServedModel:
     """The version in a folder of `fetched`, which has answered its golden request.
 
-    Raises CorruptionError if a byte has changed, and ConfigError if its answer is wrong, or it cannot be served.
+    Raises CorruptionError if a byte has changed, FileNotFoundError if it is not there, and RefusedError if its answer is
+    wrong, or it cannot be served.
     """
     published = open_published(folder, kind=_KIND)
     from mlflow.models import Model
@@ -95,20 +115,22 @@ def load(folder: Path) -> ServedModel:
     try:
         description = Model.load(str(path))
         signature = Signature.of(description.signature)
-    except Exception as error:  # of MLflow, of a file that it cannot read
-        raise ConfigError(f"{what} cannot be served: {error}") from error
-    golden = GoldenRequest.from_json((path / GOLDEN).read_bytes()) if (path / GOLDEN).is_file() else None
-    precision = _precision(golden)
-    # Code chooses its precision by itself, by the same rule.
-    programs = {each.name: each for each in path.rglob("*.pt2")}
-    of_bf16 = programs.pop(BF16_PROGRAM, None)
-    program = of_bf16 if precision == "bf16" and of_bf16 else next(iter(programs.values()), None)
-    run = _program(program, golden.rows if golden else 1) if program else _code(path)
-    caveat = "it was registered before golden requests were; materialize `model` again"
-    if golden is not None:
-        if wrong := golden.difference(run(golden.given), precision):
-            raise ConfigError(f"{what} answers its golden request otherwise than where it was registered: {wrong}")
-        caveat = golden.caveat(precision)
+        golden = GoldenRequest.from_json((path / GOLDEN).read_bytes()) if (path / GOLDEN).is_file() else None
+        precision = _precision(golden)
+        # Code chooses its precision by itself, by the same rule.
+        programs = {each.name: each for each in path.rglob("*.pt2")}
+        of_bf16 = programs.pop(BF16_PROGRAM, None)
+        program = of_bf16 if precision == "bf16" and of_bf16 else next(iter(programs.values()), None)
+        run = _program(program, golden.rows if golden else 1) if program else _code(path)
+        caveat, wrong = "it was registered before golden requests were; materialize `model` again", ""
+        if golden is not None:
+            with _COMPUTING:
+                wrong = golden.difference(run(golden.given), precision)
+            caveat = golden.caveat(precision)
+    except Exception as error:  # of MLflow, of torch, of somebody's code
+        raise RefusedError(f"{what} cannot be served: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise RefusedError(f"{what} answers its golden request otherwise than where it was registered: {wrong}")
     return ServedModel(
         name=name,
         version=version,

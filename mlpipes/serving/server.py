@@ -1,6 +1,9 @@
 """The process that serves: uvicorn on one address, ended in peace by SIGTERM, with TLS where it leaves the machine."""
 
 import asyncio
+import os
+import socket
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,6 +16,8 @@ from mlpipes.serving.limits import GuardedProtocol
 from mlpipes.serving.web import State, make_app
 from mlpipes.store.environment import LOOPBACK
 
+_WAITING = 2048
+"""Connections that the kernel holds until they are accepted."""
 _GRACE = 20
 """Seconds that requests in flight have when it is told to end."""
 
@@ -37,6 +42,13 @@ class Address:
         for path in (self.certificate, self.key):
             if path is not None and not path.is_file():
                 raise ConfigError(f"{path} is not there; name a file in PEM")
+        if self.certificate is not None and self.key is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+            except (ssl.SSLError, OSError) as error:
+                raise ConfigError(
+                    f"{self.certificate} and {self.key} are no certificate and its key in PEM, without a password: {error}"
+                ) from error
         if self.host in LOOPBACK:
             return
         if not token:
@@ -61,8 +73,10 @@ class _Server(uvicorn.Server):
 
         uvicorn's own would raise the signal again at the end, and the process would seem to have been killed.
         """
+        if not self.started or self.should_exit:
+            # Nothing that is loading or computing can be interrupted; what is written is safe at any moment.
+            os._exit(0 if not self.started else 1)
         if self.state.draining or not self.drain or self.loop is None:
-            self.force_exit = self.should_exit
             self.should_exit = True
             return
         self.state.draining = True
@@ -104,7 +118,7 @@ def serve(state: State, address: Address) -> None:
     scheme = "https" if address.certificate is not None else "http"
     host = f"[{address.host}]" if ":" in address.host else address.host
     where = f"{scheme}://{host}:{sock.getsockname()[1]}"
-    state.tell(f"{state.registry.wanted}: {where} (try {where}/docs); Ctrl-C ends it")
+    state.tell(f"{state.registry.wanted} will answer on {where} (try {where}/docs) when it is loaded; Ctrl-C ends it")
     try:
         server.run([sock])
     except SystemExit:
@@ -117,13 +131,12 @@ def serve(state: State, address: Address) -> None:
 
 
 def _bound(address: Address) -> Any:
-    import socket
-
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((address.host, address.port))
+        sock.listen(_WAITING)
     except OSError as error:
         sock.close()
         raise ConfigError(

@@ -140,15 +140,16 @@ def _checked(given: Any, column: Column, field: str) -> np.ndarray:
         raise BadRequestError(field, f"nothing is in samples of the shape {raw.shape[1:]}")
     if column.dtype == "str":
         return _texts(raw, field)
-    if isinstance(given, list) and column.shape and (strange := _kinds(given) - {int, float}):
+    if isinstance(given, list) and column.shape and (strange := kinds_of(raw, given) - {int, float}):
         # NumPy takes `[true, 2]` for numbers.
         raise BadRequestError(field, f"numbers are wanted, not {sorted(kind.__name__ for kind in strange)[0]}")
     return _numbers(raw, np.dtype(column.dtype), field)
 
 
-def _kinds(nested: list[Any]) -> set[type]:
-    if nested and isinstance(nested[0], list):
-        return set().union(*map(_kinds, nested))
+def kinds_of(array: np.ndarray, nested: list[Any]) -> set[type]:
+    """Python's types of the values in lists, as deep as the array that was made of them."""
+    for _ in range(array.ndim - 1):
+        nested = [value for inner in nested for value in inner]
     return set(map(type, nested))
 
 
@@ -186,7 +187,14 @@ def _numbers(raw: np.ndarray, dtype: np.dtype, field: str) -> np.ndarray:
         raise BadRequestError(field, "NaN and infinity are no numbers here")
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        bad = (raw < limits.min) | (raw > limits.max) | (raw != np.trunc(raw) if raw.dtype.kind == "f" else False)
+        bad = (
+            (raw < limits.min)
+            | (raw > limits.max)
+            | (
+                # From there on, floats skip whole numbers: which one was meant is not known.
+                (raw != np.trunc(raw)) | (np.abs(raw) >= 2.0**53) if raw.dtype.kind == "f" else False
+            )
+        )
         if bad.any():
             at = "".join(f"[{place}]" for place in np.argwhere(bad)[0])
             rule = f"{raw[bad][0]} is no whole number from {limits.min} to {limits.max} ({dtype})"

@@ -3,12 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import Path as Parameter
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from mlpipes.serving.batcher import Batcher, FullError
@@ -21,6 +23,8 @@ from mlpipes.serving.signature import BadRequestError, is_finite
 from mlpipes.workloads.golden import Values
 
 Convert = Callable[[Request, bytes, ServedModel], Values]
+_LARGE = 256 << 10
+_PARSING = ThreadPoolExecutor(1, thread_name_prefix="parsing")
 
 
 @dataclass
@@ -93,33 +97,53 @@ def make_app(state: State) -> Any:
 
 
 def _add_probes(app: FastAPI, state: State) -> None:
+    @app.head("/ping", include_in_schema=False)
+    @app.head("/v2/health/ready", include_in_schema=False)
     @app.get("/ping", summary="Whether a model is loaded")
     @app.get("/v2/health/ready", summary="Whether requests are answered")
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
+    @app.head("/v2/health/live", include_in_schema=False)
     @app.get("/v2/health/live", summary="Whether the process lives")
     async def live() -> JSONResponse:
         return JSONResponse({"live": True})
 
-    @app.get("/metrics", summary="For Prometheus")
+    @app.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(state.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _answered(request: Request, state: State, convert: Convert) -> tuple[ServedModel, Values] | JSONResponse:
+class _Problem(Response):
+    """Why a request is not answered. In ASCII: what is wrong may be a half of a character."""
+
+    def __init__(self, code: int, text: str, field: str = "", headers: dict[str, str] | None = None) -> None:
+        content = {"error": text} | ({"field": field} if field else {})
+        super().__init__(json.dumps(content), code, headers, "application/json")
+
+
+def _problem(code: int, text: str, field: str = "") -> _Problem:
+    return _Problem(code, text, field)
+
+
+async def _answered(request: Request, state: State, convert: Convert) -> tuple[ServedModel, Values] | _Problem:
     """The answer to a request, or what is wrong with it."""
     model = state.current.model
     if model is None:
         return _problem(503, "no model is loaded yet")
+    if encoding := request.headers.get("content-encoding", ""):
+        return _problem(415, f"bodies are taken as they are, not in {encoding[:40]!r}", "content-encoding")
     try:
         body: bytes = request.scope["body"]
-        values = convert(request, body, model)
+        if len(body) > _LARGE:  # which takes so long that others would wait, and probes with them
+            values = await asyncio.get_running_loop().run_in_executor(_PARSING, convert, request, body, model)
+        else:
+            values = convert(request, body, model)
         answer = await request.app.state.batcher(model, values)
     except BadRequestError as error:
         return _problem(400, str(error), error.field)
     except FullError:
-        return JSONResponse({"error": "too many samples wait"}, 429, {"retry-after": "1"})
+        return _Problem(429, "too many samples wait", headers={"retry-after": "1"})
     except Exception as error:  # of somebody's model: whatever it is, the next request is answered
         state.tell(f"{model.name} version {model.version} has failed: {type(error).__name__}: {error}")
         return _problem(500, "the model has failed; the server's log says how")
@@ -127,10 +151,6 @@ async def _answered(request: Request, state: State, convert: Convert) -> tuple[S
         return _problem(422, "the model's answer has numbers that JSON does not have")
     state.metrics.answered(model, answer)
     return model, answer
-
-
-def _problem(code: int, text: str, field: str = "") -> JSONResponse:
-    return JSONResponse({"error": text} | ({"field": field} if field else {}), code)
 
 
 def _reply(model: ServedModel, content: Any) -> Response:
@@ -150,8 +170,16 @@ def _of_invocation(request: Request, body: bytes, model: ServedModel) -> Values:
 
 
 def _add_invocations(app: FastAPI, state: State) -> None:
+    split = {"type": "object", "properties": {"columns": {"type": "array"}, "data": {"type": "array"}}}
+    ways = {
+        "inputs": {},
+        "instances": {"type": "array"},
+        "dataframe_records": {"type": "array"},
+        "dataframe_split": split,
+    }
+    schema = {"type": "object", "properties": ways, "additionalProperties": False}
     formats = {
-        "application/json": {"schema": {"type": "object"}, "example": {"inputs": [[0, 0]]}},
+        "application/json": {"schema": schema, "example": {"inputs": [[0, 0]]}},
         "text/csv": {"schema": {"type": "string"}},
     }
 
@@ -166,18 +194,20 @@ def _add_invocations(app: FastAPI, state: State) -> None:
         if kind not in ("application/json", "text/csv"):
             return _problem(415, f"{kind[:80]!r} is neither application/json nor text/csv", "content-type")
         found = await _answered(request, state, _of_invocation)
-        return found if isinstance(found, JSONResponse) else _reply(found[0], to_mlflow(found[1]))
+        return found if isinstance(found, _Problem) else _reply(found[0], to_mlflow(found[1]))
 
 
 def _add_protocol(app: FastAPI, state: State) -> None:
     tensor = {"name": "input-0", "shape": [1, 2], "datatype": "FP32", "data": [0, 0]}
-    content = {"application/json": {"schema": {"type": "object"}, "example": {"inputs": [tensor]}}}
+    schema = {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array", "minItems": 1}}}
+    content = {"application/json": {"schema": schema, "example": {"inputs": [tensor]}}}
+    named: Any = Parameter(json_schema_extra={"enum": [state.name]})
 
     @app.get("/v2", summary="The server")
     async def server() -> JSONResponse:
         return JSONResponse({"name": "mlpipes", "version": "1", "extensions": []})
 
-    def unknown(model: str, version: str | None) -> JSONResponse | None:
+    def unknown(model: str, version: str | None) -> _Problem | None:
         serving = state.current.model
         if model != state.name:
             return _problem(404, f"no such model; {state.name} is served", "model")
@@ -189,7 +219,7 @@ def _add_protocol(app: FastAPI, state: State) -> None:
 
     @app.get("/v2/models/{model}", summary="What the model takes and gives", responses={404: {}, 503: {}})
     @app.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
-    async def metadata(model: str, version: str | None = None) -> JSONResponse:
+    async def metadata(model: str = named, version: str | None = None) -> Response:
         serving = state.current.model
         wrong = unknown(model, version)
         if wrong is not None or serving is None:
@@ -201,7 +231,7 @@ def _add_protocol(app: FastAPI, state: State) -> None:
 
     @app.get("/v2/models/{model}/ready", summary="Whether the model answers", responses={404: {}, 503: {}})
     @app.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
-    async def model_ready(model: str, version: str | None = None) -> JSONResponse:
+    async def model_ready(model: str = named, version: str | None = None) -> Response:
         return unknown(model, version) or JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
     @app.post(
@@ -211,7 +241,7 @@ def _add_protocol(app: FastAPI, state: State) -> None:
         responses=_ANSWERS | {404: {"description": "another model or version is served"}},  # type: ignore[arg-type]
     )
     @app.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
-    async def infer(request: Request, model: str, version: str | None = None) -> Response:
+    async def infer(request: Request, model: str = named, version: str | None = None) -> Response:
         if (wrong := unknown(model, version)) is not None:
             return wrong
         identity: list[Any] = []
@@ -223,7 +253,7 @@ def _add_protocol(app: FastAPI, state: State) -> None:
             return values
 
         found = await _answered(request, state, convert)
-        if isinstance(found, JSONResponse):
+        if isinstance(found, _Problem):
             return found
         serving, answer = found
         reply = {"model_name": serving.name, "model_version": serving.version}

@@ -18,6 +18,7 @@ import pytest
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.serving import batch
 from mlpipes.serving.batch import Job
+from mlpipes.serving.current import Registry, Wanted
 from mlpipes.serving.model import ServedModel, fetched
 from mlpipes.serving.signature import Column, Signature
 from mlpipes.serving.tables import chunks
@@ -119,7 +120,9 @@ def _dies(*_: Any) -> int:
 
 
 def job_of(home: Path, source: Path, store: Path) -> Job:
-    return Job.of(fetched(tracker_in(home), NAME, "1", Store(store)), source, Store(store))
+    tracker = tracker_in(home)
+    registered = Registry(lambda: tracker, Wanted(NAME, "1"), Store(store)).wanted_now()
+    return Job.of(fetched(tracker, registered, Store(store)), source, Store(store))
 
 
 def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndarray, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -107,11 +108,29 @@ def test_a_failure_is_told_to_whom_it_concerns_and_the_next_is_answered() -> Non
     async def scenario(batcher: Batcher, gate: Gate) -> None:
         served = model(gate)
         answers = await gathered(batcher, gate, (served, rows(1)), (served, rows(99)), (served, rows(2)))
-        assert answers[0].tolist() == [[2]]
-        assert all(isinstance(answer, ValueError) for answer in answers[1:])
+        assert [answer.tolist() for answer in answers[::2]] == [[[2]], [[4]]], "what was asked beside it is answered"
+        assert isinstance(answers[1], ValueError)
         assert (await batcher(served, rows(3))).tolist() == [[6]]  # type: ignore[union-attr]
 
     run(scenario)
+
+
+def test_models_compute_one_at_a_time_for_kernels_are_chosen_for_the_whole_process() -> None:
+    inside, most = [0], [0]
+
+    def compute(values: Values) -> Values:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+        return values
+
+    threads = [threading.Thread(target=model(compute), args=(rows(1),)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
 
 
 def test_who_has_gone_is_not_computed() -> None:

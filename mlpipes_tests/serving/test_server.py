@@ -141,6 +141,7 @@ def test_formats_headers_and_the_bits_of_the_evaluation(server: Serving) -> None
         ("/nothing", 404),
     ):
         assert requests.get(f"{server.address}{path}", timeout=60).status_code == code, path
+    assert requests.head(f"{server.address}/ping", timeout=60).status_code == 200
     figures = requests.get(f"{server.address}/metrics", timeout=60).text
     assert 'mlpipes_serve_requests_total{code="200",route="/invocations"} 1.0' in figures
     assert f'mlpipes_serve_version{{exact="true",model="{NAME}",scale="w1-b128-e1-g0"}} 1.0' in figures
@@ -198,6 +199,7 @@ def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(
         (b"{", "body", "JSON is wanted"),
         (b"[" * 100_000, "body", "nested too deeply"),
         (b'{"inputs": NaN}', "body", "NaN is no number"),
+        (b'{"\\ud800": 1}', "body", "exactly one of"),
         (b"[]", "body", "an object"),
         (b"{}", "body", "exactly one of"),
         (b'{"inputs": [], "instances": []}', "body", "exactly one of"),
@@ -235,7 +237,9 @@ def test_bad_input_is_told_by_field_and_rule(server: Serving, body: Any, field: 
         ({"shape": [0]}, "inputs[0].shape"),
         ({"shape": [True, 1, 8, 8]}, "inputs[0].shape"),
         ({"shape": "big"}, "inputs[0].shape"),
-        ({"shape": [64]}, "inputs[0].data"),
+        ({"shape": [64]}, "inputs[0].shape"),
+        ({"shape": [1] * 70 + [64]}, "inputs[0].shape"),
+        ({"data": [True] + [1] * 63}, "inputs[0].data"),
         ({"datatype": "FP32"}, "inputs[0].datatype"),
         ({"datatype": None}, "inputs[0].datatype"),
         ({"data": 5}, "inputs[0].data"),
@@ -255,8 +259,12 @@ def test_what_is_too_large_or_too_slow_is_refused_and_others_are_answered(server
     assert big.status_code == 413
     chunks = requests.post(f"{server.address}/invocations", data=iter([b" " * (1 << 20)] * 3), timeout=60)
     assert chunks.status_code == 413
-    other = requests.post(f"{server.address}/invocations", data=b"x", headers={"content-type": "a/b"}, timeout=60)
-    assert other.status_code == 415
+    for headers in ({"content-type": "a/b"}, {"content-encoding": "gzip"}):
+        other = requests.post(f"{server.address}/invocations", data=b"x", headers=headers, timeout=60)
+        assert other.status_code == 415
+    with socket.create_connection(("127.0.0.1", port)) as wide, pytest.raises(OSError):
+        for _ in range(100):
+            wide.sendall(b"GET /ping HTTP/1.1\r\nx-wide: " + b"x" * (1 << 20))
     with socket.create_connection(("127.0.0.1", port)) as slow, socket.create_connection(("127.0.0.1", port)) as half:
         slow.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\nx-never:")
         half.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
@@ -303,6 +311,7 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     trust: dict[str, Any] = {"verify": str(certificate)}
     assert requests.get(f"{another.address}/ping", timeout=60, **trust).status_code == 200
     assert requests.get(f"{another.address}/metrics", timeout=60, **trust).status_code == 401
+    assert requests.post(f"{another.address}/ping", timeout=60, **trust).status_code == 401, "only probes are free"
     bearing = {"authorization": f"Bearer {TOKEN}"}
     for headers, code in (({}, 401), ({"authorization": "Bearer x"}, 401), (bearing, 200)):
         answer = another.ask([5], headers=headers, **trust)
