@@ -11,6 +11,7 @@ from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE
 from mlpipes.orchestration.assets import partitions_of, workload_assets
 from mlpipes.orchestration.checks import workload_checks
 from mlpipes.orchestration.jobs import jobs_of
+from mlpipes.orchestration.predictions import inputs_sensor, predictions_asset, predictions_jobs
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow, tidy_kubernetes
@@ -33,15 +34,19 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
         entries = tuple(entry for entry in entries if entry.name not in without_code)
         for problem in (*problems().values(), *without_code.values()):
             logging.getLogger(__name__).warning(problem)
-    store, whole = StoreResource(), catalog is None
+    store, whole, answering = StoreResource(), catalog is None, predictions_jobs(entries)
     return dg.Definitions(
-        assets=[*(asset for entry in entries for asset in workload_assets(entry)), *(video_assets() if whole else ())],
+        assets=[
+            *(asset for entry in entries for asset in (*workload_assets(entry), predictions_asset(entry))),
+            *(video_assets() if whole else ()),
+        ],
         asset_checks=[check for entry in entries for check in workload_checks(entry, partitions_of(entry))],
-        jobs=[*jobs_of(entries), *([video_job()] if whole else [])],
+        jobs=[*jobs_of(entries), *answering, *([video_job()] if whole else [])],
         schedules=[nightly(entry) for entry in entries],
         sensors=[
             *(failure_message, reports_follow()),
             *(lost_retries(entry.name) for entry in entries),
+            *([inputs_sensor(entries, answering)] if entries else []),
             *([lost_retries(GROUP), video_sensor()] if whole else []),
             *([tidy_kubernetes] if os.environ.get(SETTINGS_VARIABLE) else []),
         ],

@@ -125,7 +125,7 @@ def test_a_backfill_runs_one_partition_a_run() -> None:
 def test_user_catalogs_can_be_composed() -> None:
     entry = Entry("mine", "My data", CATALOG[0].implementation, scales_of(["w1-b8-e1-g0"], "mine"))
     keys = {key.to_user_string() for key in build_defs(catalog=[entry]).resolve_asset_graph().get_all_asset_keys()}
-    assert keys == {f"mine/{name}" for name in [*CHAIN, "scaling_report", "live"]}
+    assert keys == {f"mine/{name}" for name in [*CHAIN, "scaling_report", "live", "predictions"]}
 
 
 def config(**changes: Any) -> TrainingConfig:

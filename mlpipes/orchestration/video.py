@@ -13,6 +13,7 @@ import dagster as dg
 from pydantic import Field
 
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.folders import settled
 from mlpipes.orchestration.following import is_cancelled
 from mlpipes.orchestration.metadata import mapping_table, picture, user_errors
 from mlpipes.orchestration.resources import RayResource, StoreResource
@@ -252,7 +253,7 @@ def _follow(context: dg.AssetExecutionContext, job: "VideoJob", ray: RayResource
     from mlpipes.video.following import follow, stop
     from mlpipes.video.places import place_for
 
-    job = job.model_copy(update={"requested_by": context.run_id})
+    job = job.model_copy(update={"requested_by": context.run.run_id})
     try:
         follow(job, lambda: place_for(job, ray.address), _observer(context), context.log.warning)
     except BaseException:
@@ -287,16 +288,6 @@ def priority_of(size: int) -> int:
     return 1 if size < _SMALL_BYTES else -1 if size > _LARGE_BYTES else 0
 
 
-def settled(folder: Path, before: dict[str, list[int]]) -> tuple[dict[str, list[int]], list[str]]:
-    """The videos in a folder with size and time of change, and those of them that are as they were `before`."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
-            stat = path.stat()
-            found[path.name] = [stat.st_size, stat.st_mtime_ns]
-    return found, [name for name, state in found.items() if before.get(name) == state and state[0]]
-
-
 def video_sensor() -> dg.SensorDefinition:
     """Upscales each file that is put into the folder, as soon as it has stopped growing."""
 
@@ -311,7 +302,7 @@ def video_sensor() -> dg.SensorDefinition:
         folder = path_in(FOLDER_VARIABLE)
         if folder is None:
             return dg.SkipReason(f"{FOLDER_VARIABLE} is not set")
-        found, ready = settled(folder, json.loads(context.cursor) if context.cursor else {})
+        found, ready = settled(folder, SUFFIXES, json.loads(context.cursor) if context.cursor else {})
         known = set(context.instance.get_dynamic_partitions("videos"))
         new = [name for name in ready if name not in known]
         return dg.SensorResult(

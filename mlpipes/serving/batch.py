@@ -35,6 +35,7 @@ _KIND, _VERSION, _FILE = "predictions", 1, "answers.parquet"
 _BREAKS = 3
 """How often processes may die without a chunk in between."""
 _COMPRESSION = "zstd"
+_LABEL = "predicted_label"
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,19 @@ class Job:
         context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
         running: dict[Future[int], int] = {}
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(self.folder,)) as pool:
-            for chunk in chunks(self.source, self.model.signature, ROWS):
-                if self._is_done(chunk.number):
-                    done(rows_of(chunk.values), False)
-                    continue
-                if len(running) > 2 * workers:  # what waits is in memory
+            try:
+                for chunk in chunks(self.source, self.model.signature, ROWS):
+                    if self._is_done(chunk.number):
+                        done(rows_of(chunk.values), False)
+                        continue
+                    if len(running) > 2 * workers:  # what waits is in memory
+                        _heard(running, done)
+                    running[pool.submit(_answer, chunk, self.chunk(chunk.number))] = rows_of(chunk.values)
+                while running:
                     _heard(running, done)
-                running[pool.submit(_answer, chunk, self.chunk(chunk.number))] = rows_of(chunk.values)
-            while running:
-                _heard(running, done)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what is being computed is published, what waits is not begun
+                raise
 
     def _is_done(self, number: int) -> bool:
         try:
@@ -207,8 +212,20 @@ def _named(model: ServedModel, answer: Values) -> Mapping[str, Any]:
     }
     names = model.about.get("class_names")
     if names and answer.shape[1:] == (len(names),):
-        found["predicted_label"] = pa.array([str(names[place]) for place in answer.argmax(axis=1)])
+        found[_LABEL] = pa.array([str(names[place]) for place in answer.argmax(axis=1)])
     return found
+
+
+def labels_in(result: Path) -> list[str]:
+    """The classes that a file of answers says; [] where the model knows none."""
+    import pyarrow.csv as pa_csv
+    import pyarrow.parquet as pq
+
+    if result.suffix.lower() == ".parquet":
+        names = pq.read_schema(result).names
+        return pq.read_table(result, columns=[_LABEL])[_LABEL].to_pylist() if _LABEL in names else []
+    table = pa_csv.read_csv(result, convert_options=pa_csv.ConvertOptions(column_types={_LABEL: "string"}))
+    return table[_LABEL].to_pylist() if _LABEL in table.column_names else []
 
 
 def _flattened(table: "pa.Table") -> "pa.Table":

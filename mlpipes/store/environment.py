@@ -208,6 +208,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("MLPIPES_SST2", _K, _folder),
         Variable("MLPIPES_SST2_MODEL"),
         Variable("MLPIPES_VIDEOS", _K, _existing_folder),
+        Variable("MLPIPES_INPUTS", _K, _existing_folder),
         Variable("MLPIPES_NIGHTLY", _K, _cron),
         Variable("MLPIPES_NIGHTLY_TIMEZONE", _K, _timezone),
         Variable("MLPIPES_WEBHOOK", _K, _address, secret=True),

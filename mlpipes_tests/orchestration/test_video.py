@@ -7,8 +7,9 @@ import dagster as dg
 import pytest
 
 from mlpipes.orchestration import video
+from mlpipes.orchestration.folders import settled
 from mlpipes.orchestration.resources import RayResource, StoreResource
-from mlpipes.orchestration.video import GROUP, VIDEOS, priority_of, settled, video_assets, video_job, video_sensor
+from mlpipes.orchestration.video import GROUP, SUFFIXES, VIDEOS, priority_of, video_assets, video_job, video_sensor
 from mlpipes.store.files import sha256_file
 from mlpipes_tests.video.made import QUICK, upscale_here, write_video
 
@@ -64,9 +65,9 @@ def test_no_folder_no_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_files_overtake_large_ones(tmp_path: Path) -> None:
     assert priority_of(10**6) > priority_of(10**9) > priority_of(10**10)
     (tmp_path / "a.mp4").write_bytes(b"1")
-    found, ready = settled(tmp_path, {})
+    found, ready = settled(tmp_path, SUFFIXES, {})
     assert not ready
-    assert settled(tmp_path, found)[1] == ["a.mp4"]
+    assert settled(tmp_path, SUFFIXES, found)[1] == ["a.mp4"]
 
 
 def materialize(instance: dg.DagsterInstance, name: str, store: Path, ray_home: Path, **config: Any) -> Any:

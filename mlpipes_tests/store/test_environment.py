@@ -41,6 +41,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "MLPIPES_SST2": NO_FOLDER,
     "MLPIPES_SST2_MODEL": (" bert-base-uncased", "bert\n"),
     "MLPIPES_VIDEOS": ("/nowhere/at/all", "/dev/null"),
+    "MLPIPES_INPUTS": ("/nowhere/at/all", "/dev/null"),
     "MLPIPES_NIGHTLY": ("banana", "* * *", "0 2 * * * *", "@nightly", "2 o'clock"),
     "MLPIPES_NIGHTLY_TIMEZONE": ("Berlin", "Europe/Nowhere", "../etc/passwd", "Europe", "/etc/localtime"),
     "MLPIPES_WEBHOOK": NOT_AN_ADDRESS,
