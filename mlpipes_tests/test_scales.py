@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from mlpipes.errors import ScaleError
 from mlpipes.scales import RayScaleConfig, load_scale_file, scales_of
+from mlpipes.settings import shown
 
 shares = st.integers(1, 9999).map(lambda n: n / 10_000)
 
@@ -42,7 +43,7 @@ def test_any_text_is_a_canonical_key_or_a_clear_error(text: str) -> None:
     try:
         assert RayScaleConfig.from_key(text).key == text
     except ScaleError as error:
-        assert repr(text) in str(error)
+        assert shown(text) in str(error)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ GROUP, POOL = "predictions", "prediction"
 SUFFIXES = frozenset({".parquet", ".csv", ".jsonl", ".ndjson", ".npy"})
 RESULTS = "answers"
 """The folder, in that of a workload's inputs, that the answers go to."""
+_CHUNKS = 5
+"""Of fewer, a speed says nothing."""
 
 
 class PredictionsConfig(dg.Config):
@@ -81,7 +83,7 @@ def _answer(
     from mlpipes.serving.model import fetched
     from mlpipes.tracking.models import registered_name
 
-    source, tracker, began = _folder(entry.name) / context.partition_key, mlflow.tracker(), time.monotonic()
+    source, tracker = _folder(entry.name) / context.partition_key, mlflow.tracker()
     wanted = Wanted(registered_name(entry.name), config.version)
     registered = Registry(lambda: tracker, wanted, store.store).wanted_now()
     job = Job.of(fetched(tracker, registered, store.store), source, store.store)
@@ -89,12 +91,14 @@ def _answer(
         context.log.warning(f"not exactly as it was evaluated: {job.model.caveat}")
     target = source.parent / RESULTS / f"{source.stem}.{config.format}"
     target.parent.mkdir(exist_ok=True)
-    computed = [0]
+    computed: list[tuple[float, int]] = []
 
     def done(rows: int, now: bool) -> None:
-        computed[0] += rows if now else 0
+        if now:
+            computed.append((time.monotonic(), rows))
 
     rows = job.run(target, config.workers, done)
+    new = sum(count for _, count in computed)
     labels = Counter(labels_in(target))
     shares = {label: f"{count:,} ({count / rows:.1%})" for label, count in labels.most_common(20)}
     return dg.MaterializeResult(
@@ -102,8 +106,8 @@ def _answer(
         metadata={
             "file": dg.MetadataValue.path(str(target)),
             "rows": rows,
-            "answered_before": rows - computed[0],
-            "rows_per_second": computed[0] / max(1e-9, time.monotonic() - began),
+            "answered_before": rows - new,
+            **_speed(computed),
             "model": f"models:/{job.model.name}/{job.model.version}",
             "scale": job.model.scale,
             "weights": job.model.weights,
@@ -111,6 +115,14 @@ def _answer(
             **({"labels": mapping_table(shares)} if shares else {}),
         },
     )
+
+
+def _speed(computed: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """Rows per second since the first chunk was done, for before it processes start and load the model."""
+    if len(computed) < _CHUNKS:
+        return {}
+    (first, begun), (last, _) = computed[0], computed[-1]
+    return {"rows_per_second": (sum(rows for _, rows in computed) - begun) / max(1e-9, last - first)}
 
 
 def predictions_jobs(entries: Sequence[Entry]) -> list[Any]:

@@ -26,7 +26,7 @@ from mlpipes.store.layout import Store
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.serving import held_batch
 from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 TEXTS = Signature((Column("text", "str", ()),), (), is_tensor=False, answers_tensor=False)
 TIMES = 180
@@ -82,7 +82,7 @@ def test_killed_in_the_middle_it_goes_on_and_each_row_has_the_bits_of_the_evalua
     assert len(before) == held_batch.HELD
 
     second = command(home, "killed.parquet", "--workers", "2")
-    assert second.wait(1200) == 0, (home / "predict.log").read_text()
+    assert second.wait(LIMIT_SECONDS) == 0, (home / "predict.log").read_text()
     assert before.items() <= {path: path.stat().st_ino for path in published(home)}.items(), "what was there is kept"
     assert "were answered before" in " ".join((home / "predict.log").read_text().split())
     found = pq.read_table(home / "killed.parquet")
@@ -95,9 +95,9 @@ def test_killed_in_the_middle_it_goes_on_and_each_row_has_the_bits_of_the_evalua
 
     # A chunk that has changed is computed again; the result is the same file, byte for byte.
     next(published(home)[0].glob("*.parquet")).write_bytes(b"something else")
-    assert command(home, "again.parquet").wait(1200) == 0, (home / "predict.log").read_text()
+    assert command(home, "again.parquet").wait(LIMIT_SECONDS) == 0, (home / "predict.log").read_text()
     assert (home / "again.parquet").read_bytes() == whole
-    assert command(home, "flat.csv").wait(1200) == 0
+    assert command(home, "flat.csv").wait(LIMIT_SECONDS) == 0
     flat = pa_csv.read_csv(home / "flat.csv")
     assert np.array_equal(np.float32(flat["prediction_3"].to_numpy()), expected[:, 3])
 

@@ -13,6 +13,7 @@ from mlpipes.serving.batcher import AT_ONCE, MOST_WAITING, Batcher, FullError
 from mlpipes.serving.model import ServedModel
 from mlpipes.serving.signature import Column, Signature
 from mlpipes.workloads.golden import Values
+from mlpipes_tests.waiting import LIMIT_SECONDS
 
 
 class Gate:
@@ -24,7 +25,7 @@ class Gate:
 
     def __call__(self, values: Values) -> Values:
         self.entered.set()
-        assert self.open.wait(600)
+        assert self.open.wait(LIMIT_SECONDS)
         self.got.append(len(values))
         if any(row[0] == 99 for row in np.asarray(values)):
             raise ValueError("ninety-nine")
@@ -48,7 +49,7 @@ async def gathered(batcher: Batcher, gate: Gate, *asked: tuple[ServedModel, np.n
         tasks.append(asyncio.ensure_future(batcher(served, values)))
         await asyncio.sleep(0)
         if number == 0:
-            await asyncio.to_thread(gate.entered.wait, 600)
+            await asyncio.to_thread(gate.entered.wait, LIMIT_SECONDS)
     gate.open.set()
     return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -137,7 +138,7 @@ def test_who_has_gone_is_not_computed() -> None:
     async def scenario(batcher: Batcher, gate: Gate) -> None:
         served = model(gate)
         first = asyncio.ensure_future(batcher(served, rows(1)))
-        await asyncio.to_thread(gate.entered.wait, 600)
+        await asyncio.to_thread(gate.entered.wait, LIMIT_SECONDS)
         gone, stays = (asyncio.ensure_future(batcher(served, rows(n))) for n in (2, 3))
         await asyncio.sleep(0)
         gone.cancel()

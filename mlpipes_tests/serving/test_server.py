@@ -20,7 +20,7 @@ import requests
 from mlpipes_tests import evidence
 from mlpipes_tests.sandbox import CHECKOUT, end
 from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 TOKEN = "0123456789abcdef-of-a-test"  # noqa: S105
 
@@ -71,7 +71,7 @@ class Serving:
 
     def ask(self, rows: Any, **options: Any) -> requests.Response:
         return requests.post(
-            f"{self.address}/invocations", json={"inputs": IMAGES[rows].tolist()}, timeout=60, **options
+            f"{self.address}/invocations", json={"inputs": IMAGES[rows].tolist()}, timeout=LIMIT_SECONDS, **options
         )
 
 
@@ -110,8 +110,14 @@ def another(registry: Serving, running: Serving) -> Iterator[Serving]:
         own.stop()
 
 
+def figures_of(server: Serving) -> dict[str, float]:
+    """What it tells Prometheus; another test may have asked before."""
+    lines = requests.get(f"{server.address}/metrics", timeout=LIMIT_SECONDS).text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
 def test_formats_headers_and_the_bits_of_the_evaluation(server: Serving) -> None:
-    wanted = server.versions["1"]
+    wanted, before = server.versions["1"], figures_of(server)
     answer = server.ask([3, 1, 2])
     assert answer.status_code == 200
     assert np.array_equal(np.array(answer.json()["predictions"], dtype=np.float32), wanted[[3, 1, 2]])
@@ -119,7 +125,7 @@ def test_formats_headers_and_the_bits_of_the_evaluation(server: Serving) -> None
     assert answer.headers["x-model-weights"] == f"{1:064x}"
     assert answer.headers["x-model-exact"] == "true"
 
-    metadata = requests.get(f"{server.address}/v2/models/{NAME}", timeout=60).json()
+    metadata = requests.get(f"{server.address}/v2/models/{NAME}", timeout=LIMIT_SECONDS).json()
     assert metadata["inputs"] == [{"name": "input-0", "datatype": "UINT8", "shape": [-1, 1, 8, 8]}]
     tensor = {"name": "input-0", "shape": [2, 1, 8, 8], "datatype": "UINT8", "data": IMAGES[:2].ravel().tolist()}
     reply = requests.post(
@@ -140,12 +146,13 @@ def test_formats_headers_and_the_bits_of_the_evaluation(server: Serving) -> None
         ("/v2/models/other", 404),
         ("/nothing", 404),
     ):
-        assert requests.get(f"{server.address}{path}", timeout=60).status_code == code, path
-    assert requests.head(f"{server.address}/ping", timeout=60).status_code == 200
-    figures = requests.get(f"{server.address}/metrics", timeout=60).text
-    assert 'mlpipes_serve_requests_total{code="200",route="/invocations"} 1.0' in figures
-    assert f'mlpipes_serve_version{{exact="true",model="{NAME}",scale="w1-b128-e1-g0"}} 1.0' in figures
-    counted = {name: float(n) for name, n in re.findall(r'answers_total\{label="(\d)"\} (\S+)', figures)}
+        assert requests.get(f"{server.address}{path}", timeout=LIMIT_SECONDS).status_code == code, path
+    assert requests.head(f"{server.address}/ping", timeout=LIMIT_SECONDS).status_code == 200
+    figures = figures_of(server)
+    grown = {name: value - before.get(name, 0) for name, value in figures.items() if value != before.get(name, 0)}
+    assert grown['mlpipes_serve_requests_total{code="200",route="/invocations"}'] == 1
+    assert figures[f'mlpipes_serve_version{{exact="true",model="{NAME}",scale="w1-b128-e1-g0"}}'] == 1
+    counted = {found[1]: n for name, n in grown.items() if (found := re.search(r'answers_total\{label="(\d)"\}', name))}
     assert counted == {str(k): float(n) for k, n in enumerate(np.bincount(wanted[[3, 1, 2, 0, 1]].argmax(1))) if n}
     assert server.process is not None
     (listening,) = {
@@ -172,7 +179,7 @@ def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(
     def ask(rows: np.ndarray, session: Any = threading.local()) -> tuple[str, bool]:  # noqa: B008 - one a thread
         session.http = getattr(session, "http", None) or requests.Session()
         body = {"inputs": IMAGES[rows].tolist()}
-        answer = session.http.post(f"{server.address}/invocations", json=body, timeout=600)
+        answer = session.http.post(f"{server.address}/invocations", json=body, timeout=LIMIT_SECONDS)
         assert answer.status_code == 200, answer.text
         version = answer.headers["x-model-version"]
         found = np.array(answer.json()["predictions"], dtype=np.float32)
@@ -187,7 +194,7 @@ def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(
         assert swaps.result() >= 2
     assert all(same for _, same in answers)
     assert {version for version, _ in answers} == {"1", "2"}
-    figures = requests.get(f"{server.address}/metrics", timeout=60).text
+    figures = requests.get(f"{server.address}/metrics", timeout=LIMIT_SECONDS).text
     together = re.search(r'batch_rows_bucket\{le="16.0"\} (\S+)', figures)
     assert together
     assert float(together[1]) < float(re.search(r"batch_rows_count (\S+)", figures)[1]), "some were answered together"  # type: ignore[index]
@@ -224,7 +231,7 @@ def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(
 def test_bad_input_is_told_by_field_and_rule(server: Serving, body: Any, field: str, says: str) -> None:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     kind = {"content-type": "application/json"}
-    answer = requests.post(f"{server.address}/invocations", data=data, headers=kind, timeout=60)
+    answer = requests.post(f"{server.address}/invocations", data=data, headers=kind, timeout=LIMIT_SECONDS)
     assert answer.status_code == 400, answer.text
     assert answer.json()["field"] == field
     assert says in answer.json()["error"]
@@ -249,18 +256,18 @@ def test_bad_input_is_told_by_field_and_rule(server: Serving, body: Any, field: 
 )
 def test_bad_tensors_are_told_too(server: Serving, changes: dict[str, Any], field: str) -> None:
     tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [1] * 64} | changes
-    answer = requests.post(f"{server.address}/v2/models/{NAME}/infer", json={"inputs": [tensor]}, timeout=60)
+    answer = requests.post(f"{server.address}/v2/models/{NAME}/infer", json={"inputs": [tensor]}, timeout=LIMIT_SECONDS)
     assert (answer.status_code, answer.json().get("field")) == (400, field), answer.text
 
 
 def test_what_is_too_large_or_too_slow_is_refused_and_others_are_answered(server: Serving) -> None:
     port = int(server.address.rpartition(":")[2])
-    big = requests.post(f"{server.address}/invocations", data=b" " * (3 << 20), timeout=60)
+    big = requests.post(f"{server.address}/invocations", data=b" " * (3 << 20), timeout=LIMIT_SECONDS)
     assert big.status_code == 413
-    chunks = requests.post(f"{server.address}/invocations", data=iter([b" " * (1 << 20)] * 3), timeout=60)
+    chunks = requests.post(f"{server.address}/invocations", data=iter([b" " * (1 << 20)] * 3), timeout=LIMIT_SECONDS)
     assert chunks.status_code == 413
     for headers in ({"content-type": "a/b"}, {"content-encoding": "gzip"}):
-        other = requests.post(f"{server.address}/invocations", data=b"x", headers=headers, timeout=60)
+        other = requests.post(f"{server.address}/invocations", data=b"x", headers=headers, timeout=LIMIT_SECONDS)
         assert other.status_code == 415
     with socket.create_connection(("127.0.0.1", port)) as wide, pytest.raises(OSError):
         for _ in range(100):
@@ -270,7 +277,7 @@ def test_what_is_too_large_or_too_slow_is_refused_and_others_are_answered(server
         half.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
         assert server.ask([0]).status_code == 200
         for connection in (slow, half):
-            connection.settimeout(600)
+            connection.settimeout(LIMIT_SECONDS)
         assert slow.recv(4096) == b"", "its headers never came"
         assert half.recv(4096).startswith(b"HTTP/1.1 408")
     assert server.ask([0]).status_code == 200
@@ -309,9 +316,11 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     assert "serving what was served last" in another.log
     another.address = f"https://localhost:{another.address.rpartition(':')[2]}"
     trust: dict[str, Any] = {"verify": str(certificate)}
-    assert requests.get(f"{another.address}/ping", timeout=60, **trust).status_code == 200
-    assert requests.get(f"{another.address}/metrics", timeout=60, **trust).status_code == 401
-    assert requests.post(f"{another.address}/ping", timeout=60, **trust).status_code == 401, "only probes are free"
+    assert requests.get(f"{another.address}/ping", timeout=LIMIT_SECONDS, **trust).status_code == 200
+    assert requests.get(f"{another.address}/metrics", timeout=LIMIT_SECONDS, **trust).status_code == 401
+    assert requests.post(f"{another.address}/ping", timeout=LIMIT_SECONDS, **trust).status_code == 401, (
+        "only probes are free"
+    )
     bearing = {"authorization": f"Bearer {TOKEN}"}
     for headers, code in (({}, 401), ({"authorization": "Bearer x"}, 401), (bearing, 200)):
         answer = another.ask([5], headers=headers, **trust)
@@ -322,9 +331,9 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     assert another.process is not None
     another.process.send_signal(signal.SIGTERM)
     ready = f"{another.address}/ping"
-    until(lambda: requests.get(ready, timeout=60, **trust).status_code == 503, "probes are told", every=0.02)
+    until(lambda: requests.get(ready, timeout=LIMIT_SECONDS, **trust).status_code == 503, "probes are told", every=0.02)
     assert another.ask([0], headers=bearing, **trust).status_code == 200, "requests are still answered"
-    assert another.process.wait(600) == 0
+    assert another.process.wait(LIMIT_SECONDS) == 0
     another.process = None
     assert TOKEN not in another.log
     assert "Traceback" not in another.log
