@@ -37,16 +37,21 @@ class GoldenRequest:
     """`machine_of_bits` there: only where it is the same, the same bits can be asked for."""
     given: Values
     answer: Values
+    evaluated_on: str = "cpu"
+    """The kind of device that such models are evaluated on where it was registered."""
 
     @classmethod
     def of(cls, rows: int, precision: str, given: Values, answer: Values, *, exact: bool) -> "GoldenRequest":
         """The one of this machine."""
-        return cls(rows, precision, exact, machine_of_bits(), given, answer)
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(rows, precision, exact, machine_of_bits(), given, answer, device)
 
     def to_json(self) -> bytes:
         """As it is stored."""
         fields = {"version": _VERSION, "rows": self.rows, "precision": self.precision, "exact": self.exact}
-        fields |= {"computed_on": dict(self.computed_on)}
+        fields |= {"computed_on": dict(self.computed_on), "evaluated_on": self.evaluated_on}
         return canonical_json(fields | {"given": _encoded(self.given), "answer": _encoded(self.answer)})
 
     @classmethod
@@ -57,7 +62,8 @@ class GoldenRequest:
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']}")
             fields = (found["rows"], found["precision"], found["exact"], found["computed_on"])
-            return cls(*fields, _decoded(found["given"]), _decoded(found["answer"]))
+            values = _decoded(found["given"]), _decoded(found["answer"])
+            return cls(*fields, *values, found["evaluated_on"])
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptionError(f"{GOLDEN} cannot be read: {error!r}") from error
 
@@ -88,6 +94,8 @@ class GoldenRequest:
         """Why answers computed here at a precision need not have the bits of the evaluation; empty where they must."""
         if not self.exact:
             return "the stored model rounds otherwise than the one that was evaluated"
+        if self.evaluated_on != "cpu":
+            return "it was evaluated on a GPU, and is computed by a CPU"
         if precision != self.precision:
             return f"it was evaluated in {self.precision}, and is computed in {precision} here"
         here = machine_of_bits()

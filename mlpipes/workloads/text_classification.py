@@ -35,7 +35,7 @@ from mlpipes.workloads.optimization import adamw, trapezoid
 from mlpipes.workloads.regression import Regression
 from mlpipes.workloads.served import served_predictions, served_rows
 from mlpipes.workloads.temperature import TEMPERATURE
-from mlpipes.workloads.tensors import RaggedTensor, on_device
+from mlpipes.workloads.tensors import RaggedTensor, has_native_bf16, on_device
 
 SST2_VARIABLE = "MLPIPES_SST2"
 SST2_MODEL_VARIABLE = "MLPIPES_SST2_MODEL"
@@ -246,7 +246,9 @@ class TextWorkload(Workload):
         rows = np.arange(min(4, len(columns["text"])))
         example = {name: list(columns[name][rows].texts()) for name in _names(columns)}
         raw = on_device(self.raw_columns(example["text"], example.get("text_pair"), info), _CPU)
-        answers = self.answers(served_predictions(self, model.cpu(), raw, hp, info.precision), info)
+        # As the served code does: of a model trained on a GPU, a CPU without bf16 would be asked for it here.
+        precision = info.precision if has_native_bf16(_CPU) else "fp32"
+        answers = self.answers(served_predictions(self, model.cpu(), raw, hp, precision), info)
         size = served_rows(self, hp)
         how = {"pooling": hp.pooling, "rows": size, "lengths": text_serving.lengths(self.max_length)}
         return text_serving.deployed(model, info, how, example, answers)

@@ -93,9 +93,10 @@ def test_texts(
 ) -> None:
     import pandas as pd
 
-    from mlpipes.workloads import served_text_model
+    from mlpipes.workloads import served_text_model, text_classification
 
-    monkeypatch.setattr(served_text_model, "_has_native_bf16", lambda: True)  # as the evaluation here has it
+    for module, name in ((served_text_model, "_has_native_bf16"), (text_classification, "has_native_bf16")):
+        monkeypatch.setattr(module, name, lambda *_: True)  # as the evaluation here has it
     name, task = TEXTS[kind]
     snapshot, hp = open_snapshot(make_job(tables, "w1-b32-e1-g0", name).snapshot), HYPER(pooling=pooling)
     info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files, precision=precision)
@@ -117,6 +118,28 @@ def test_texts(
         for column, values in evaluated.items():
             assert answers[column].tolist() == np.asarray(values)[rows].tolist(), column
     assert len(np.unique(np.asarray(list(evaluated.values())[-1]))) > 1
+
+
+def test_a_text_model_of_a_gpu_in_bf16_is_registered_and_served_by_a_cpu_without_it(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas as pd
+
+    from mlpipes.workloads import served_text_model, text_classification
+
+    for module, name in ((served_text_model, "_has_native_bf16"), (text_classification, "has_native_bf16")):
+        monkeypatch.setattr(module, name, lambda *_: False)
+    snapshot, hp = open_snapshot(make_job(tables, "w1-b32-e1-g0", WORDS).snapshot), HYPER()
+    info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files, precision="bf16")
+    model: Any = lively(words.build_model(hp, info))
+    found: Any = words.deployable(model, hp, info, snapshot.columns("train"))
+    (tmp_path / "served").mkdir()
+    found.write(tmp_path / "served")
+    served: Any = served_text_model.TextModel()
+    served.load_context(SimpleNamespace(artifacts={"model": str(tmp_path / "served")}))
+    again = served.predict(None, pd.DataFrame(found.example))
+    for column, values in found.answers.items():
+        assert again[column].tolist() == list(values), "which is compared when it is registered"
 
 
 @pytest.mark.parametrize("longest", [1, 15, 16, 17, 24, 64, 100, 128, 512])
@@ -157,5 +180,10 @@ def test_on_the_same_machine_one_bit_is_a_difference_and_elsewhere_rounding_is_n
     assert elsewhere.difference(near, "fp32") == ""
     assert "differs by up to 0.1" in elsewhere.difference(far, "fp32")
     assert golden(precision="bf16").difference(near, "fp32") == "", "another precision is another computation"
+    assert golden().caveat("fp32") == ""
+    assert "another kind of machine (machine another there" in elsewhere.caveat("fp32")
+    assert "rounds otherwise" in golden(exact=False).caveat("fp32")
+    assert "evaluated in bf16" in golden(precision="bf16").caveat("fp32")
+    assert "on a GPU" in golden(evaluated_on="cuda").caveat("fp32")
     assert "shape" in elsewhere.difference(ANSWER[:2], "fp32")
     assert "instead of" in elsewhere.difference({"label": ANSWER}, "fp32")
