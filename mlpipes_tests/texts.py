@@ -35,7 +35,9 @@ words = TextClassification(Late("words.jsonl"), PLAN, TINY, max_length=32)
 pairs = TextClassification(Late("pairs.tsv"), PAIR_PLAN, TINY, max_length=48)
 numbers = TextRegression(Late("numbers.csv"), SplitPlan(0.2, test_fraction=0.2, content=("text",)), TINY, max_length=32)
 deep = TextClassification(Late("words.jsonl"), PLAN, replace(TINY, layers=2), max_length=32)
-WORDS, PAIRS, NUMBERS, DEEP = (f"{__name__}:{name}" for name in ("words", "pairs", "numbers", "deep"))
+long = TextClassification(Late("long.jsonl"), PLAN, replace(TINY, positions=256), max_length=160)
+"""A third of the texts is cut: they have no padding, and are so long that attention has another kernel."""
+WORDS, PAIRS, NUMBERS, DEEP, LONG = (f"{__name__}:{name}" for name in ("words", "pairs", "numbers", "deep", "long"))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -57,6 +59,10 @@ def write_tables(folder: Path) -> Path:
             some = [str(generator.choice([*own, "the", "a", "of"])) for _ in range(generator.integers(3, 25))]
             rows.append({"idx": number, "text": f"{' '.join(some)} {label[0]} {number}", "label": label})
     write_jsonl(folder / "words.jsonl", rows)
+    letters = np.random.default_rng(1)
+    texts = [" ".join(letters.choice([*"abcdefgh"], 20 if number % 3 else 250)) for number in range(100)]
+    labelled = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)]
+    write_jsonl(folder / "long.jsonl", labelled)
     lines = ["sentence1\tsentence2\tlabel"]
     for number in range(240):
         first, second = generator.choice(["red", "green", "blue"], 2)
