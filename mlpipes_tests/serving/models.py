@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, WEIGHTS, register
@@ -24,6 +25,13 @@ def tracker_in(home: Path) -> Tracker:
     return Tracker(prepared.mlflow_store(home / "mlflow" / "mlflow.db"))
 
 
+def run_in(tracker: Tracker, name: str, fingerprint: str) -> str:
+    """A run of MLflow, as a training of a workload in the tracker's home has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLPIPES_HOME", str(Path(tracker.uri.removeprefix("sqlite:///")).parents[1]))
+        return tracker.run_of(name, fingerprint, f"run {fingerprint}", {}, {})
+
+
 def registered(tracker: Tracker, seed: int, classes: int = 10) -> tuple[str, np.ndarray]:
     """A registered version, and what the evaluation would say of `IMAGES`: logits (N, classes) float32."""
     task: Any = ImageClassification(None, None)  # type: ignore[arg-type]
@@ -36,7 +44,7 @@ def registered(tracker: Tracker, seed: int, classes: int = 10) -> tuple[str, np.
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.2)
     evaluated = served_predictions(task, model, on_device(columns, torch.device("cpu")), hp, "fp32")["logits"]
-    run = tracker.run_of("digits", f"f{seed}", f"run {seed}", {}, {})
+    run = run_in(tracker, "digits", f"f{seed}")
     tags = {FINGERPRINT: f"f{seed}", EXPORTED: f"e{seed}", SCALE: "w1-b128-e1-g0", WEIGHTS: f"{seed:064x}"}
     return register(tracker, run, NAME, task.deployable(model, hp, info, columns), tags, []), evaluated
 

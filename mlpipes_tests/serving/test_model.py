@@ -22,7 +22,7 @@ from mlpipes.workloads.golden import GOLDEN
 from mlpipes.workloads.served import served_predictions
 from mlpipes.workloads.super_resolution import video_sr
 from mlpipes.workloads.tensors import on_device
-from mlpipes_tests.serving.models import tracker_in
+from mlpipes_tests.serving.models import run_in, tracker_in
 from mlpipes_tests.texts import FOLDER, HYPER, NUMBERS, PAIRS, WORDS, numbers, pairs, words, write_tables
 from mlpipes_tests.training.harness import make_job
 
@@ -37,8 +37,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
 
 def served(tracker: Tracker, name: str, deployable: Any, store: Store) -> tuple[ServedModel, Path]:
     """A model, registered and loaded; and the folder that it was loaded from."""
-    run = tracker.run_of(name, "f", name, {}, {})
-    version = register(tracker, run, f"mlpipes-{name}", deployable, _DIGESTS, [])
+    version = register(tracker, run_in(tracker, name, "f"), f"mlpipes-{name}", deployable, _DIGESTS, [])
     found = tracker.client.get_model_version(f"mlpipes-{name}", version)
     registered = Registered(f"mlpipes-{name}", version, str(found.source), dict(found.tags))
     folder = fetched(tracker, registered, store)
