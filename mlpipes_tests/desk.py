@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mlpipes.orchestration.backfill import DagsterUi
 from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import LOCATION, Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.waiting import until
@@ -47,22 +48,28 @@ class Desk(Sandbox):
 
     def runs(self, scale: str, job: str | None = None) -> list[str]:
         """The statuses of a scale's runs, the latest first."""
-        return [run["status"] for run in self._runs(scale) if job in (None, run["jobName"])]
+        return [run["status"] for run in self._runs(scale, job)]
 
     def run_of(self, scale: str) -> str:
         """The id of a scale's latest run."""
         return self._runs(scale)[0]["runId"]
 
-    def _runs(self, scale: str) -> list[dict[str, Any]]:
+    def _runs(self, scale: str, job: str | None = None) -> list[dict[str, Any]]:
         partition = {"key": "dagster/partition", "value": scale}
         found = graphql(self.address, _RUNS)["runsOrError"]["results"]
-        return [run for run in found if partition in run["tags"]]
+        return [run for run in found if partition in run["tags"] and job in (None, run["jobName"])]
 
     def until_done(self, scales: Sequence[str], job: str | None = None) -> None:
-        """Wait until the latest run of each scale has succeeded; in vain if one has failed."""
+        """Wait until the latest run of each scale has succeeded; in vain if one has failed in a step, or was cancelled."""
 
         def failed() -> str:
-            return ", ".join(key for key in scales if self.runs(key, job)[:1] in (["FAILURE"], ["CANCELED"]))
+            found = {key: run for key in scales for run in self._runs(key, job)[:1]}
+            tags = {key: {tag["key"]: tag["value"] for tag in run["tags"]} for key, run in found.items()}
+            # A run whose process was lost is retried.
+            failures = [key for key in found if tags[key].get("dagster/failure_reason") == "STEP_FAILURE"]
+            cancelled = [key for key, run in found.items() if run["status"] == "CANCELED"]
+            why = DagsterUi(self.address).failure
+            return "; ".join([f"{key}: {why(found[key]['runId'])}" for key in failures] + cancelled)
 
         until(
             lambda: all(self.runs(key, job)[:1] == ["SUCCESS"] for key in scales),

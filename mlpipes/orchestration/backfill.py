@@ -43,9 +43,9 @@ _STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) { _
 _RETRIES = """query($root: String!) { runsOrError(filter: {tags: [{key: "dagster/root_run_id", value: $root}]}) {
   ... on Runs { results { runId status tags { key value } } } } }"""
 _EVENTS = """query($run: ID!, $cursor: String) { logsForRun(runId: $run, afterCursor: $cursor) { ... on EventConnection {
-  cursor hasMore events { ... on ExecutionStepFailureEvent {
-  stepKey failureMetadata { description } error { message } } } } } }"""
-_RETRY_SECONDS = 90.0
+  cursor hasMore events { ... on ExecutionStepFailureEvent { stepKey failureMetadata { description } error { message } }
+  ... on RunFailureEvent { message error { message } } } } } }"""
+_RETRY_SECONDS = 300.0
 """How long the retry of a crashed run is waited for."""
 _OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
 
@@ -114,12 +114,15 @@ class DagsterUi:
         )
 
     def failure(self, run: str) -> str:
-        """Why a run failed, as its first failed step has it; empty if none has."""
+        """Why a run failed, as its first failed step has it, or, if none has, as Dagster has it; empty if it did not."""
         cursor, more = None, True
         while more:
             page = self.ask(_EVENTS, run=run, cursor=cursor)["logsForRun"]
             for event in filter(None, page.get("events", ())):
-                told = (event.get("failureMetadata") or {}).get("description") or event["error"]["message"]
+                raised = (event.get("error") or {}).get("message", "")
+                if "stepKey" not in event:
+                    return f"{event['message']} {raised}".strip()
+                told = (event["failureMetadata"] or {}).get("description") or raised
                 return f"{event['stepKey']}: {told.strip()}"
             cursor, more = page.get("cursor"), page.get("hasMore")
         return ""

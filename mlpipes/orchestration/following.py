@@ -40,6 +40,8 @@ FAREWELL_SECONDS = 20.0
 monitoring gives a cancelled run a minute."""
 STOP_SECONDS = 25.0
 """What the job of a cancelled training gets to end, within that minute."""
+END_SECONDS = 180.0
+"""What a job whose result is in the store gets to end: a loaded machine needs a minute to send metrics and to stop Ray."""
 MAX_JOBS = 5
 """Jobs that one step submits for a training that keeps dying without an error of its own and gets no further."""
 
@@ -83,7 +85,7 @@ def follow_training(
 
 def _see_off(context: dg.AssetExecutionContext, jobs: Jobs, handle: JobHandle, folder: TrainingFolder) -> None:
     """Let the driver of a finished training end, so that its last metrics are sent; a driver that hangs is ended."""
-    deadline = time.monotonic() + DEAD_SECONDS
+    deadline = time.monotonic() + END_SECONDS
     while (status := jobs.status(handle)).state in (JobState.PENDING, JobState.RUNNING, JobState.REQUEUED):
         if status.state == JobState.REQUEUED:
             handle = replace(handle, attempt=status.attempt)

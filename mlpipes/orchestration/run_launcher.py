@@ -3,6 +3,7 @@
 import time
 
 import dagster as dg
+import grpc
 import psutil
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
@@ -12,6 +13,9 @@ from dagster._serdes import deserialize_value
 
 GRACE_SECONDS = 8.0
 """After a start, code servers need a moment; a run declared dead too early may lose its retry (see `lost_retries`)."""
+ANSWER_SECONDS = 10
+BUSY_SECONDS = 600.0
+"""How long a code server may fail to answer in time before its runs are taken for dead: a machine may be busy, or swap."""
 
 EXECUTOR_TAG = "mlpipes/executor"
 """Tag of a run that no launcher has launched, because a program such as `mlpipes demo` executes it itself: which one."""
@@ -37,6 +41,12 @@ def _health(executor: str) -> CheckRunHealthResult:
     return CheckRunHealthResult(WorkerStatus.FAILED, "the program that executed the run is gone")
 
 
+def _is_late(error: DagsterUserCodeUnreachableError) -> bool:
+    """Whether a code server has not answered in time, as against not being there."""
+    cause = error.__cause__
+    return isinstance(cause, grpc.Call) and cause.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 class SupervisedRunLauncher(DefaultRunLauncher):
     """Dagster's own launcher with the health check that it lacks.
 
@@ -46,6 +56,8 @@ class SupervisedRunLauncher(DefaultRunLauncher):
     """
 
     _first_check: float | None = None
+    _answered = 0.0
+    """When a code server answered for the last time, or was first asked."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -55,7 +67,7 @@ class SupervisedRunLauncher(DefaultRunLauncher):
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Whether the process of a run is alive."""
         if self._first_check is None:
-            self._first_check = time.monotonic()
+            self._first_check = self._answered = time.monotonic()
         if time.monotonic() - self._first_check < GRACE_SECONDS:
             return CheckRunHealthResult(WorkerStatus.RUNNING, "the session has just started")
         client = self._get_grpc_client_for_termination(run.run_id)
@@ -65,11 +77,14 @@ class SupervisedRunLauncher(DefaultRunLauncher):
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no code server is known that launched the run")
         try:
             answer = deserialize_value(
-                client.can_cancel_execution(CanCancelExecutionRequest(run_id=run.run_id), timeout=10),
+                client.can_cancel_execution(CanCancelExecutionRequest(run_id=run.run_id), timeout=ANSWER_SECONDS),
                 CanCancelExecutionResult,
             )
-        except DagsterUserCodeUnreachableError:
+        except DagsterUserCodeUnreachableError as error:
+            if _is_late(error) and time.monotonic() - self._answered < BUSY_SECONDS:
+                return CheckRunHealthResult(WorkerStatus.RUNNING, "its code server is too busy to answer")
             return CheckRunHealthResult(WorkerStatus.FAILED, "the code server that launched the run is gone")
+        self._answered = time.monotonic()
         if not answer.can_cancel:
             return CheckRunHealthResult(WorkerStatus.FAILED, "its code server does not own the run any more")
         return CheckRunHealthResult(WorkerStatus.RUNNING)

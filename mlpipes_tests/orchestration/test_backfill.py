@@ -87,7 +87,7 @@ def test_a_failed_step_is_final_at_once() -> None:
 def test_a_crash_without_a_retry_is_final_after_a_while() -> None:
     statuses = watched(("COMPLETED_FAILED", [run("FAILURE")]))
     assert set(statuses) == {"FAILURE"}
-    assert 40 < len(statuses) < 60
+    assert 145 < len(statuses) < 160  # a look takes two seconds
 
 
 def test_a_dagster_that_has_just_been_started_is_waited_for() -> None:
@@ -228,5 +228,7 @@ def test_why_a_run_failed_is_found_on_whatever_page_of_its_events(monkeypatch: p
     assert DagsterUi().failure("r") == "data: no file"
     pages["one"] = ("two", [])
     assert DagsterUi().failure("r") == "next: DagsterError: in the op"
+    pages["two"] = ("three", [{"message": "its code server is gone", "error": None}])
+    assert DagsterUi().failure("r") == "its code server is gone"
     pages["two"] = ("three", [])
     assert DagsterUi().failure("r") == ""

@@ -1,11 +1,15 @@
 """The run launcher's health check."""
 
+import json
+import socket
 import subprocess
+from pathlib import Path
 
 import dagster as dg
 import psutil
 import pytest
 from dagster._core.launcher.base import WorkerStatus
+from dagster._core.storage.tags import GRPC_INFO_TAG
 
 from mlpipes.orchestration import run_launcher
 from mlpipes.orchestration.instance import execute
@@ -26,6 +30,33 @@ def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch:
     assert launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
     clock[0] += run_launcher.GRACE_SECONDS
     assert launcher.check_run_worker_health(run).status == WorkerStatus.NOT_FOUND
+
+
+def test_a_code_server_that_is_busy_has_not_lost_its_runs_and_one_that_is_gone_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine under load, runs that went on were marked as failed."""
+    monkeypatch.setattr(run_launcher, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(run_launcher, "ANSWER_SECONDS", 1)
+    clock = [100.0]
+    monkeypatch.setattr(run_launcher.time, "monotonic", lambda: clock[0])
+    path = str(tmp_path / "code.sock")
+    with dg.DagsterInstance.ephemeral() as instance, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()  # and never answers
+        launcher = SupervisedRunLauncher()
+        launcher.register_instance(instance)
+        run = a_run({GRPC_INFO_TAG: json.dumps({"host": "localhost", "socket": path})}).with_status(
+            dg.DagsterRunStatus.STARTED
+        )
+        instance.add_run(run)
+        busy = launcher.check_run_worker_health(run)
+        assert (busy.status, busy.msg) == (WorkerStatus.RUNNING, "its code server is too busy to answer")
+        clock[0] += run_launcher.BUSY_SECONDS
+        assert launcher.check_run_worker_health(run).status == WorkerStatus.FAILED, "nobody is busy for so long"
+        clock[0] = 100.0
+        listening.close()
+        assert launcher.check_run_worker_health(run).status == WorkerStatus.FAILED
 
 
 def test_a_run_that_a_program_executes_itself_lives_as_long_as_the_program(monkeypatch: pytest.MonkeyPatch) -> None:

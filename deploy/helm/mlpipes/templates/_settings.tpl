@@ -20,7 +20,7 @@ compute_logs:
 run_coordinator:
   module: dagster._core.run_coordinator
   class: QueuedRunCoordinator
-  config: { dequeue_interval_seconds: 1 }
+  config: { dequeue_interval_seconds: 1, max_user_code_failure_retries: 5, user_code_failure_retry_delay: 10 }
 run_launcher:
   module: mlpipes.orchestration.kubernetes_run_launcher
   class: PatientK8sRunLauncher
