@@ -65,11 +65,12 @@ class Sandbox:
             error.seek(0)
             return subprocess.CompletedProcess(done.args, done.returncode, out.read(), error.read())
 
-    def start(self, *command: str, log: str = "server.log") -> "subprocess.Popen[bytes]":
+    def start(self, *command: str, log: str = "server.log", **environment: str) -> "subprocess.Popen[bytes]":
         """Start a server in a session of its own."""
+        known = self.environment | environment
         with (self.path / log).open("ab") as output:
             return subprocess.Popen(
-                command, cwd=self.path, env=self.environment, stdout=output, stderr=output, start_new_session=True
+                command, cwd=self.path, env=known, stdout=output, stderr=output, start_new_session=True
             )
 
 

@@ -38,14 +38,16 @@ LOAD_SECONDS = 600.0
 """How long a code server may take to load its definitions: minutes on a machine that is busy with trainings."""
 _FOLLOWS_SECONDS = 60.0
 """So long after a code server was started again, code that cannot be reached is a consequence, and no news."""
-_DAGSTER = {
+_DEFAULTS = {
     # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
     "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1",
     # Dagster's own 60 s and 30 s may pass where trainings take all of the processors: runs fail, and code servers end.
     "DAGSTER_GRPC_TIMEOUT_SECONDS": "300",
     "DAGSTER_GRPC_PROXY_HEARTBEAT_TTL_SECONDS": "120",
+    # Eight more processes for jobs that judge traces of language models: 1 GB, and a quarter of a core for nothing.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
-"""What Dagster's servers are told, unless the user tells them something else."""
+"""What the servers are told, unless the user tells them something else."""
 
 
 def serve(console: Console, port: int, mlflow_port: int | None, verbose: bool = False) -> None:
@@ -122,7 +124,7 @@ class _Session:
     def __init__(self, console: Console, port: int, mlflow_port: int | None, log: ServerLog, verbose: bool) -> None:
         self.console, self.port, self.mlflow_port, self.log, self.verbose = console, port, mlflow_port, log, verbose
         self.ui = f"http://{HOST}:{port}"
-        self.environment = {**_DAGSTER, **for_children()}
+        self.environment = {**_DEFAULTS, **for_children()}
         self.environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: self.ui}
         self.servers: list[Server] = []
         self.code: dict[str, Server] = {}

@@ -90,7 +90,8 @@ class Session:
             str(folder / "files"),
         ]
         address = ["--host", "127.0.0.1", "--port", str(self.mlflow_port), "--workers", "1"]
-        server = self.sandbox.start(".venv/bin/mlflow", "server", *places, *address, log="mlflow.log")
+        jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes more
+        server = self.sandbox.start(".venv/bin/mlflow", "server", *places, *address, log="mlflow.log", **jobs)
         wait_for(f"http://127.0.0.1:{self.mlflow_port}/health", server)
 
     def mlflow_processes(self) -> list[psutil.Process]:

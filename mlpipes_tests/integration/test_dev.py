@@ -132,6 +132,16 @@ def test_the_first_screen_is_quiet(dev: Dev) -> None:
     assert "Could not reach user code server" not in dev.first_log, "nobody asked before the code server listened"
 
 
+def test_the_servers_are_told_to_be_patient_and_mlflow_to_run_no_jobs(dev: Dev) -> None:
+    """Eight processes of MLflow for jobs that nobody has took a quarter of a core for as long as it ran."""
+    servers = {command_of(p): p.environ() for p in psutil.Process(dev.process.pid).children()}
+    (mlflow,) = [environment for command, environment in servers.items() if "mlflow ui" in command]
+    (daemon,) = [environment for command, environment in servers.items() if "dagster-daemon run" in command]
+    assert mlflow["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert daemon["DAGSTER_GRPC_TIMEOUT_SECONDS"] == "300"
+    assert "huey" not in str([command_of(p) for p in psutil.Process(dev.process.pid).children(recursive=True)])
+
+
 def test_a_run_is_told_when_it_starts_and_when_it_succeeds(dev: Dev) -> None:
     dev.until(dev.serves_code, "the code is served")
     run_id = dev.launch("dataset", SCALE)["run"]["runId"]
