@@ -134,14 +134,17 @@ def predict(
         list[str] | None, typer.Option(help="of a workload on pairs: the second text, once for each")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="table (.parquet, .csv, .jsonl) or array (.npy)")
+        Path | None,
+        typer.Option(
+            "--input", metavar="PATH", help="table (.parquet, .csv, .jsonl), array (.npy), or folder of pictures"
+        ),
     ] = None,
     result: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="with --input: .parquet or .csv to write")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=256, help="with --input: processes that compute")] = 2,
 ) -> None:
-    """Ask a model: about some texts, or about all samples of a file; a file that was begun is gone on with."""
+    """Ask a model: about some texts, or all samples of a file or a folder; what was begun is gone on with."""
     from mlpipes.data.snapshot import open_snapshot
     from mlpipes.training.model import load_model, predict_texts
 
@@ -182,6 +185,7 @@ def predict(
 
 
 def _predict_file(workload: str, scale: str | None, source: Path, result: Path, workers: int) -> None:
+    from mlpipes.data.image_folder import ImageFolder
     from mlpipes.serving.batch import Job
     from mlpipes.serving.current import Registry, Wanted, describe
     from mlpipes.serving.model import fetched
@@ -190,15 +194,16 @@ def _predict_file(workload: str, scale: str | None, source: Path, result: Path, 
     from mlpipes.tracking.models import registered_name
     from mlpipes.tracking.runs import Tracker, existing_uri
 
-    entry_named(workload)
-    name, tracker = registered_name(workload), Tracker(existing_uri())
+    entry, name, tracker = entry_named(workload), registered_name(workload), Tracker(existing_uri())
     version = Champions(tracker, name).of_scale(scale_named(workload, scale)).version if scale else None
     registered = Registry(lambda: tracker, Wanted(name, version), default_store()).wanted_now()
-    job = Job.of(fetched(tracker, registered, default_store()), source, default_store())
+    trained_on = entry.load().source
+    decoder = trained_on.decoder if isinstance(trained_on, ImageFolder) else None
+    job = Job.of(fetched(tracker, registered, default_store()), source, default_store(), decoder)
     console.print(f"{describe(job.model)} answers", markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(source.name, total=rows_in(source))
+        task = progress.add_task(source.name, total=rows_in(job.source))
         found = 0
 
         def done(rows: int, computed: bool) -> None:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
+from mlpipes.data.image_file import Decoder
 from mlpipes.errors import ConfigError, CorruptionError, DataError, TrainingFailedError
 from mlpipes.serving.model import ServedModel, load
+from mlpipes.serving.pictures import decoder_for, pictures
 from mlpipes.serving.signature import rows_of
 from mlpipes.serving.tables import Chunk, check_kind, chunks
 from mlpipes.store.files import digest_of, open_published, publishing, quarantine, sha256_file
@@ -48,17 +50,23 @@ class Job:
     source: Path
     place: Path
     """Where its chunks are published."""
+    files: tuple[str, ...] = ()
+    """Of the pictures that are its samples, if they are those of a folder."""
 
     @classmethod
-    def of(cls, folder: Path, source: Path, store: Store) -> "Job":
-        """The job of these very bytes and this very model, begun before or not.
+    def of(cls, folder: Path, source: Path, store: Store, decoder: Decoder | None = None) -> "Job":
+        """The job of these very bytes and this very model, begun before or not; `decoder` is for folders of pictures.
 
-        Raises DataError for a file that the model cannot read.
+        Raises DataError for a file or folder that the model cannot read.
         """
-        model = load(folder)
+        model, files = load(folder), ()
+        if source.is_dir():
+            source, files = pictures(source, decoder_for(model.signature, decoder))
         check_kind(source, model.signature)
         identity = {"model": folder.name, "name": model.name, "input": sha256_file(source), "rows": ROWS, "v": _VERSION}
-        return cls(folder, model, source, store.root / "predictions" / digest_of(identity)[:24])
+        if files:
+            identity["files"] = digest_of(files)
+        return cls(folder, model, source, store.root / "predictions" / digest_of(identity)[:24], files)
 
     def chunk(self, number: int) -> Path:
         """Where a chunk's answers are published."""
@@ -161,6 +169,8 @@ class Job:
             count = len(answers)
             table = chunk.table if chunk.table is not None else pa.table({})
             columns: dict[str, Any] = {"row": pa.array(np.arange(chunk.first, chunk.first + count))}
+            if self.files:
+                columns["file"] = pa.array(self.files[chunk.first : chunk.first + count])
             columns |= {name: table[name] for name in table.column_names}
             columns |= {name: answers[name] for name in answers.column_names}
             for name, value in (("model", f"{self.model.name}/{self.model.version}"), ("weights", self.model.weights)):

@@ -33,7 +33,7 @@ class Chunk:
 def check_kind(path: Path, signature: Signature) -> None:
     """Raises DataError where a file is not there, or holds nothing for such a model."""
     if not path.is_file():
-        raise DataError(f"{path} is {'a folder; name a file' if path.is_dir() else 'not there'}")
+        raise DataError(f"{path} is not there")
     wanted = (".npy",) if signature.is_tensor else tuple(_FORMATS)
     if path.suffix.lower() not in wanted:
         what = "an array" if signature.is_tensor else f"a table with {', '.join(c.name for c in signature.inputs)}"

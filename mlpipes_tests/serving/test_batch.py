@@ -14,12 +14,15 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from mlpipes.data.image_file import Decoder
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.serving import batch
 from mlpipes.serving.batch import Job
 from mlpipes.serving.current import Registry, Wanted
 from mlpipes.serving.model import ServedModel, fetched
+from mlpipes.serving.pictures import decoder_for
 from mlpipes.serving.signature import Column, Signature
 from mlpipes.serving.tables import chunks
 from mlpipes.store.layout import Store
@@ -150,6 +153,39 @@ def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndar
         good.run(tmp_path / "x.xlsx", 1)
     with pytest.raises(ConfigError, match="is not there; make it first"):
         good.run(tmp_path / "no" / "x.csv", 1)
+
+
+def test_pictures_in_a_folder_are_answered_with_their_names(home: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    for number, pixels in enumerate(IMAGES):
+        (path := tmp_path / "in" / f"{number % 3}" / f"{number}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0]).save(path)
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    assert job_of(home, tmp_path / "in", tmp_path).run(tmp_path / "x.parquet", 1) == len(IMAGES)
+    found = pq.read_table(tmp_path / "x.parquet")
+    answers = dict(zip(found["file"].to_pylist(), found["prediction"].to_pylist(), strict=True))
+    wanted = {f"{number % 3}/{number}.png": expected[number].tolist() for number in range(len(IMAGES))}
+    assert answers == wanted
+    place = job_of(home, tmp_path / "in", tmp_path).place
+    (tmp_path / "in" / "0" / "0.png").rename(tmp_path / "in" / "0" / "00.png")
+    assert job_of(home, tmp_path / "in", tmp_path).place != place, "another name is another answer"
+    (tmp_path / "in" / "bad.png").write_bytes(b"something")
+    with pytest.raises(DataError, match=r"bad\.png"):
+        job_of(home, tmp_path / "in", tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="has no image"):
+        job_of(home, tmp_path / "none", tmp_path)
+
+
+def test_pictures_are_read_as_those_that_the_model_was_trained_on() -> None:
+    small = Signature((Column("", "uint8", (3, 4, 6)),), (), is_tensor=True, answers_tensor=True)
+    assert decoder_for(small, None) == Decoder(4, 6, "rgb", "cover", 255)
+    assert decoder_for(small, Decoder(9, 9, "grey", "contain", 7)) == Decoder(4, 6, "rgb", "contain", 7)
+    for shape, says in (((3, -1, -1), "any size"), ((12,), "takes none")):
+        other = Signature((Column("", "uint8", shape),), (), is_tensor=True, answers_tensor=True)
+        with pytest.raises(DataError, match=says):
+            decoder_for(other, None)
+    with pytest.raises(DataError, match="takes none"):
+        decoder_for(TEXTS, None)
 
 
 ROWS: list[dict[str, Any]] = [{"id": n, "text": f"007 {n}\n" if n % 3 else ""} for n in range(25)]
