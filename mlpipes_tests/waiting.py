@@ -24,6 +24,8 @@ def until(
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
         if reason := vain():
+            if answer := condition():  # it has come to be since it was looked at
+                break
             raise AssertionError(f"it will not be so that {what}: {reason}")
         if time.monotonic() > deadline:
             raise AssertionError(f"after {seconds:.0f} s it is not so that {what}")
