@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from mlpipes.store.files import canonical_json
-from mlpipes.workloads.tensors import compute_fp32_in_full, has_native_bf16
+from mlpipes.workloads.tensors import compute_deterministically, compute_fp32_in_full, has_native_bf16
 
 
 def mixed_seed(*parts: Any) -> int:
@@ -65,7 +65,7 @@ def prepare_process(threads: int, seed: int, deterministic_kernels: bool = True)
     """
     torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses to be deterministic
-    torch.use_deterministic_algorithms(deterministic_kernels)
+    compute_deterministically(deterministic_kernels)
     # A debugging aid that comes with deterministic algorithms and costs 7 % here: no kernel in use reads fresh memory.
     cast(Any, deterministic).fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

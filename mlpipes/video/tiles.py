@@ -13,7 +13,7 @@ from torch.utils import deterministic
 
 from mlpipes.errors import ConfigError
 from mlpipes.video.job import ModelPin
-from mlpipes.workloads.tensors import compute_fp32_in_full, has_native_bf16
+from mlpipes.workloads.tensors import compute_deterministically, compute_fp32_in_full, has_native_bf16
 
 TILE = (320, 512)
 """Height and width of a tile at most, in pixels of the source, without its overlap. What a layer makes of a larger one
@@ -83,7 +83,7 @@ class Program:
 def _compute_repeatably() -> None:
     """The same bits every time on a GPU, and no rounding of pixels to TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    compute_deterministically()
     cast(Any, deterministic).fill_uninitialized_memory = False  # as in training: a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
     compute_fp32_in_full()

@@ -1,5 +1,7 @@
 """Columns as tensors on a device; ragged ones stay flat, and are padded batch by batch."""
 
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +85,18 @@ def each_row(method: str, outputs: Mapping[str, Tensor], rows: int) -> dict[str,
                 "that of the samples"
             )
     return {name: value.float() for name, value in outputs.items()}
+
+
+def compute_deterministically(wanted: bool = True) -> None:
+    """What `torch.use_deterministic_algorithms` does, without importing Inductor: 2 s of a processor, in each process.
+
+    Whoever compiles imports it later, and it is then told by its own switch.
+    """
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(wanted))
+    if "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(wanted)
+    else:
+        torch.set_deterministic_debug_mode("error" if wanted else "default")
 
 
 def compute_fp32_in_full() -> None:
