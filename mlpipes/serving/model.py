@@ -4,7 +4,9 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from mlpipes.tracking.runs import Tracker, public_uri
 from mlpipes.workloads.golden import BF16_PROGRAM, GOLDEN, GoldenRequest, Values
 
 _KIND, _VERSION = "served model", 1
+_KEPT, _IDLE_SECONDS = 4, 24 * 3600.0
+"""Versions of a model that are kept in the store, and how long one more is that nobody loads."""
 _COMPUTING = threading.Lock()
 """One model computes at a time in a process: torch's choice of attention kernels belongs to all of its threads."""
 
@@ -98,7 +102,19 @@ def fetched(tracker: Tracker, registered: Registered, store: Store) -> Path:
             draft.meta |= {"name": registered.name, "version": registered.version, "tags": dict(registered.tags)}
     except (MlflowException, OSError) as error:
         raise ConfigError(f"{what} cannot be fetched from MLflow ({public_uri(tracker.uri)}): {error}") from error
+    _tidy(place.parent)
     return place
+
+
+def _tidy(folder: Path) -> None:
+    """Remove those of a model's versions that nobody has loaded for long: each has all of its weights."""
+    loaded = {path: path.stat().st_mtime for path in folder.iterdir() if path.is_dir()}
+    for path in sorted(loaded, key=loaded.__getitem__, reverse=True)[_KEPT:]:
+        if time.time() - loaded[path] > _IDLE_SECONDS:
+            gone = path.with_name(f".gone-{path.name}")  # whole, or not there
+            with suppress(OSError):  # another process removes it, too
+                path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def load(folder: Path) -> ServedModel:
@@ -108,6 +124,7 @@ def load(folder: Path) -> ServedModel:
     wrong, or it cannot be served.
     """
     published = open_published(folder, kind=_KIND)
+    os.utime(folder)  # see `_tidy`
     from mlflow.models import Model
 
     name, version, tags = (published.meta[key] for key in ("name", "version", "tags"))

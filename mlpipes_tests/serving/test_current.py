@@ -1,6 +1,8 @@
 """Which version answers: what is refused for good, what is tried again, and what is said of it; no server, no MLflow."""
 
 import asyncio
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,31 @@ def test_a_store_cannot_be_without_the_files_of_a_model(tmp_path: Path, monkeypa
     with pytest.raises(ConfigError, match=r"the files of m version 1 are not in MLflow's artifacts; materialize"):
         fetched(tracker, Registered("m", "1", "somewhere", {}), Store(tmp_path))
     assert not list((tmp_path / "served").glob("*/1-*"))
+
+
+def test_versions_that_nobody_has_loaded_for_long_are_removed_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    from mlpipes.serving.model import fetched
+    from mlpipes.store.layout import Store
+
+    def download(artifact_uri: str, dst_path: str) -> str:
+        (Path(dst_path) / "it").mkdir()
+        (Path(dst_path) / "it" / "MLmodel").write_text(artifact_uri)
+        return str(Path(dst_path) / "it")
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    tracker: Any = type("Tracker", (), {"uri": f"sqlite:///{tmp_path}/m.db"})()
+
+    def fetch(number: int) -> Path:
+        return fetched(tracker, Registered("m", str(number), "somewhere", {}), Store(tmp_path))
+
+    folders, now = [fetch(number) for number in range(6)], time.time()
+    for number, folder in enumerate(folders):  # the sixth was loaded last
+        os.utime(folder, (now, now - (10 - number) * 86400))
+    os.utime(folders[0], (now, now - 3600))
+    newest = fetch(7)
+    left = {path.name for path in (tmp_path / "served" / "m").iterdir()}
+    assert left == {newest.name, folders[0].name, folders[4].name, folders[5].name}, "the last four, of whatever age"
