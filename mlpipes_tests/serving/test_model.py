@@ -87,6 +87,38 @@ def test_frames_are_upscaled_whatever_their_size(frames: int, tracker: Tracker, 
     assert not found.signature.same_shapes
 
 
+@pytest.mark.parametrize(("network", "frames", "colour"), [("compact", 3, "luma"), ("edsr", 1, "rgb")])
+def test_frames_are_upscaled_to_the_pixels_that_the_evaluation_judged(
+    network: str, frames: int, colour: str, tracker: Tracker, tmp_path: Path
+) -> None:
+    hp, info = (
+        video_sr.hyperparameters(network=network, frames=frames, colour=colour, width=16, depth=2),
+        DataInfo({}, {}),
+    )
+    torch.manual_seed(0)
+    model: Any = video_sr.build_model(hp, info).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    images = np.random.default_rng(1).integers(0, 256, (2, 3, 96, 64), dtype=np.uint8)
+    deployable = replace(video_sr.deployable(model, hp, info, {"image": images}), rows=video_sr.served_rows)
+    found, _ = served(tracker, f"{network}{frames}", deployable, Store(tmp_path))
+    judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(_: Any, given: tuple[torch.Tensor], made: torch.Tensor) -> None:
+        judged.append((given[0], made))
+
+    hook = model.register_forward_hook(note)
+    columns = {"image": images, "size": np.array([[96, 64], [46, 62]]), "photograph": np.arange(2)}
+    served_predictions(video_sr, model, on_device(columns, torch.device("cpu")), hp, "fp32")
+    hook.remove()
+    assert len(judged) == len(images)
+    for low, made in judged:
+        asked = low.permute(0, 1, 3, 4, 2).to(torch.uint8).numpy()
+        answer = np.asarray(found(np.ascontiguousarray(asked if frames > 1 else asked[:, 0])))
+        assert np.array_equal(answer, made.round().clamp(0, 255).permute(0, 2, 3, 1).numpy())
+
+
 _CODE = """
 import mlflow
 import pandas as pd
