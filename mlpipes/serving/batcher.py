@@ -40,7 +40,7 @@ class Batcher:
         self._rows, self._seen = 0, seen
         self._error: Exception = RuntimeError("nothing has failed yet")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._wake = asyncio.Event()
+        self._wake, self._idle = asyncio.Event(), asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def __call__(self, model: ServedModel, values: Values) -> Values:
@@ -50,11 +50,19 @@ class Batcher:
             raise FullError
         self._queue.append(waiting)
         self._rows += waiting.rows
+        self._idle.clear()
         self._wake.set()
         try:
             return await waiting.future
         finally:
             self._rows -= waiting.rows
+            if not self._rows:
+                self._idle.set()
+
+    async def when_idle(self) -> None:
+        """Wait until nobody waits for an answer."""
+        while self._rows:
+            await self._idle.wait()
 
     async def close(self) -> None:
         """Answer no more."""

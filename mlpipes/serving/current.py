@@ -97,7 +97,7 @@ class _Refusal:
 
 
 class Current:
-    """The model that answers now; `follow` keeps it the one that is wanted."""
+    """The model that answers now; `look` keeps it the one that is wanted."""
 
     def __init__(self, registry: Registry, tell: Callable[[str], None], swapped: Callable[[ServedModel], None]) -> None:
         self.registry, self.tell, self.swapped = registry, tell, swapped
@@ -120,24 +120,16 @@ class Current:
         assert self.model is not None  # noqa: S101 - just taken
         self.tell(f"{describe(self.model)} is served, after {time.monotonic() - began:.1f} s")
 
-    async def follow(self, every: float) -> None:
-        """Look every so many seconds which version is wanted, and change to it; never ends by itself."""
-        while True:
-            await asyncio.sleep(every)
-            try:
-                await self.look(every)
-            except Exception as error:  # whatever it is, who serves now serves on
-                self.tell(f"the registry could not be looked at: {type(error).__name__}: {error}")
-
     async def look(self, every: float = 1.0) -> None:
         """Change to the version that is wanted, if it is another one and can be served."""
-        assert self.model is not None  # noqa: S101 - started
         try:
             wanted = await asyncio.to_thread(self.registry.wanted_now)
         except (OSError, UserError) as error:
+            if isinstance(error, UserError):
+                self._do_without()
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                self.tell(f"{error}; version {self.model.version} is served on")
+                self.tell(f"{error}; {self._meanwhile()}")
             return
         if self._trouble:
             self._trouble = ""
@@ -151,7 +143,8 @@ class Current:
             return
         try:
             found = await asyncio.to_thread(self.registry.get, wanted)
-            if found.signature != self.model.signature or _classes(found) != _classes(self.model):
+            served = self._served()
+            if found.signature != served.signature or _classes(found) != _classes(served):
                 raise RefusedError(
                     "it takes or answers something else than the version that is served, which clients would notice: "
                     "start the server again to serve it"
@@ -159,31 +152,45 @@ class Current:
         except Exception as error:
             self._refuse(wanted, error, every)
             return
-        before = self.model.version
+        before = self.model
         self._take(found, wanted)
-        self.tell(f"{describe(found)} is served, instead of version {before}")
+        self.tell(self._change(found, before))
 
     def _is_served(self, wanted: Registered) -> bool:
-        assert self.model is not None  # noqa: S101 - started
+        if self.model is None:
+            return False
         if self._registered is None:  # it was kept, and what it was is not known but for its number
             return wanted.version == self.model.version
         return (wanted.version, wanted.source) == (self._registered.version, self._registered.source)
 
     def _refuse(self, wanted: Registered, error: Exception, every: float) -> None:
-        assert self.model is not None  # noqa: S101 - started
+        self._do_without()
         before, said = self._refused, str(error)
         pause = min(_LONGEST_PAUSE, 2 * before.pause if before else every)
         again = math.inf if isinstance(error, RefusedError) else time.monotonic() + pause
         if before is None or before.said != said:
             when = "" if math.isinf(again) else "; it is tried again"
-            self.tell(
-                f"version {wanted.version} is not served, and version {self.model.version} is served on: {said}{when}"
-            )
+            self.tell(f"version {wanted.version} is not served, and {self._meanwhile()}: {said}{when}")
         self._refused = _Refusal(wanted, again, pause, said)
 
     def _take(self, model: ServedModel, registered: Registered | None) -> None:
         self.model, self._registered, self._refused = model, registered, None
         self.swapped(model)
+
+    # -- what is otherwise of a version that is not the one that clients know -------------------------------------------------
+    def _served(self) -> ServedModel:
+        """The version that clients know: another one must take and answer the same."""
+        assert self.model is not None  # noqa: S101 - started
+        return self.model
+
+    def _do_without(self) -> None:
+        """There is none that could be served; who serves now serves on."""
+
+    def _meanwhile(self) -> str:
+        return f"version {self._served().version} is served on"
+
+    def _change(self, found: ServedModel, before: ServedModel | None) -> str:
+        return f"{describe(found)} is served" + (f", instead of version {before.version}" if before else "")
 
 
 def describe(model: ServedModel) -> str:

@@ -1,15 +1,14 @@
 """What Prometheus reads of a server: requests, batches, the version that answers, and what it answers."""
 
-from collections.abc import Mapping
-
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mlpipes.serving.model import ServedModel
+from mlpipes.serving.summaries import classes_in
 from mlpipes.workloads.golden import Values
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_DIFFERENCES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10, 100)
 _CONFIDENCES = tuple(edge / 20 for edge in range(1, 21))
 _MOST_CLASSES = 100
 """Beyond so many, classes are not counted one by one: each would be a time series."""
@@ -34,6 +33,34 @@ class Metrics:
         self.confidence = Histogram(
             "mlpipes_serve_confidence", "Probability of the class", buckets=_CONFIDENCES, registry=registry
         )
+        self.answered_by = Counter(
+            "mlpipes_serve_version_requests", "Requests answered, by version", ["version"], registry=registry
+        )
+        self.share = Gauge("mlpipes_serve_canary_share", "Share of clients that the canary answers", registry=registry)
+        self.rollbacks = Counter(
+            "mlpipes_serve_rollbacks", "Canaries that failed, and answer nobody since", ["version"], registry=registry
+        )
+        self.shadowed = Counter(
+            "mlpipes_serve_shadow_samples",
+            "Samples that both versions gave a class",
+            ["canary", "agree"],
+            registry=registry,
+        )
+        self.difference = Histogram(
+            "mlpipes_serve_shadow_difference",
+            "Greatest absolute difference between both versions' answers to a sample",
+            buckets=_DIFFERENCES,
+            registry=registry,
+        )
+        self.shadow_failed = Counter(
+            "mlpipes_serve_shadow_failed",
+            "Requests that the other version could not answer",
+            ["version"],
+            registry=registry,
+        )
+        self.shadow_dropped = Counter(
+            "mlpipes_serve_shadow_dropped", "Requests not compared, for there was no time", registry=registry
+        )
 
     def swapped(self, model: ServedModel) -> None:
         """Another version answers."""
@@ -43,8 +70,9 @@ class Metrics:
 
     def answered(self, model: ServedModel, answer: Values) -> None:
         """Count classes and confidences, where answers are such."""
-        labels, confidences = _classes(model, answer)
-        if len(set(labels)) <= _MOST_CLASSES:
+        self.answered_by.labels(model.version).inc()
+        labels, confidences = classes_in(model, answer)
+        if max(len(model.about.get("class_names") or ()), len(set(labels))) <= _MOST_CLASSES:
             for label in labels:
                 self.answers.labels(label).inc()
         for confidence in confidences:
@@ -53,21 +81,3 @@ class Metrics:
     def page(self) -> bytes:
         """All of it, in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-def _classes(model: ServedModel, answer: Values) -> tuple[list[str], list[float]]:
-    if isinstance(answer, np.ndarray):
-        names = model.about.get("class_names")
-        if not names or answer.shape[1:] != (len(names),) or len(names) > _MOST_CLASSES:
-            return [], []
-        shares = np.exp(answer - answer.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        return [str(names[place]) for place in answer.argmax(axis=1)], shares.max(axis=1).tolist()
-    if "label" not in answer:
-        return [], []
-    return [str(label) for label in answer["label"]], _greatest(answer)
-
-
-def _greatest(answer: Mapping[str, np.ndarray]) -> list[float]:
-    shares = [np.asarray(column) for name, column in answer.items() if name.startswith("p(")]
-    return np.max(shares, axis=0).tolist() if shares else []

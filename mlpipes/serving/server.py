@@ -109,7 +109,7 @@ def serve(state: State, address: Address) -> None:
         access_log=False,
         log_level="critical",
         server_header=False,
-        proxy_headers=False,  # who asks is not looked at
+        proxy_headers=False,  # behind a proxy, clients are told apart by a header of our own
         timeout_graceful_shutdown=_GRACE,
         **options,
     )

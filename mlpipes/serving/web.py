@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi import Path as Parameter
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.background import BackgroundTask
 
 from mlpipes.serving.batcher import Batcher, FullError
 from mlpipes.serving.current import Current, Registry
@@ -19,10 +20,14 @@ from mlpipes.serving.formats import described, of_csv, of_mlflow, of_protocol, p
 from mlpipes.serving.limits import Guard, Limits
 from mlpipes.serving.metrics import Metrics
 from mlpipes.serving.model import ServedModel
-from mlpipes.serving.signature import BadRequestError, is_finite
+from mlpipes.serving.shadow import Shadow
+from mlpipes.serving.signature import BadRequestError
+from mlpipes.serving.traffic import Answered, Canary, NotFiniteError, Traffic, computed
 from mlpipes.workloads.golden import Values
 
 Convert = Callable[[Request, bytes, ServedModel], Values]
+CLIENT = "x-client-key"
+"""The header by which a client says who it is."""
 _LARGE = 256 << 10
 _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parsing")
 
@@ -37,11 +42,19 @@ class State:
     tell: Callable[[str], None]
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
+    canary: Registry | None = None
+    """Where a second version comes from."""
+    share: float = 0.0
+    """Of clients that it answers."""
+    shadowed: float = 1.0
+    """Share of requests that the version that has not answered computes, too."""
     draining: bool = False
     """Whether it is about to end: probes are told, requests are still answered."""
 
     def __post_init__(self) -> None:
         self.current = Current(self.registry, self.tell, self.metrics.swapped)
+        beside = Canary(self.canary, self.current, self.tell) if self.canary else None
+        self.traffic = Traffic(self.current, beside, self.share, self.tell, self.metrics)
 
     @property
     def name(self) -> str:
@@ -73,15 +86,17 @@ def make_app(state: State) -> Any:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await state.current.start()
-        app.state.batcher = Batcher(state.metrics.batches.observe)
-        following = asyncio.create_task(state.current.follow(state.every))
+        batcher = app.state.batcher = Batcher(state.metrics.batches.observe)
+        shadow = app.state.shadow = Shadow(state.traffic, batcher, state.metrics, state.shadowed)
+        following = asyncio.create_task(state.traffic.follow(state.every))
         try:
             yield
         finally:
             following.cancel()
             with suppress(asyncio.CancelledError):
                 await following
-            await app.state.batcher.close()
+            await shadow.close()
+            await batcher.close()
 
     app = FastAPI(
         title=f"mlpipes serve {state.name}",
@@ -126,9 +141,12 @@ def _problem(code: int, text: str, field: str = "") -> _Problem:
     return _Problem(code, text, field)
 
 
-async def _answered(request: Request, state: State, convert: Convert) -> tuple[ServedModel, Values] | _Problem:
-    """The answer to a request, or what is wrong with it."""
-    model = state.current.model
+async def _answered(
+    request: Request, state: State, convert: Convert, version: str | None = None
+) -> Answered | _Problem:
+    """The answer to a request, by a certain version or by the one that its client gets, or what is wrong with it."""
+    client = request.headers.get(CLIENT) or (request.client.host if request.client else "")
+    model = state.traffic.version(version) if version else state.traffic.model_for(client)
     if model is None:
         return _problem(503, "no model is loaded yet")
     if encoding := request.headers.get("content-encoding", ""):
@@ -139,28 +157,37 @@ async def _answered(request: Request, state: State, convert: Convert) -> tuple[S
             values = await asyncio.get_running_loop().run_in_executor(_PARSING, convert, request, body, model)
         else:
             values = convert(request, body, model)
-        answer = await request.app.state.batcher(model, values)
+        if version:
+            answer = await computed(request.app.state.batcher, model, values)
+        else:
+            model, answer = await state.traffic.answer(request.app.state.batcher, model, values)
     except BadRequestError as error:
         return _problem(400, str(error), error.field)
     except FullError:
         return _Problem(429, "too many samples wait", headers={"retry-after": "1"})
+    except NotFiniteError as error:
+        return _problem(422, str(error))
     except Exception as error:  # of somebody's model: whatever it is, the next request is answered
         state.tell(f"{model.name} version {model.version} has failed: {type(error).__name__}: {error}")
         return _problem(500, "the model has failed; the server's log says how")
-    if not is_finite(answer):
-        return _problem(422, "the model's answer has numbers that JSON does not have")
     state.metrics.answered(model, answer)
-    return model, answer
+    return Answered(model, values, answer, len(body))
 
 
-def _reply(model: ServedModel, content: Any) -> Response:
+def _reply(request: Request, answered: Answered, content: Any) -> Response:
+    model = answered.model
     headers = {
         "x-model-version": model.version,
         "x-model-weights": model.weights,
         "x-model-fingerprint": model.fingerprint,
         "x-model-exact": str(model.exact).lower(),
     }
-    return Response(json.dumps(content, allow_nan=False), media_type="application/json", headers=headers)
+
+    async def afterwards() -> None:
+        request.app.state.shadow.offer(answered)
+
+    text, background = json.dumps(content, allow_nan=False), BackgroundTask(afterwards)
+    return Response(text, media_type="application/json", headers=headers, background=background)
 
 
 def _of_invocation(request: Request, body: bytes, model: ServedModel) -> Values:
@@ -194,7 +221,7 @@ def _add_invocations(app: FastAPI, state: State) -> None:
         if kind not in ("application/json", "text/csv"):
             return _problem(415, f"{kind[:80]!r} is neither application/json nor text/csv", "content-type")
         found = await _answered(request, state, _of_invocation)
-        return found if isinstance(found, _Problem) else _reply(found[0], to_mlflow(found[1]))
+        return found if isinstance(found, _Problem) else _reply(request, found, to_mlflow(found.answer))
 
 
 def _add_protocol(app: FastAPI, state: State) -> None:
@@ -207,32 +234,33 @@ def _add_protocol(app: FastAPI, state: State) -> None:
     async def server() -> JSONResponse:
         return JSONResponse({"name": "mlpipes", "version": "1", "extensions": []})
 
-    def unknown(model: str, version: str | None) -> _Problem | None:
+    def named_by(model: str, version: str | None) -> ServedModel | _Problem:
         serving = state.current.model
         if model != state.name:
             return _problem(404, f"no such model; {state.name} is served", "model")
         if serving is None:
             return _problem(503, "no model is loaded yet")
-        if version is not None and version != serving.version:
-            return _problem(404, f"version {serving.version} is served", "version")
-        return None
+        return state.traffic.version(version) or _problem(404, f"version {serving.version} is served", "version")
 
     @app.get("/v2/models/{model}", summary="What the model takes and gives", responses={404: {}, 503: {}})
     @app.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
     async def metadata(model: str = named, version: str | None = None) -> Response:
-        serving = state.current.model
-        wrong = unknown(model, version)
-        if wrong is not None or serving is None:
-            return wrong or _problem(503, "no model is loaded yet")
+        serving = named_by(model, version)
+        if isinstance(serving, _Problem):
+            return serving
         about = {"scale": serving.scale, "weights": serving.weights, "fingerprint": serving.fingerprint}
         about |= {"exact": str(serving.exact).lower(), "caveat": serving.caveat}
-        content = {"name": serving.name, "versions": [serving.version], "platform": "pytorch", "parameters": about}
+        versions = [each.version for each in state.traffic.versions]
+        content = {"name": serving.name, "versions": versions, "platform": "pytorch", "parameters": about}
         return JSONResponse(content | described(serving.signature))
 
     @app.get("/v2/models/{model}/ready", summary="Whether the model answers", responses={404: {}, 503: {}})
     @app.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
     async def model_ready(model: str = named, version: str | None = None) -> Response:
-        return unknown(model, version) or JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
+        found = named_by(model, version)
+        if isinstance(found, _Problem):
+            return found
+        return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
     @app.post(
         "/v2/models/{model}/infer",
@@ -242,7 +270,7 @@ def _add_protocol(app: FastAPI, state: State) -> None:
     )
     @app.post("/v2/models/{model}/versions/{version}/infer", include_in_schema=False)
     async def infer(request: Request, model: str = named, version: str | None = None) -> Response:
-        if (wrong := unknown(model, version)) is not None:
+        if isinstance(wrong := named_by(model, version), _Problem):
             return wrong
         identity: list[Any] = []
 
@@ -252,10 +280,9 @@ def _add_protocol(app: FastAPI, state: State) -> None:
             identity.append(asked.get("id"))
             return values
 
-        found = await _answered(request, state, convert)
+        found = await _answered(request, state, convert, version)
         if isinstance(found, _Problem):
             return found
-        serving, answer = found
-        reply = {"model_name": serving.name, "model_version": serving.version}
+        reply = {"model_name": found.model.name, "model_version": found.model.version}
         reply |= {"id": str(identity[0])[:200]} if identity[0] is not None else {}
-        return _reply(serving, reply | {"outputs": to_protocol(answer)})
+        return _reply(request, found, reply | {"outputs": to_protocol(found.answer)})

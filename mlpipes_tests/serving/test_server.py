@@ -300,6 +300,49 @@ def test_a_version_that_answers_otherwise_than_it_should_does_not_take_over(serv
     until(lambda: server.ask([0]).headers["x-model-version"] == "1", "and is rolled back", vain=server.ended)
 
 
+def test_a_canary_answers_its_share_of_the_clients_with_its_own_bits_and_both_are_compared(another: Serving) -> None:
+    client = another.tracker.client
+    client.set_registered_model_alias(NAME, "challenger", "2")
+    another.start("--canary", "challenger", "--share", "0.5")
+    until(lambda: "version 2 (" in another.log, "the canary is loaded", vain=another.ended)
+    given: dict[str, str] = {}
+    for number in range(40):
+        key, rows = f"client {number % 20}", [number, number + 1]
+        answer = another.ask(rows, headers={"x-client-key": key})
+        version = answer.headers["x-model-version"]
+        assert given.setdefault(key, version) == version
+        assert answer.headers["x-model-weights"] == f"{int(version):064x}"
+        found = np.array(answer.json()["predictions"], dtype=np.float32)
+        assert np.array_equal(found, another.versions[version][rows])
+    assert set(given.values()) == {"1", "2"}
+    tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": IMAGES[5].ravel().tolist()}
+    for version in "12":
+        path = f"{another.address}/v2/models/{NAME}/versions/{version}"
+        assert requests.get(path, timeout=LIMIT_SECONDS).json()["versions"] == ["1", "2"]
+        reply = requests.post(f"{path}/infer", json={"inputs": [tensor]}, timeout=LIMIT_SECONDS).json()
+        assert reply["model_version"] == version
+        assert np.array_equal(np.float32(reply["outputs"][0]["data"]), another.versions[version][5])
+
+    compared = "mlpipes_serve_shadow_difference_count"
+    figures = until(
+        lambda: found if (found := figures_of(another))[compared] == 82 else None,
+        "all are compared",
+        vain=another.ended,
+    )
+    one, two = (another.versions[version].argmax(1) for version in "12")
+    same = sum(int(one[row] == two[row]) for number in range(40) for row in (number, number + 1)) + 2 * (
+        one[5] == two[5]
+    )
+    assert figures.get('mlpipes_serve_shadow_samples_total{agree="true",canary="2"}', 0) == same
+    assert figures["mlpipes_serve_canary_share"] == 0.5
+
+    other, _ = registered(another.tracker, 4, classes=3)
+    client.set_registered_model_alias(NAME, "challenger", other)
+    until(lambda: "there is no canary: it takes or answers something else" in another.log, "it is told why")
+    assert {another.ask([0], headers={"x-client-key": key}).headers["x-model-version"] for key in given} == {"1"}
+    assert figures_of(another)["mlpipes_serve_canary_share"] == 0
+
+
 def _model(server: Serving, version: str) -> str:
     return str(server.tracker.client.get_model_version(NAME, version).source).rpartition("/")[2]
 
@@ -348,6 +391,9 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
         (["--tls-cert", "absent.pem"], {}, "needs both"),
         (["--tls-cert", "absent.pem", "--tls-key", "absent.pem"], {}, "absent.pem is not there"),
         (["--version", "1", "--alias", "other"], {}, "not both"),
+        (["--share", "0.5"], {}, "name a version or an alias"),
+        (["--canary", "champion"], {}, "is what is served already"),
+        (["--version", "1", "--canary", "1"], {}, "is what is served already"),
         (["--version", "99"], {}, "is not registered"),
         (["--alias", "nobody"], {}, "is not registered"),
         (["--alias", "nobody"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "was never served from this home"),

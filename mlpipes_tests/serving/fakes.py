@@ -1,0 +1,47 @@
+"""A registry and models that say what a test wants them to say: no MLflow, no torch; no test is in here."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mlpipes.serving.model import Registered, ServedModel
+from mlpipes.serving.signature import Column, Signature
+from mlpipes.workloads.golden import Values
+
+SIGNATURE = Signature((Column("", "int64", (1,)),), (Column("", "int64", (1,)),), is_tensor=True, answers_tensor=True)
+
+
+def same(values: Values) -> Values:
+    return np.asarray(values)
+
+
+def served(version: str, **changes: Any) -> ServedModel:
+    found = ServedModel("m", version, "s", "w", "f", SIGNATURE, True, "", True, {"class_names": ["a"]}, same)
+    return replace(found, **changes)
+
+
+class Fake:
+    """A registry that says what a test wants it to say: a version, an error, or a model."""
+
+    wanted = "models:/m@champion"
+
+    def __init__(self) -> None:
+        self.now: Any = "1"
+        self.models: dict[str, Any] = {version: served(version) for version in "123"}
+        self.asked: list[str] = []
+
+    def wanted_now(self) -> Registered:
+        if isinstance(self.now, Exception):
+            raise self.now
+        return self.now if isinstance(self.now, Registered) else Registered("m", self.now, f"source {self.now}", {})
+
+    def get(self, registered: Registered) -> ServedModel:
+        self.asked.append(registered.version)
+        found = self.models[registered.version]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def kept(self, why: OSError) -> ServedModel:
+        return served("1")
