@@ -37,6 +37,10 @@ def serve(
     shadow: Annotated[
         float, typer.Option(min=0, max=1, help="share of requests that the other version computes as well, afterwards")
     ] = 1.0,
+    sample: Annotated[
+        int,
+        typer.Option(min=0, max=10_000, help="samples an hour that are kept, in a few figures, to look for drift in"),
+    ] = 500,
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8100,
     poll: Annotated[float, typer.Option(min=0.1, help="seconds between two looks whether the alias has moved")] = 5.0,
@@ -81,4 +85,5 @@ def serve(
             console.print(redact(text), markup=False, highlight=False, soft_wrap=True)
 
     limits = Limits(max_body << 20, in_flight=max_requests, token=token)
-    serve(State(registry(wanted), poll, tell, limits, canary=beside, share=share, shadowed=shadow), address)
+    state = State(registry(wanted), poll, tell, limits, canary=beside, share=share, shadowed=shadow, sample=sample)
+    serve(state, address)

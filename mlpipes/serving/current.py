@@ -177,7 +177,7 @@ class Current:
         self.model, self._registered, self._refused = model, registered, None
         self.swapped(model)
 
-    # -- what is otherwise of a version that is not the one that clients know -------------------------------------------------
+    # -- what is otherwise of a version that is not the one that clients know -----------------------------------------
     def _served(self) -> ServedModel:
         """The version that clients know: another one must take and answer the same."""
         assert self.model is not None  # noqa: S101 - started

@@ -4,31 +4,30 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
-
-from mlpipes.serving.traffic import Answered
+from typing import Generic, TypeVar
 
 _MOST_BYTES = 16 << 20
-"""Of the bodies of requests that wait here."""
-_MOST_REQUESTS = 256
+"""Of the requests that wait here."""
+_MOST = 256
+T = TypeVar("T")
 
 
-class Later:
-    """Answered requests that something is still to be done with. Nobody waits for it, and nobody hears of its errors."""
+class Later(Generic[T]):
+    """Things that are still to be done. Nobody waits for them, and nobody hears of their errors."""
 
-    def __init__(self, work: Callable[[Answered], Awaitable[None]], dropped: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[T], Awaitable[None]], dropped: Callable[[], None]) -> None:
         self._work, self._dropped = work, dropped
-        self._queue: deque[Answered] = deque()
+        self._queue: deque[tuple[T, int]] = deque()
         self._bytes, self._wake = 0, asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def offer(self, answered: Answered) -> None:
-        """Have it done with a request, if there is room."""
-        full = len(self._queue) >= _MOST_REQUESTS or (self._bytes and self._bytes + answered.size > _MOST_BYTES)
-        if full:
+    def offer(self, thing: T, size: int) -> None:
+        """Have it done, if there is room; `size`: bytes of the request that it is about."""
+        if len(self._queue) >= _MOST or (self._bytes and self._bytes + size > _MOST_BYTES):
             self._dropped()
             return
-        self._queue.append(answered)
-        self._bytes += answered.size
+        self._queue.append((thing, size))
+        self._bytes += size
         self._wake.set()
 
     async def close(self) -> None:
@@ -40,12 +39,12 @@ class Later:
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
-            answered = self._queue[0]
+            thing, size = self._queue[0]
             try:
-                await self._work(answered)
-            except Exception:  # of somebody's model or disk
+                await self._work(thing)
+            except Exception:  # whatever it is, answers go on
                 self._dropped()
             self._queue.popleft()
-            self._bytes -= answered.size
+            self._bytes -= size
             if not self._queue:
                 self._wake.clear()

@@ -61,6 +61,9 @@ class Metrics:
         self.shadow_dropped = Counter(
             "mlpipes_serve_shadow_dropped", "Requests not compared, for there was no time", registry=registry
         )
+        self.sample_dropped = Counter(
+            "mlpipes_serve_sample_dropped", "Requests not sampled, or samples not written", registry=registry
+        )
 
     def swapped(self, model: ServedModel) -> None:
         """Another version answers."""

@@ -28,7 +28,7 @@ class Shadow:
     def offer(self, answered: Answered, chance: Callable[[], float] = random.random) -> None:
         """Compare a request's answer later, if there is a version to compare with, and time."""
         if self._traffic.other(answered.model) is not None and chance() < self._share:
-            self._later.offer(answered)
+            self._later.offer(answered, answered.size)
 
     async def close(self) -> None:
         """Compare no more."""

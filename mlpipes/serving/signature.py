@@ -99,6 +99,13 @@ def cut(values: Values, start: int, stop: int) -> Values:
     return {name: column[start:stop] for name, column in values.items()}
 
 
+def taken(values: Values, rows: np.ndarray) -> Values:
+    """Those of some rows."""
+    if isinstance(values, np.ndarray):
+        return values[rows]
+    return {name: np.asarray(column)[rows] for name, column in values.items()}
+
+
 def joined(several: Sequence[Values]) -> Values:
     """Those of several requests, one after the other."""
     first = several[0]

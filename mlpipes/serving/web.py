@@ -20,6 +20,7 @@ from mlpipes.serving.formats import described, of_csv, of_mlflow, of_protocol, p
 from mlpipes.serving.limits import Guard, Limits
 from mlpipes.serving.metrics import Metrics
 from mlpipes.serving.model import ServedModel
+from mlpipes.serving.sampled import Sampler
 from mlpipes.serving.shadow import Shadow
 from mlpipes.serving.signature import BadRequestError
 from mlpipes.serving.traffic import Answered, Canary, NotFiniteError, Traffic, computed
@@ -48,6 +49,8 @@ class State:
     """Of clients that it answers."""
     shadowed: float = 1.0
     """Share of requests that the version that has not answered computes, too."""
+    sample: int = 0
+    """Samples of an hour that are kept in summary."""
     draining: bool = False
     """Whether it is about to end: probes are told, requests are still answered."""
 
@@ -87,7 +90,10 @@ def make_app(state: State) -> Any:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await state.current.start()
         batcher = app.state.batcher = Batcher(state.metrics.batches.observe)
-        shadow = app.state.shadow = Shadow(state.traffic, batcher, state.metrics, state.shadowed)
+        after: list[Shadow | Sampler] = [Shadow(state.traffic, batcher, state.metrics, state.shadowed)]
+        if state.sample:
+            after.append(Sampler(state.registry.store, state.sample, state.metrics.sample_dropped.inc))
+        app.state.after = after
         following = asyncio.create_task(state.traffic.follow(state.every))
         try:
             yield
@@ -95,7 +101,8 @@ def make_app(state: State) -> Any:
             following.cancel()
             with suppress(asyncio.CancelledError):
                 await following
-            await shadow.close()
+            for each in after:
+                await each.close()
             await batcher.close()
 
     app = FastAPI(
@@ -184,7 +191,8 @@ def _reply(request: Request, answered: Answered, content: Any) -> Response:
     }
 
     async def afterwards() -> None:
-        request.app.state.shadow.offer(answered)
+        for each in request.app.state.after:
+            each.offer(answered)
 
     text, background = json.dumps(content, allow_nan=False), BackgroundTask(afterwards)
     return Response(text, media_type="application/json", headers=headers, background=background)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import requests
 
+from mlpipes.store.files import read_record
 from mlpipes_tests import evidence
 from mlpipes_tests.sandbox import CHECKOUT, end
 from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
@@ -303,7 +304,8 @@ def test_a_version_that_answers_otherwise_than_it_should_does_not_take_over(serv
 def test_a_canary_answers_its_share_of_the_clients_with_its_own_bits_and_both_are_compared(another: Serving) -> None:
     client = another.tracker.client
     client.set_registered_model_alias(NAME, "challenger", "2")
-    another.start("--canary", "challenger", "--share", "0.5")
+    before = sampled_in(another)
+    another.start("--canary", "challenger", "--share", "0.5", "--sample", "0")
     until(lambda: "version 2 (" in another.log, "the canary is loaded", vain=another.ended)
     given: dict[str, str] = {}
     for number in range(40):
@@ -341,6 +343,13 @@ def test_a_canary_answers_its_share_of_the_clients_with_its_own_bits_and_both_ar
     until(lambda: "there is no canary: it takes or answers something else" in another.log, "it is told why")
     assert {another.ask([0], headers={"x-client-key": key}).headers["x-model-version"] for key in given} == {"1"}
     assert figures_of(another)["mlpipes_serve_canary_share"] == 0
+    another.stop()
+    assert not {path for path in sampled_in(another) - before if path.parent.name.startswith("2-")}
+
+
+def sampled_in(server: Serving) -> set[Path]:
+    """Files with what was served."""
+    return set((server.home / "store" / "served" / NAME / "sampled").glob("*/*.json"))
 
 
 def _model(server: Serving, version: str) -> str:
@@ -350,6 +359,7 @@ def _model(server: Serving, version: str) -> str:
 def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     another: Serving, tmp_path: Path
 ) -> None:
+    before = sampled_in(another)
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -378,6 +388,9 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     assert another.ask([0], headers=bearing, **trust).status_code == 200, "requests are still answered"
     assert another.process.wait(LIMIT_SECONDS) == 0
     another.process = None
+    kept = [read_record(path) for path in sampled_in(another) - before]
+    assert sum(each["seen"] for each in kept) >= 2, "what was served is written at the end"
+    assert len(kept[0]["columns"]["answer label"]) == len(kept[0]["columns"]["input mean"]) > 0
     assert TOKEN not in another.log
     assert "Traceback" not in another.log
 

@@ -249,7 +249,10 @@ def test_shadows_wait_until_nobody_waits_for_an_answer_and_too_many_are_dropped(
                 await asyncio.sleep(0)
         await shadow.close()
 
-    scene.with_batcher(scenario)
+    try:
+        scene.with_batcher(scenario)
+    finally:
+        gate.set()
     assert order == [("answer", 3), ("answer", 3), ("shadow", 8), ("shadow", 8), ("shadow", 4)]
     assert scene.figure("shadow_dropped_total") == 3
 
