@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mlpipes.errors import ConfigError, CorruptionError, UserError
-from mlpipes.serving.model import RefusedError, Registered, ServedModel, fetched, load
-from mlpipes.store.files import quarantine, read_record, write_record
+from mlpipes.serving.model import RefusedError, Registered, ServedModel, fetched, load, opened
+from mlpipes.store.files import MANIFEST, quarantine, read_record, write_record
 from mlpipes.store.layout import Store
 from mlpipes.tracking.runs import Tracker
 
@@ -29,9 +30,72 @@ class Wanted:
     version: str | None = None
     """A certain one; None: whichever the alias points to."""
     alias: str = "champion"
+    folder: Path | None = None
+    """Where it was written out; None: it is in MLflow's registry."""
 
     def __str__(self) -> str:
+        if self.folder is not None:
+            return f"{self.name} in {self.folder}"
         return f"models:/{self.name}/{self.version}" if self.version else f"models:/{self.name}@{self.alias}"
+
+
+class Source(Protocol):
+    """Where a server finds out which version is wanted, and has it from."""
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is asked for."""
+        ...
+
+    @property
+    def store(self) -> Store | None:
+        """Where what belongs to serving is kept; None: nowhere."""
+        ...
+
+    def wanted_now(self) -> Registered:
+        """The version that is wanted. Raises UserError if there is none, and OSError where that cannot be known now."""
+        ...
+
+    def get(self, registered: Registered) -> ServedModel:
+        """A version, loaded and tried. Raises RefusedError where it cannot be served, and another error where not now."""
+        ...
+
+    def kept(self, why: OSError) -> ServedModel:
+        """What was served last. Raises UserError where nothing was, with why it is asked for, or where it has changed."""
+        ...
+
+
+class Folder:
+    """A version that was written out, without any registry; where another one takes its place, that one is wanted."""
+
+    store: Store | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.wanted = Wanted(self._there().name, folder=path)
+
+    def wanted_now(self) -> Registered:
+        """The version that is there. Raises UserError if there is none, or where it is not whole."""
+        found = self._there()
+        if found.name != self.wanted.name:
+            raise ConfigError(f"{self.path} has {found.name} by now; start the server again to serve it")
+        return found
+
+    def _there(self) -> Registered:
+        write = "`mlpipes export WORKLOAD --output FOLDER` writes one"
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path} is no folder with a model; {write}")
+        if not (self.path / MANIFEST).is_file():
+            raise ConfigError(f"{self.path} was not written by `mlpipes export`, for it has no {MANIFEST}; {write}")
+        return opened(self.path, verify=False)[1]
+
+    def get(self, registered: Registered) -> ServedModel:
+        """What is there by now, verified, loaded and tried."""
+        return load(self.path)
+
+    def kept(self, why: OSError) -> ServedModel:
+        """Nothing is."""
+        raise ConfigError(f"{self.path} cannot be read: {why}") from why
 
 
 class Registry:
@@ -99,7 +163,7 @@ class _Refusal:
 class Current:
     """The model that answers now; `look` keeps it the one that is wanted."""
 
-    def __init__(self, registry: Registry, tell: Callable[[str], None], swapped: Callable[[ServedModel], None]) -> None:
+    def __init__(self, registry: Source, tell: Callable[[str], None], swapped: Callable[[ServedModel], None]) -> None:
         self.registry, self.tell, self.swapped = registry, tell, swapped
         self.model: ServedModel | None = None
         self._registered: Registered | None = None

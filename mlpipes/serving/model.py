@@ -1,4 +1,4 @@
-"""A registered version as it is served: fetched once into the store, verified, loaded, asked its golden request."""
+"""A registered version as it is served: written out once, verified, loaded, asked its golden request."""
 
 import os
 import shutil
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
-from mlpipes.errors import ConfigError
+from mlpipes.errors import ConfigError, CorruptionError, FormatError
 from mlpipes.serving.signature import Signature
-from mlpipes.store.files import digest_of, open_published, publishing
+from mlpipes.store.files import MANIFEST, Published, digest_of, open_published, publishing
 from mlpipes.store.layout import Store
 from mlpipes.tracking.models import FINGERPRINT, SCALE, WEIGHTS
 from mlpipes.tracking.runs import Tracker, public_uri
@@ -80,13 +81,23 @@ def fetched(tracker: Tracker, registered: Registered, store: Store) -> Path:
 
     Raises ConfigError if MLflow does not give it.
     """
+    place = registered.folder(store)
+    if not place.is_dir():
+        write_out(tracker, registered, place)
+        _tidy(place.parent)
+    return place
+
+
+def write_out(tracker: Tracker, registered: Registered, place: Path) -> None:
+    """Write what MLflow has of a registered version to a folder, which appears as a whole, with the digests of its files.
+
+    Raises ConfigError if MLflow does not give it.
+    """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    place, what = registered.folder(store), f"{registered.name} version {registered.version}"
-    if place.is_dir():
-        return place
+    what = f"{registered.name} version {registered.version}"
     uri = f"models:/{registered.name}/{registered.version}"
     try:
         mlflow.set_tracking_uri(tracker.uri)
@@ -102,8 +113,37 @@ def fetched(tracker: Tracker, registered: Registered, store: Store) -> Path:
             draft.meta |= {"name": registered.name, "version": registered.version, "tags": dict(registered.tags)}
     except (MlflowException, OSError) as error:
         raise ConfigError(f"{what} cannot be fetched from MLflow ({public_uri(tracker.uri)}): {error}") from error
-    _tidy(place.parent)
-    return place
+
+
+class _Meta(BaseModel):
+    """What a folder says of itself."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    version: str = Field(pattern=r"^[0-9]+$")
+    tags: dict[str, str]
+
+
+def opened(folder: Path, *, verify: bool = True) -> tuple[Published, Registered]:
+    """A folder of `write_out`, each byte of which is as it was written, and the version that it has.
+
+    `verify=False` looks at the manifest and at which files there are, and not into them.
+    Raises FileNotFoundError, FormatError for one of another version of mlpipes, and CorruptionError for whatever else is not
+    as it was written; also for a file too many, which the model might load.
+    """
+    try:
+        published = open_published(folder, kind=_KIND, verify=verify)
+        meta = _Meta.model_validate(published.meta)
+        known = {folder / name for name in published.files} | {folder / MANIFEST}
+    except (ValidationError, AttributeError, TypeError, KeyError) as error:
+        # Its checksum is right, so nothing of ours has written it.
+        raise CorruptionError(f"{folder / MANIFEST} says not what it should of a {_KIND}") from error
+    if published.version != _VERSION:
+        raise FormatError(f"{folder} was written by another version of mlpipes; write it again, by this one")
+    for path in folder.rglob("*"):
+        # Python's own, of a model's code that was loaded from here before.
+        if path not in known and not path.is_dir() and path.parent.name != "__pycache__":
+            raise CorruptionError(f"{path} does not belong to it: {MANIFEST} does not name it")
+    return published, Registered(meta.name, meta.version, digest_of(published.files), meta.tags)
 
 
 def _tidy(folder: Path) -> None:
@@ -118,16 +158,16 @@ def _tidy(folder: Path) -> None:
 
 
 def load(folder: Path) -> ServedModel:
-    """The version in a folder of `fetched`, which has answered its golden request.
+    """The version in a folder of `write_out`, which has answered its golden request.
 
-    Raises CorruptionError if a byte has changed, FileNotFoundError if it is not there, and RefusedError if its answer is
-    wrong, or it cannot be served.
+    Raises what `opened` raises, and RefusedError if its answer is wrong, or it cannot be served.
     """
-    published = open_published(folder, kind=_KIND)
-    os.utime(folder)  # see `_tidy`
+    _, registered = opened(folder)
+    with suppress(OSError):  # where nothing can be written, nothing is tidied
+        os.utime(folder)  # see `_tidy`
     from mlflow.models import Model
 
-    name, version, tags = (published.meta[key] for key in ("name", "version", "tags"))
+    name, version, tags = registered.name, registered.version, registered.tags
     path, what = folder / "model", f"{name} version {version}"
     try:
         description = Model.load(str(path))

@@ -36,7 +36,7 @@ Summary = Mapping[str, np.ndarray]
 
 def folder_of(store: Store, name: str, version: str, weights: str) -> Path:
     """Where the samples of a version lie."""
-    return store.root / "served" / name / "sampled" / f"{version}-{weights[:12]}"
+    return store.root / "served_samples" / name / f"{version}-{weights[:12]}"
 
 
 @dataclass

@@ -35,6 +35,9 @@ class Address:
     drain: float = 0.0
     """Seconds between SIGTERM and the end in which it is not ready, and still answers."""
 
+    anybody: bool = False
+    """Whether whoever reaches it may ask, without a token: something in front of it lets only those through that may."""
+
     def check(self, token: str) -> None:
         """Raises ConfigError for what would let anybody ask, or listen in, or cannot work."""
         if (self.certificate is None) != (self.key is None):
@@ -49,11 +52,14 @@ class Address:
                 raise ConfigError(
                     f"{self.certificate} and {self.key} are no certificate and its key in PEM, without a password: {error}"
                 ) from error
+        if token and self.anybody:
+            raise ConfigError("--no-token and MLPIPES_SERVE_TOKEN contradict each other: unset one of them")
         if self.host in LOOPBACK:
             return
-        if not token:
+        if not token and not self.anybody:
             raise ConfigError(
-                f"whoever reaches {self.host} could ask: set MLPIPES_SERVE_TOKEN, which requests then bear"
+                f"whoever reaches {self.host} could ask: set MLPIPES_SERVE_TOKEN, which requests then bear, or say "
+                "--no-token where something in front of it asks who asks"
             )
         if self.certificate is None and not self.behind_proxy:
             raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlpipes.serving.batcher import Batcher, FullError
-from mlpipes.serving.current import Current, Registry, describe
+from mlpipes.serving.current import Current, Source, describe
 from mlpipes.serving.metrics import Metrics
 from mlpipes.serving.model import ServedModel
 from mlpipes.serving.signature import is_finite
@@ -32,7 +32,7 @@ class Answered:
 class Canary(Current):
     """A version beside the one that is served. There need not be one, and where there is none, all goes on."""
 
-    def __init__(self, registry: Registry, current: Current, tell: Callable[[str], None]) -> None:
+    def __init__(self, registry: Source, current: Current, tell: Callable[[str], None]) -> None:
         super().__init__(registry, tell, lambda model: None)
         self.current = current
 

@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 
 from mlpipes.serving.batcher import Batcher, FullError
-from mlpipes.serving.current import Current, Registry
+from mlpipes.serving.current import Current, Source
 from mlpipes.serving.formats import described, of_csv, of_mlflow, of_protocol, parsed, to_mlflow, to_protocol
 from mlpipes.serving.limits import Guard, Limits
 from mlpipes.serving.metrics import Metrics
@@ -37,13 +37,13 @@ _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parsing")
 class State:
     """What the routes share."""
 
-    registry: Registry
+    registry: Source
     every: float
     """Seconds between two looks at the registry."""
     tell: Callable[[str], None]
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
-    canary: Registry | None = None
+    canary: Source | None = None
     """Where a second version comes from."""
     share: float = 0.0
     """Of clients that it answers."""
@@ -91,7 +91,7 @@ def make_app(state: State) -> Any:
         await state.current.start()
         batcher = app.state.batcher = Batcher(state.metrics.batches.observe)
         after: list[Shadow | Sampler] = [Shadow(state.traffic, batcher, state.metrics, state.shadowed)]
-        if state.sample:
+        if state.sample and state.registry.store is not None:
             after.append(Sampler(state.registry.store, state.sample, state.metrics.sample_dropped.inc))
         app.state.after = after
         following = asyncio.create_task(state.traffic.follow(state.every))

@@ -35,6 +35,7 @@ class Serving:
     """What the evaluation of each would say of `IMAGES`."""
     tracker: Any
     name: str = "server"
+    what: tuple[str, ...] = ("digits",)
     process: "subprocess.Popen[bytes] | None" = None
     address: str = ""
 
@@ -46,9 +47,10 @@ class Serving:
         assert self.process is None
         base = {name: value for name, value in os.environ.items() if not name.startswith(("MLPIPES_", "MLFLOW_"))}
         environment = base | {"MLPIPES_HOME": str(self.home), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | environment
+        command = (f"{CHECKOUT}/.venv/bin/mlpipes", "serve", *self.what, "--port", "0", "--poll", "0.1", *options)
         with (self.home / f"{self.name}.log").open("wb") as out:
             self.process = subprocess.Popen(
-                [f"{CHECKOUT}/.venv/bin/mlpipes", "serve", "digits", "--port", "0", "--poll", "0.1", *options],
+                command,
                 env=environment,
                 cwd=self.home,
                 stdout=out,
@@ -356,6 +358,49 @@ def _model(server: Serving, version: str) -> str:
     return str(server.tracker.client.get_model_version(NAME, version).source).rpartition("/")[2]
 
 
+def test_a_folder_is_served_without_mlflow_and_another_in_its_place_takes_over(
+    another: Serving, tmp_path: Path
+) -> None:
+    link, home = tmp_path / "model", tmp_path / "home"
+
+    def point_to(version: str) -> None:
+        new = tmp_path / "new"
+        new.symlink_to(exported(another, version, tmp_path))
+        new.replace(link)
+
+    def bits() -> str:
+        answer = another.ask([3, 1])
+        assert answer.headers["x-model-exact"] == "true"
+        version = answer.headers["x-model-version"]
+        found = np.array(answer.json()["predictions"], dtype=np.float32)
+        assert np.array_equal(found, another.versions[version][[3, 1]])
+        return version
+
+    point_to("1")
+    another.what = ("--model", str(link))
+    another.start(MLPIPES_HOME=str(home), MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert bits() == "1"
+    point_to("2")
+    until(lambda: bits() == "2", "the other one takes over", vain=another.ended)
+    link.unlink()
+    until(lambda: "is no folder with a model" in another.log, "it is told that it has gone", vain=another.ended)
+    assert bits() == "2"
+    assert not home.exists(), "it needs none"
+
+
+def exported(server: Serving, version: str, to: Path) -> Path:
+    """The folder of `mlpipes export`."""
+    from typer.testing import CliRunner
+
+    from mlpipes.cli.app import app
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLPIPES_HOME", str(server.home))
+        done = CliRunner().invoke(app, ["export", "digits", "--version", version, "--output", str(to / version)])
+    assert done.exit_code == 0, done.output
+    return to / version
+
+
 def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     another: Serving, tmp_path: Path
 ) -> None:
@@ -411,6 +456,9 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
         (["--alias", "nobody"], {}, "is not registered"),
         (["--alias", "nobody"], {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "was never served from this home"),
         (["--port", "TAKEN"], {}, "cannot be listened on"),
+        (["--model", "somewhere"], {}, "name a workload, or a folder"),
+        (["--no-token"], {"MLPIPES_SERVE_TOKEN": TOKEN}, "contradict each other"),
+        (["--host", "0.0.0.0", "--no-token"], {}, "--tls-cert"),  # noqa: S104
     ],
 )
 def test_what_cannot_be_served_is_told_in_a_line(
