@@ -62,6 +62,11 @@ def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
         ({**GOOD, "mlflow": {"uri": "mlflow:5000"}}, "/mlflow/uri"),
         ({**GOOD, "postgres": {"enabled": False}}, "postgres.host: name the server"),
         ({**GOOD, "postgres": {"database": "my-db"}}, "/postgres/database"),
+        ({**GOOD, "serve": {"models": {"my-model": {}}}}, "my-model"),
+        ({**GOOD, "serve": {"models": {"digits": {"replicas": 0}}}}, "/serve/models/digits/replicas"),
+        ({**GOOD, "serve": {"models": {"digits": {"port": 80}}}}, "port"),
+        ({**GOOD, "serve": {"defaults": {"drainSeconds": 0}}}, "/serve/defaults/drainSeconds"),
+        ({**GOOD, "serve": {"token": "in-the-open"}}, "token"),
         ({**GOOD, "rbac": {"clusterAdmin": True}}, "clusterAdmin"),
         ({**GOOD, "replicas": 3}, "replicas"),
     ],
@@ -81,6 +86,8 @@ def test_whatever_is_chosen_it_renders_and_stays_without_rights() -> None:
         {**GOOD, "postgres": foreign, "mlflow": {"enabled": False, "uri": "https://mlflow.example.com"}},
         {**GOOD, "monitoring": {"enabled": True, "labels": {"release": "prometheus"}}, "rbac": {"clusterRead": True}},
         {**GOOD, "store": {"claim": "have", "subPath": "team"}, "nodeSelector": {"pool": "cpu"}},
+        {**GOOD, "serve": {"models": {"digits": {}, "video_sr": {"replicas": 5}}}, "monitoring": {"enabled": True}},
+        {**GOOD, "serve": {"models": {"digits": {}}, "secret": "own"}, "networkPolicies": {"enabled": False}},
     ):
         made = rendered(values)
         kinds = [document["kind"] for document in made]
@@ -112,6 +119,58 @@ def test_dagsters_settings_take_the_sites_own() -> None:
     assert dagster["run_retries"] == {"enabled": True, "max_retries": 9, "retry_on_asset_or_op_failure": False}
     launcher = dagster["run_launcher"]["config"]
     assert launcher["volume_mounts"][-1] == {"name": "settings", "mountPath": "/etc/mlpipes"}
+
+
+def test_models_are_served_only_if_named_each_with_what_differs_from_the_defaults() -> None:
+    def of_serving(**values: Any) -> dict[tuple[str, str], dict[str, Any]]:
+        found = {(made["kind"], made["metadata"]["name"]): made for made in rendered({**GOOD, **values})}
+        return {key: made for key, made in found.items() if "-serve" in key[1]}
+
+    assert of_serving() == {}
+    own = {
+        "replicas": 5,
+        "drainSeconds": 40,
+        "options": ["--alias", "staging"],
+        "resources": {"requests": {"cpu": "2"}},
+    }
+    source = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}
+    made = of_serving(
+        serve={"models": {"digits": {}, "video_sr": own}},
+        monitoring={"enabled": True},
+        networkPolicies={"serveFrom": [source]},
+    )
+    kinds = ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor")
+    names = [f"{RELEASE}-serve-{model}" for model in ("digits", "video-sr")]
+    assert set(made) == {(kind, name) for kind in kinds for name in names} | {("Secret", f"{RELEASE}-serve")}
+    for name, workload, drain, replicas, asked in zip(
+        names, ("digits", "video_sr"), (15, 40), ((2, 4), (5, 5)), ("1", "2"), strict=True
+    ):
+        deployment = made["Deployment", name]["spec"]
+        assert "replicas" not in deployment, "an upgrade would take back what the autoscaler has done"
+        assert deployment["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+        pod = deployment["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] > drain + 20, "what is in flight after the drain has 20 s"
+        (container,) = pod["containers"]
+        command = " ".join(container["command"])
+        assert command.startswith(f"mlpipes serve {workload} --host 0.0.0.0 --port 8100 --behind-proxy")
+        assert command.endswith(f"--drain {drain}")
+        assert container["resources"]["requests"] == {"cpu": asked, "memory": "1Gi"}
+        (token,) = [variable for variable in container["env"] if variable["name"] == "MLPIPES_SERVE_TOKEN"]
+        assert token["valueFrom"] == {"secretKeyRef": {"name": f"{RELEASE}-serve", "key": "token"}}
+        scaler = made["HorizontalPodAutoscaler", name]["spec"]
+        assert (scaler["minReplicas"], scaler["maxReplicas"]) == replicas
+        assert scaler["scaleTargetRef"]["name"] == name
+        assert made["NetworkPolicy", name]["spec"]["ingress"][0]["from"] == [source]
+        chosen = deployment["selector"]["matchLabels"]
+        for selector in (
+            made["Service", name]["spec"]["selector"],
+            *(made[kind, name]["spec"]["selector"]["matchLabels"] for kind in ("PodDisruptionBudget", "PodMonitor")),
+        ):
+            assert selector == chosen
+    assert made["Deployment", names[1]]["spec"]["template"]["spec"]["containers"][0]["args"] == ["--alias", "staging"]
+    theirs = of_serving(serve={"models": {"digits": {}}, "secret": "have"})
+    assert ("Secret", f"{RELEASE}-serve") not in theirs
+    assert "have" in yaml.safe_dump(theirs["Deployment", names[0]])
 
 
 @pytest.fixture

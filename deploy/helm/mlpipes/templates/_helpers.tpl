@@ -46,6 +46,15 @@ labels:
 {{- if .Values.postgres.enabled }}{{ include "mlpipes.name" . }}-postgres{{ else }}{{ required "postgres.host: name the server, or set postgres.enabled" .Values.postgres.host }}{{ end }}
 {{- end }}
 
+{{- define "mlpipes.serveSecret" -}}
+{{ .Values.serve.secret | default (printf "%s-serve" (include "mlpipes.name" .)) }}
+{{- end }}
+
+{{- /* The part that serves a workload: names in Kubernetes have neither capitals nor underscores. */ -}}
+{{- define "mlpipes.servePart" -}}
+serve-{{ . | lower | replace "_" "-" | trimSuffix "-" }}
+{{- end }}
+
 {{- define "mlpipes.mlflow" -}}
 {{- if .Values.mlflow.enabled }}http://{{ include "mlpipes.name" . }}-mlflow:5000{{ else }}{{ required "mlflow.uri: name the server, or set mlflow.enabled" .Values.mlflow.uri }}{{ end }}
 {{- end }}
@@ -84,8 +93,12 @@ seccompProfile: { type: RuntimeDefault }
 
 {{- /* What the code location and runs are told. */ -}}
 {{- define "mlpipes.environment" -}}
-- { name: MLPIPES_HOME, value: {{ include "mlpipes.home" . | quote }} }
 - { name: MLPIPES_KUBERNETES, value: /etc/mlpipes/kubernetes.yaml }
+{{ include "mlpipes.serveEnvironment" . }}
+{{- end }}
+
+{{- define "mlpipes.serveEnvironment" -}}
+- { name: MLPIPES_HOME, value: {{ include "mlpipes.home" . | quote }} }
 - { name: MLFLOW_TRACKING_URI, value: {{ include "mlpipes.mlflow" . | quote }} }
 {{ include "mlpipes.ownEnvironment" . }}
 {{- end }}
@@ -138,7 +151,15 @@ securityContext: {{ include "mlpipes.security" . | nindent 2 }}
 
 {{- /* A start may take ten minutes on a busy node: nothing that starts is killed for being slow. */ -}}
 {{- define "mlpipes.probes" -}}
+{{ include "mlpipes.readyProbes" . }}
+{{ include "mlpipes.liveProbe" . }}
+{{- end }}
+
+{{- define "mlpipes.readyProbes" -}}
 startupProbe: { {{ . }}, periodSeconds: 3, timeoutSeconds: 5, failureThreshold: 200 }
 readinessProbe: { {{ . }}, periodSeconds: 5, timeoutSeconds: 5, failureThreshold: 6 }
+{{- end }}
+
+{{- define "mlpipes.liveProbe" -}}
 livenessProbe: { {{ . }}, periodSeconds: 30, timeoutSeconds: 20, failureThreshold: 4 }
 {{- end }}
