@@ -36,9 +36,14 @@ class Guard:
     """The outermost layer: counts requests, and refuses what is beyond the limits before anything is parsed."""
 
     def __init__(
-        self, app: Callable[..., Awaitable[None]], limits: Limits, metrics: Metrics, routes: frozenset[str]
+        self,
+        app: Callable[..., Awaitable[None]],
+        limits: Limits,
+        metrics: Metrics,
+        routes: frozenset[str],
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.app, self.limits, self.metrics, self.routes = app, limits, metrics, routes
+        self.app, self.limits, self.metrics, self.routes, self.leaving = app, limits, metrics, routes, leaving
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,6 +57,8 @@ class Guard:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = message["status"]
+                if self.leaving():  # a client that kept its connection would ask into the end of this server
+                    message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             await send(message)
 
         try:

@@ -115,7 +115,8 @@ def make_app(state: State) -> Any:
     _add_invocations(app, state)
     _add_protocol(app, state)
     routes = frozenset(route.path for route in app.routes if isinstance(getattr(route, "path", None), str))  # type: ignore[attr-defined]
-    return Guard(app, state.limits, state.metrics, routes | {f"/v2/models/{state.name}/infer"})
+    routes |= {f"/v2/models/{state.name}/infer"}
+    return Guard(app, state.limits, state.metrics, routes, lambda: state.draining)
 
 
 def _add_probes(app: FastAPI, state: State) -> None:

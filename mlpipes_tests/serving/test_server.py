@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -430,7 +431,9 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     another.process.send_signal(signal.SIGTERM)
     ready = f"{another.address}/ping"
     until(lambda: requests.get(ready, timeout=LIMIT_SECONDS, **trust).status_code == 503, "probes are told", every=0.02)
-    assert another.ask([0], headers=bearing, **trust).status_code == 200, "requests are still answered"
+    answer = another.ask([0], headers=bearing, **trust)
+    assert answer.status_code == 200, "requests are still answered"
+    assert answer.headers["connection"] == "close", "and the next one goes to another server"
     assert another.process.wait(LIMIT_SECONDS) == 0
     another.process = None
     kept = [read_record(path) for path in sampled_in(another) - before]
@@ -438,6 +441,30 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     assert len(kept[0]["columns"]["answer label"]) == len(kept[0]["columns"]["input mean"]) > 0
     assert TOKEN not in another.log
     assert "Traceback" not in another.log
+
+
+def test_an_mlflow_that_answers_without_its_database_is_not_asked_for_minutes(another: Serving) -> None:
+    asked: list[str] = []
+
+    class WithoutDatabase(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/health" else 503)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), WithoutDatabase) as mlflow:
+        threading.Thread(target=mlflow.serve_forever, daemon=True).start()
+        try:
+            another.start("--poll", "3600", MLFLOW_TRACKING_URI=f"http://127.0.0.1:{mlflow.server_port}")
+            assert "serving what was served last" in another.log
+            assert another.ask([0]).headers["x-model-version"] == "1"
+            assert 1 <= len([path for path in asked if path != "/health"]) <= 2, asked
+        finally:
+            mlflow.shutdown()
 
 
 @pytest.mark.parametrize(
