@@ -334,6 +334,7 @@ def test_a_canary_answers_its_share_of_the_clients_with_its_own_bits_and_both_ar
         "all are compared",
         vain=another.ended,
     )
+    assert figures is not None
     one, two = (another.versions[version].argmax(1) for version in "12")
     same = sum(int(one[row] == two[row]) for number in range(40) for row in (number, number + 1)) + 2 * (
         one[5] == two[5]
