@@ -11,7 +11,7 @@ import yaml
 from mlpipes.orchestration.backfill import DagsterUi
 from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import LOCATION, Sandbox, end, free_port, graphql, wait_for
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import comes, until
 
 _LAUNCHED = """{ runsOrError { ... on Runs { results { jobName } } }
   partitionBackfillsOrError { ... on PartitionBackfills { results { id } } } }"""
@@ -98,12 +98,12 @@ class Desk(Sandbox):
             page.get_by_role("button", name="Custom").click()
             # What is missing may come to be known late, and be chosen then, instead of what was chosen by hand.
             page.wait_for_load_state("networkidle")
-            if not are_chosen(offered):
+            if not comes(lambda: are_chosen(offered)):
                 return False
             for key in set(offered) - set(scales):
                 chosen[key].click()
             page.wait_for_load_state("networkidle")
-            return are_chosen(scales)
+            return comes(lambda: are_chosen(scales))
 
         until(dialog_is_filled, f"{scales} are chosen in the dialog", every=1)
         before = self._launched(workload)

@@ -31,3 +31,16 @@ def until(
             raise AssertionError(f"after {seconds:.0f} s it is not so that {what}")
         time.sleep(every)
     return answer
+
+
+def comes(condition: Callable[[], object], seconds: float = 120.0) -> bool:
+    """Whether a condition comes to hold in a while, such as something on a page that must be loaded again if not.
+
+    A page whose network is idle need not be there yet: on a busy machine its program is only being read.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

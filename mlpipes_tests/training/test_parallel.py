@@ -134,7 +134,7 @@ def together(size: int, task: Callable[[Workers], Any]) -> list[Any]:
     try:
         for process in processes:
             process.start()
-        found = dict(results.get(timeout=300) for _ in processes)
+        found = dict(results.get(timeout=LIMIT_SECONDS) for _ in processes)
         for process in processes:
             process.join(300)
     finally:

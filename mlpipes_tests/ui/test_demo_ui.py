@@ -10,8 +10,6 @@ from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, wait_for
 
 pytestmark = pytest.mark.browser
 
-PATIENCE_MS = 120_000
-
 
 @pytest.fixture(scope="module")
 def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -20,7 +18,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         missing("`make install` was not run in this checkout, and a test must not install into it")
     folder = Sandbox(tmp_path_factory.mktemp("checkout"))
     try:
-        demo = folder.run(".venv/bin/mlpipes demo --scale w1-b128-e30-g0 --scale w2-b128-e30-g0", timeout=850)
+        demo = folder.run(".venv/bin/mlpipes demo --scale w1-b128-e30-g0 --scale w2-b128-e30-g0")
         assert demo.returncode == 0, demo.stdout + demo.stderr
         port, mlflow = free_port(), free_port()
         options = ("--port", str(port), "--mlflow", "--mlflow-port", str(mlflow))
@@ -37,7 +35,6 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
     with browser_page(1000) as page:
-        page.set_default_timeout(PATIENCE_MS)
         page.goto(f"{ui}/locations/mlpipes.definitions/asset-groups/digits")
         for name in ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion", "scaling_report"):
             page.get_by_text(name, exact=True).first.wait_for()

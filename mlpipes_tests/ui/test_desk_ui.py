@@ -8,7 +8,7 @@ import pytest
 
 from mlpipes_tests.browser import browser_page, picture
 from mlpipes_tests.desk import Desk
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import comes, until
 
 pytestmark = pytest.mark.browser
 LONG, SHORT = "w1-b64-e12-g0", ["w1-b128-e4-g0", "w2-b128-e4-g0", "w1-b64-e4-g0"]
@@ -54,10 +54,9 @@ def watched(page: Any, desk: Desk, materialized: None) -> tuple[str, str]:
     def shown() -> str:
         """The step of the latest training, if all figures of it are there."""
         page.reload()  # Dagster shows new observations of an asset when asked to
-        page.wait_for_load_state("networkidle")
-        cells = page.locator("td", has_text=_STEP).all_inner_texts()
-        complete = all(page.get_by_text(f"{name} · {LONG}").count() for name in figures)
-        return cells[0] if cells and complete else ""
+        steps = page.locator("td", has_text=_STEP)
+        there = comes(lambda: steps.count() and all(page.get_by_text(f"{name} · {LONG}").count() for name in figures))
+        return steps.first.inner_text() if there else ""
 
     before = until(shown, "the live view shows the training", every=1)
     desk.barriers.open(EARLY)
@@ -93,9 +92,7 @@ def backfilled(page: Any, desk: Desk, watched: tuple[str, str]) -> None:
     def is_shown() -> bool:
         """Whether Dagster has the event by now (the file is there before), and shows that report, not the one before."""
         desk.go(page, "assets/digits/scaling_report")
-        page.wait_for_load_state("networkidle")
-        recommended, missing = (page.get_by_text(text).count() for text in ("recommended", "never trained"))
-        return recommended > 0 and missing == 0
+        return comes(lambda: page.get_by_text("recommended").count()) and not page.get_by_text("never trained").count()
 
     until(is_shown, "the page shows the report of all three", every=1)
     page.get_by_text("[Show Markdown]").first.wait_for()
