@@ -18,6 +18,7 @@ from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers, shares
 from mlpipes.training.reduction import TreeSum, subtrees
+from mlpipes_tests.waiting import LIMIT_SECONDS
 
 BATCH, WORDS, STEPS = 41, 500, 2
 SHARDS = (1, 2, 3, 4, 5, 6, 7, 8)
