@@ -45,6 +45,9 @@ ELSEWHERE = {
         "integration/test_text_chain.py::test_predict_answers_new_texts"
     ),
     ".venv/bin/mlpipes serve digits": ("serving/test_server.py::test_formats_headers_and_the_bits_of_the_evaluation"),
+    ".venv/bin/mlpipes serve digits --canary challenger --share 0.1": (
+        "serving/test_server.py::test_a_canary_answers_its_share_of_the_clients_with_its_own_bits_and_both_are_compared"
+    ),
     ".venv/bin/mlpipes doctor slurm": (
         "integration/test_slurm.py::test_the_doctor_says_what_is_there_and_what_is_missing"
     ),

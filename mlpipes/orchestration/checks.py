@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -10,13 +11,14 @@ from pydantic import Field
 
 from mlpipes.errors import CorruptionError
 from mlpipes.evaluation import gates
-from mlpipes.orchestration.metadata import user_errors
-from mlpipes.orchestration.resources import RayResource, StoreResource, materialized
+from mlpipes.orchestration.metadata import mapping_table, user_errors
+from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource, materialized
 from mlpipes.store.outcome import Outcome
 from mlpipes.store.references import EvaluationReference, SnapshotReference, TrainingReference
 from mlpipes.workloads.catalog import Entry
 
 REPLAY = "replay"
+SERVED_DRIFT = "served_drift"
 Partitions = dg.PartitionsDefinition[Any]
 
 
@@ -40,6 +42,15 @@ class GateConfig(dg.Config):
     calibration_error: float = Field(
         default=0.1, ge=0, le=1, description="greatest expected calibration error (warning)"
     )
+
+
+class DriftConfig(dg.Config):
+    """When what is served counts as otherwise than what was evaluated."""
+
+    hours: float = Field(default=24, gt=0, le=48, description="how far to look back; no more than 48 are kept")
+    significance: float = Field(default=0.01, gt=0, lt=1, description="probability of a false alarm")
+    least_effect: float = Field(default=0.1, ge=0, le=1, description="smaller differences of distributions are none")
+    least_samples: int = Field(default=100, ge=1, description="of fewer, nothing is said")
 
 
 def partition_checks(
@@ -72,6 +83,7 @@ def workload_checks(entry: Entry, partitions: Partitions) -> list[dg.AssetChecks
         _loss_check(entry, partitions),
         _replay_check(entry, partitions),
         _gates(entry, partitions),
+        _served_drift_check(entry, partitions),
     ]
 
 
@@ -201,6 +213,49 @@ def _replay_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinit
             asset_key=asset,
             check_name=REPLAY,
             metadata={"comparison": dg.MetadataValue.md(found.markdown()), "seconds": found.seconds},
+        )
+
+    return check
+
+
+def _served_drift_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksDefinition:
+    """Whether what the champion serves looks like what it was evaluated on; says nothing of other scales."""
+    asset = dg.AssetKey([entry.name, "champion"])
+
+    @partition_checks(
+        asset, partitions, {SERVED_DRIFT: "What the champion has served of late looks like what it was evaluated on."}
+    )
+    def check(
+        context: dg.AssetCheckExecutionContext, config: DriftConfig, store: StoreResource, mlflow: MlflowResource
+    ) -> Iterator[dg.AssetCheckResult]:
+        from mlpipes.evaluation.drift import DriftLimits
+        from mlpipes.serving.monitor import drift_of_champion
+
+        since = datetime.now(UTC) - timedelta(hours=config.hours)
+        limits = DriftLimits(config.significance, config.least_effect, config.least_samples)
+        with user_errors():
+            found = drift_of_champion(store.store, mlflow.tracker(), entry.name, context.partition_key, since, limits)
+        if found is None:
+            context.log.info("the champion is of another scale")
+            return
+        champion, drift = found
+        figures = {each.name: f"{each.statistic:.3f} (p={each.p_value:.2g})" for each in drift.figures}
+        yield dg.AssetCheckResult(
+            passed=not drift.moved,
+            asset_key=asset,
+            check_name=SERVED_DRIFT,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=str(drift),
+            metadata={
+                "finding": str(drift),
+                "moved": ", ".join(each.name for each in drift.moved) or "nothing",
+                "model": f"models:/{champion.name}/{champion.version}",
+                "n_served": drift.served,
+                "n_evaluated": drift.evaluated,
+                "p_threshold": drift.threshold,
+                "least_effect": limits.least_effect,
+                **({"figures": mapping_table(figures)} if figures else {}),
+            },
         )
 
     return check

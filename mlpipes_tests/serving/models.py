@@ -1,5 +1,6 @@
 """Registered models to serve, without a training: small networks with random weights; no test is in here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def run_in(tracker: Tracker, name: str, fingerprint: str) -> str:
         return tracker.run_of(name, fingerprint, f"run {fingerprint}", {}, {})
 
 
-def registered(tracker: Tracker, seed: int, classes: int = 10) -> tuple[str, np.ndarray]:
-    """A registered version, and what the evaluation would say of `IMAGES`: logits (N, classes) float32."""
+def registered(
+    tracker: Tracker, seed: int, classes: int = 10, more: Mapping[str, str] | None = None
+) -> tuple[str, np.ndarray]:
+    """A registered version with `more` tags, and what the evaluation would say of `IMAGES`: logits (N, classes) float32."""
     task: Any = ImageClassification(None, None)  # type: ignore[arg-type]
     hp = BuiltInHyperparameters(network="digits")
     columns = {"image": IMAGES, "label": np.zeros(ROWS, dtype=np.int64)}
@@ -46,6 +49,7 @@ def registered(tracker: Tracker, seed: int, classes: int = 10) -> tuple[str, np.
     evaluated = served_predictions(task, model, on_device(columns, torch.device("cpu")), hp, "fp32")["logits"]
     run = run_in(tracker, "digits", f"f{seed}")
     tags = {FINGERPRINT: f"f{seed}", EXPORTED: f"e{seed}", SCALE: "w1-b128-e1-g0", WEIGHTS: f"{seed:064x}"}
+    tags |= more or {}
     return register(tracker, run, NAME, task.deployable(model, hp, info, columns), tags, []), evaluated
 
 
