@@ -53,7 +53,7 @@ def evaluated(store: Store, tracker: Tracker, version: Registered) -> Figures:
     Raises ConfigError where the split is gone, or does not hold what the model takes.
     """
     folder = version.folder(store)
-    kept = folder.parent / "evaluated" / f"{folder.name}.json"
+    kept = store.root / "served_evaluations" / version.name / f"{folder.name}.json"
     try:
         columns = read_record(kept)["columns"]
     except (FileNotFoundError, CorruptionError):
