@@ -112,7 +112,7 @@ def test_what_is_evaluated_is_the_test_split_and_is_asked_once(place: Place) -> 
     assert set(again) == set(place.evaluated)
     for name, column in again.items():
         assert sorted(column) == sorted(place.evaluated[name]), name
-    (kept,) = (place.store.root / "served" / NAME / "evaluated").glob("*.json")
+    (kept,) = (place.store.root / "served_evaluations" / NAME).glob("*.json")
     before = kept.stat().st_ino
     evaluated(place.store, tracker_in(place.home), place.registered)
     assert kept.stat().st_ino == before
@@ -207,7 +207,7 @@ def test_of_too_few_samples_or_another_scale_or_without_the_split_nothing_is_sai
     assert few.passed
     assert "99 samples served" in few.metadata["finding"].value
     assert place.check(SCALES[1]) is None
-    kept, snapshot = place.store.root / "served" / NAME / "evaluated", place.snapshot.path
+    kept, snapshot = place.store.root / "served_evaluations" / NAME, place.snapshot.path
     try:
         for path in (kept, snapshot):
             path.rename(path.with_name(f"{path.name}-away"))
