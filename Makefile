@@ -30,7 +30,7 @@ test: checks
 
 # All but the Kubernetes cluster and a GPU; what a program is missing for is skipped, and says so.
 test-all: checks
-	FUZZ_FILES=10000 $(PYTEST) -n 2 -m "not cluster and not gpu"
+	FUZZ_FILES=4000 $(PYTEST) -n 2 -m "not cluster and not gpu"
 
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
 test-cluster: install cluster-programs

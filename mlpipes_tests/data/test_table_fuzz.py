@@ -1,6 +1,6 @@
 """Random table files against a slow, obviously right reader: what loads is what stands there, and one reading must load.
 
-`FUZZ_FILES` is how many files are tried; `make test-all` tries 10,000.
+`FUZZ_FILES` is how many files are tried; `make test-all` tries 4,000.
 """
 
 import gzip
