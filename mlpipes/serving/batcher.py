@@ -21,6 +21,10 @@ class FullError(Exception):
     """The queue is full: come again."""
 
 
+MODEL_THREAD = "model"
+"""What the names of threads begin with that compute."""
+
+
 @dataclass
 class _Waiting:
     values: Values
@@ -39,7 +43,7 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._rows, self._seen = 0, seen
         self._error: Exception = RuntimeError("nothing has failed yet")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=MODEL_THREAD)
         self._wake, self._idle = asyncio.Event(), asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 

@@ -4,6 +4,8 @@ import asyncio
 import os
 import socket
 import ssl
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -12,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from mlpipes.errors import ConfigError
+from mlpipes.serving.batcher import MODEL_THREAD
 from mlpipes.serving.limits import GuardedProtocol
 from mlpipes.serving.web import State, make_app
 from mlpipes.store.environment import LOOPBACK
@@ -134,6 +137,17 @@ def serve(state: State, address: Address) -> None:
         sock.close()
     if problem:
         raise problem[0]
+    _leave_behind_what_computes()
+
+
+def _leave_behind_what_computes() -> None:
+    """End now, if a model still computes: nothing can stop it, and Python would wait for it."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(MODEL_THREAD):
+            thread.join(1)
+            if thread.is_alive():
+                sys.stdout.flush()
+                os._exit(0)
 
 
 def _bound(address: Address) -> Any:

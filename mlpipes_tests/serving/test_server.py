@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 import requests
 
+from mlpipes.serving.model import Registered, write_out
 from mlpipes.store.files import read_record
+from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, WEIGHTS, register
+from mlpipes.workloads.deployables import PythonCode
 from mlpipes_tests import evidence
 from mlpipes_tests.sandbox import CHECKOUT, end
-from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
+from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, run_in, tracker_in
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 TOKEN = "0123456789abcdef-of-a-test"  # noqa: S105
@@ -504,3 +507,46 @@ def test_what_cannot_be_served_is_told_in_a_line(
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
     assert says in " ".join(done.output.split())
+
+
+_HANGS = """
+import threading
+
+import mlflow
+import pandas as pd
+
+
+class Model(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input: pd.DataFrame, params=None):
+        if "hang" in list(model_input["text"]):
+            print("it hangs", flush=True)
+            threading.Event().wait()
+        return pd.DataFrame({"size": [len(text) for text in model_input["text"]]})
+
+
+mlflow.models.set_model(Model())
+"""
+
+
+def test_a_model_that_never_answers_does_not_keep_the_server_from_ending(registry: Serving, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(_HANGS)
+    own = PythonCode(tmp_path / "own.py", lambda folder: None, {"text": ["a"]}, {"size": [1]}, ("pandas", "mlflow"))
+    tags = {FINGERPRINT: "f", EXPORTED: "e", SCALE: "w1-b1-e1-g0", WEIGHTS: "w"}
+    version = register(registry.tracker, run_in(registry.tracker, "own", "f"), "mlpipes-own", own, tags, [])
+    found = registry.tracker.client.get_model_version("mlpipes-own", version)
+    write_out(registry.tracker, Registered("mlpipes-own", version, str(found.source), tags), tmp_path / "own")
+    server = Serving(registry.home, {}, registry.tracker, "hanging", ("--model", str(tmp_path / "own")))
+    try:
+        server.start()
+        assert server.process is not None
+        with ThreadPoolExecutor(1) as pool:
+            asked = {"inputs": {"text": ["hang"]}}
+            waiting = pool.submit(
+                requests.post, f"{server.address}/invocations", json=asked, timeout=LIMIT_SECONDS, stream=True
+            )
+            until(lambda: "it hangs" in server.log, "the model hangs", vain=server.ended)
+            server.process.terminate()
+            assert server.process.wait(LIMIT_SECONDS) == 0
+            assert waiting.exception() or waiting.result().status_code == 500
+    finally:
+        server.stop()
