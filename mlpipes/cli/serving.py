@@ -142,7 +142,7 @@ def _source(workload: str | None, model: Path | None, version: int | None, alias
         return Folder(model.expanduser().absolute())
     # One client, but whether MLflow answers is asked each time: by itself, a client would try for minutes. Where MLflow
     # answers and its database does not, it would, too, for 120 s each of eight times; here is somebody who asks again.
-    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "20"}.items():
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
+        os.environ.setdefault(name, value)
     tracker = cache(Tracker)
     return Registry(lambda: tracker(existing_uri()), _wanted(str(workload), version, alias), default_store())
