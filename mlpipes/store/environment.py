@@ -162,6 +162,11 @@ def _seconds(text: str) -> None:
         raise ValueError("write whole seconds, such as 1")
 
 
+def _retries(text: str) -> None:
+    if not re.fullmatch(r"\d", text, re.ASCII):  # MLflow's client takes no more than 10
+        raise ValueError("write a number of retries, such as 1")
+
+
 def _switch(text: str) -> None:
     if text.lower() not in ("0", "1", "true", "false", "on", "off", "yes", "no"):
         raise ValueError("write 1 or 0")
@@ -229,9 +234,14 @@ TABLE: Mapping[str, Variable] = {
         Variable("MLFLOW_LOGGING_LEVEL", _K, _level),
         Variable("MLFLOW_DISABLE_TELEMETRY", _K, _switch),
         Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", _K, _switch),
+        Variable("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", _K, _switch),
+        Variable("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _K, _retries),
+        Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", _K, _seconds),
         Variable("KUBECONFIG"),
         Variable("DAGSTER_HOME", _K, _existing_folder),
         Variable("DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS", _K, _seconds),
+        Variable("DAGSTER_GRPC_TIMEOUT_SECONDS", _K, _seconds),
+        Variable("DAGSTER_GRPC_PROXY_HEARTBEAT_TTL_SECONDS", _K, _seconds),
         Variable("HF_HUB_OFFLINE", _K, _switch),
         Variable("HF_HUB_DISABLE_PROGRESS_BARS", _K, _switch),
         Variable("HF_HOME", _K, lambda text: _folder(os.path.expandvars(text))),  # as the hub's library does
@@ -252,6 +262,7 @@ TABLE: Mapping[str, Variable] = {
         *(Variable(name, _P) for name in ("MLPIPES_RAY_HEAD", "MLPIPES_FINGERPRINT", "MLPIPES_SLURM_PYTHON")),
         *(Variable(name, _P) for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "no_proxy", "NO_PROXY", "no_grpc_proxy")),
         *(Variable(name, _P) for name in ("OMP_NUM_THREADS", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER")),
+        Variable("TORCHINDUCTOR_DETERMINISTIC", _P),
         Variable("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", _P),
         Variable("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", _P),
         Variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", _P),

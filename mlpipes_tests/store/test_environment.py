@@ -27,6 +27,7 @@ NOT_AN_ADDRESS = (
     "http://host:0",
     "http://host\x7f",
 )
+NO_SECONDS = ("soon", "0", "-1", "1.5", "1e3", "٣")
 NO_SWITCH, NO_PRICE = ("maybe", "2", "y e s"), ("free", "-1", "nan", "inf", "1,50", "1e999", "٣", "1_0")
 NO_PROXY_ = ("http://", "http://proxy:port", "ftp://proxy:1", "http://[::1")
 NO_FILE = ("/nowhere/at/all", "~nobody-here/x", "/", "../not/there.yaml")
@@ -82,7 +83,12 @@ BAD: dict[str, tuple[str, ...]] = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": NO_SWITCH,
     "KUBECONFIG": (" config", "config\n"),
     "DAGSTER_HOME": ("/nowhere/at/all", "~nobody-here/x", "/dev/null"),
-    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": ("soon", "0", "-1", "1.5", "1e3", "٣"),
+    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": NO_SECONDS,
+    "DAGSTER_GRPC_TIMEOUT_SECONDS": NO_SECONDS,
+    "DAGSTER_GRPC_PROXY_HEARTBEAT_TTL_SECONDS": NO_SECONDS,
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": NO_SECONDS,
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": ("few", "-1", "10", "1.5", "٣"),
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": NO_SWITCH,
     "HF_HUB_OFFLINE": NO_SWITCH,
     "HF_HUB_DISABLE_PROGRESS_BARS": NO_SWITCH,
     "HF_HOME": NO_FOLDER,
