@@ -134,7 +134,7 @@ def test_a_store_that_cannot_be_written_to_is_counted_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene(tmp_path)
-    (tmp_path / "served").write_text("a file where a folder should be")
+    (tmp_path / "served_samples").write_text("a file where a folder should be")
     scene.serve(2)
     assert scene.dropped
     assert not scene.folder.exists()

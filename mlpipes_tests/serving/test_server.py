@@ -356,7 +356,7 @@ def test_a_canary_answers_its_share_of_the_clients_with_its_own_bits_and_both_ar
 
 def sampled_in(server: Serving) -> set[Path]:
     """Files with what was served."""
-    return set((server.home / "store" / "served" / NAME / "sampled").glob("*/*.json"))
+    return set((server.home / "store" / "served_samples" / NAME).glob("*/*.json"))
 
 
 def _model(server: Serving, version: str) -> str:
@@ -414,7 +414,7 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run(["openssl", *made, "subjectAltName=DNS:localhost", *files], check=True, capture_output=True)
-    options = ("--host", "0.0.0.0", "--tls-cert", str(certificate), "--tls-key", str(key), "--drain", "3")  # noqa: S104
+    options = ("--host", "0.0.0.0", "--tls-cert", str(certificate), "--tls-key", str(key), "--drain", "20")  # noqa: S104
     another.start(*options, MLPIPES_SERVE_TOKEN=TOKEN, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "serving what was served last" in another.log
     another.address = f"https://localhost:{another.address.rpartition(':')[2]}"
