@@ -106,7 +106,9 @@ def write_out(tracker: Tracker, registered: Registered, place: Path) -> None:
             tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch,
             publishing(place, kind=_KIND, version=_VERSION) as draft,
         ):
-            got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+            files = Path(scratch) / "model"
+            files.mkdir()  # readable for whom the user's umask says, such as a container's user; a temporary folder is not
+            got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(files)))
             if not (got / "MLmodel").is_file():  # of a folder that is gone, MLflow gives an empty one
                 raise ConfigError(f"the files of {what} are not in MLflow's artifacts; materialize `model` again")
             shutil.move(got, draft.path / "model")

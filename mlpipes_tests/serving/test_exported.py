@@ -50,6 +50,9 @@ def said(*arguments: str, code: int = 0) -> str:
 
 
 def test_what_is_written_out_answers_as_it_was_evaluated(home: Path, whole: Path) -> None:
+    assert not [path for path in (whole, *whole.rglob("*")) if not path.stat().st_mode & 0o004], (
+        "a container's user reads it"
+    )
     source = Folder(whole)
     now = source.wanted_now()
     model = source.get(now)
