@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 3000
 NODES ?= 2
-IMAGE ?= mlpipes:0.1.0
+TARGET ?= desk
+IMAGE ?= mlpipes$(if $(filter-out desk,$(TARGET)),-$(TARGET)):0.1.0
 DOCKER ?= docker
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -12,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster test-gpu checks definitions format lint types benchmark chaos cluster cluster-down cluster-programs images clean
+.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types benchmark chaos cluster cluster-down cluster-programs images clean
 install: .venv/.installed
 
 demo: install
@@ -26,15 +27,19 @@ PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
 # What a change of code can break. Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
 test: checks
-	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not cluster and not gpu"
+	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not cluster and not docker and not gpu"
 
-# All but the Kubernetes cluster and a GPU; what a program is missing for is skipped, and says so.
+# All but the Kubernetes cluster, Docker and a GPU; what a program is missing for is skipped, and says so.
 test-all: checks
-	FUZZ_FILES=4000 $(PYTEST) -n 2 -m "not cluster and not gpu"
+	FUZZ_FILES=4000 $(PYTEST) -n 2 -m "not cluster and not docker and not gpu"
 
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
 test-cluster: install cluster-programs
 	$(BIN)/pytest -m cluster
+
+# The images, which this builds, and compose.yaml, with a Docker daemon of its own.
+test-docker: install
+	$(BIN)/pytest -m docker
 
 # Where there is a GPU.
 test-gpu: install
@@ -74,9 +79,11 @@ cluster-down: install
 cluster-programs: install
 	$(BIN)/python -m mlpipes_tests.cluster.build
 
-# The one image of a cluster's pods; BUILD has more options of `docker build`, such as --build-arg BASE=….
+# The image of a desk's and a cluster's parts, or `TARGET=serve`, `TARGET=sagemaker`; BUILD has more options of `docker build`, such
+# as --build-arg BASE=….
 images:
-	$(DOCKER) build $(BUILD) --tag $(IMAGE) --file deploy/docker/Dockerfile .
+	$(DOCKER) build --target $(TARGET) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) $(BUILD) --tag $(IMAGE) \
+		--file deploy/docker/Dockerfile .
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
