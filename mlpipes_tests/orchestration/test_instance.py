@@ -70,6 +70,13 @@ def test_a_dagster_home_of_the_users_own_has_the_settings_too(tmp_path: Path, mo
     assert (CHECKOUT / "dagster.yaml").read_text() == before, "settings of one's own are left alone"
 
 
+def test_a_desk_in_containers_has_the_same_settings_but_for_where_its_history_is() -> None:
+    desk, own = settings_of(CHECKOUT / "deploy" / "docker" / "desk"), settings_of(CHECKOUT)
+    for name in ("storage", "local_artifact_storage", "compute_logs"):
+        assert desk.pop(name) != own.pop(name)
+    assert desk == own
+
+
 def test_its_settings_follow_mlpipes_unless_they_are_the_users_own(folder: Path) -> None:
     dagster_home()
     path, written = folder / "dagster.yaml", settings_of(folder)
