@@ -30,7 +30,7 @@ from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, WEIGHTS, regis
 from mlpipes.tracking.runs import Tracker
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import BuiltInHyperparameters, ImageClassification
-from mlpipes.workloads.served import served_predictions
+from mlpipes.workloads.served import served_predictions, served_rows
 from mlpipes.workloads.super_resolution import video_sr
 from mlpipes.workloads.tensors import on_device
 from mlpipes_tests.sandbox import CHECKOUT, end, free_port
@@ -87,7 +87,8 @@ def pictures(network: str, shape: tuple[int, ...], precision: str, tracker: Trac
     info = DataInfo({"class_names": list("abcdefghij")}, task.statistics(columns), precision=precision)  # type: ignore[arg-type]
     model = lively(task.build_model(hp, info))
     wanted = served_predictions(task, model, on_device(columns, CPU), hp, precision)["logits"]
-    folder = written(tracker, f"{network}-{precision}", task.deployable(model, hp, info, columns), home)
+    deployable = replace(task.deployable(model, hp, info, columns), rows=served_rows(task, hp), precision=precision)
+    folder = written(tracker, f"{network}-{precision}", deployable, home)
     return Kind(
         folder.name,
         folder,
@@ -108,7 +109,9 @@ def texts(precision: str, tracker: Tracker, home: Path) -> Kind:
     answers = words.answers(served_predictions(words, model, on_device(columns, CPU), hp, precision), info)
     wanted = {name: np.asarray(values).tolist() for name, values in answers.items()}
     asked = list(columns["text"].texts())
-    folder = written(tracker, f"texts-{precision}", words.deployable(model, hp, info, columns), home)
+    deployable: Any = words.deployable(model, hp, info, columns)
+    deployable = replace(deployable, rows=served_rows(words, hp), precision=precision)
+    folder = written(tracker, f"texts-{precision}", deployable, home)
 
     def is_right(given: Any, rows: np.ndarray) -> bool:
         return all(
