@@ -1,9 +1,9 @@
-"""What users install on a cluster, as pods: DNS, KubeRay's operator and Kueue, from their own manifests."""
+"""What users install on a cluster, as pods: DNS, KubeRay's operator, Kueue and metrics-server, from their own manifests."""
 
 import base64
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,18 @@ from mlpipes_tests.cluster.kubectl import Kubectl, Manifest, has_condition
 from mlpipes_tests.cluster.machines import Network
 from mlpipes_tests.cluster.nodes import CONTROL, CONTROL_TAINT, PAUSE
 
-RAY, KUEUE = "ray-operator", "kueue"
-OPERATORS = {RAY: ("kuberay-operator", "ray-system"), KUEUE: ("kueue-controller-manager", "kueue-system")}
+RAY, KUEUE, METRICS = "ray-operator", "kueue", "metrics-server"
+OPERATORS = {
+    RAY: ("kuberay-operator", "ray-system"),
+    KUEUE: ("kueue-controller-manager", "kueue-system"),
+    METRICS: ("metrics-server", "kube-system"),
+}
 """Name and namespace of each operator's Deployment."""
+OF_TRAINING = (RAY, KUEUE)
 _DNS_IMAGE = "localhost/coredns:1"
 _RAY_IMAGE, _RAY_TAG = "quay.io/kuberay/operator", "v1.6.0"
 _KUEUE_IMAGE, _KUEUE_TAG = "registry.k8s.io/kueue/kueue", "v0.17.0"
+_METRICS_IMAGE, _METRICS_TAG = "registry.k8s.io/metrics-server/metrics-server", "v0.9.0"
 _KUEUE_WEBHOOKS = "kueue-webhook-service.kueue-system.svc"
 _COREFILE = """\
 .:53 {
@@ -43,7 +49,11 @@ def make_images(folder: Path, operators: Collection[str]) -> dict[str, list[Path
     thin_image(folder / "thin.tar")
     program_image(folder / "pause.tar", PAUSE, program("pause"), "/pause")
     program_image(folder / "dns.tar", _DNS_IMAGE, program("dns"), "/coredns")
-    images = {RAY: f"{_RAY_IMAGE}:{_RAY_TAG}", KUEUE: f"{_KUEUE_IMAGE}:{_KUEUE_TAG}"}
+    images = {
+        RAY: f"{_RAY_IMAGE}:{_RAY_TAG}",
+        KUEUE: f"{_KUEUE_IMAGE}:{_KUEUE_TAG}",
+        METRICS: f"{_METRICS_IMAGE}:{_METRICS_TAG}",
+    }
     for operator in operators:
         program_image(folder / f"{operator}.tar", images[operator], program(operator), "/manager")
     return {
@@ -112,7 +122,7 @@ def install_dns(kubectl: Kubectl, network: Network) -> None:
 
 def install_operator(kubectl: Kubectl, folder: Path, operator: str) -> None:
     """Install an operator, without waiting for it."""
-    {RAY: _install_kuberay, KUEUE: _install_kueue}[operator](kubectl, folder)
+    {RAY: _install_kuberay, KUEUE: _install_kueue, METRICS: _install_metrics}[operator](kubectl, folder)
 
 
 def _install_kuberay(kubectl: Kubectl, folder: Path) -> None:
@@ -145,6 +155,14 @@ def _install_kueue(kubectl: Kubectl, folder: Path) -> None:
     )
 
 
+def _install_metrics(kubectl: Kubectl, folder: Path) -> None:
+    released = {"name": "gcr.io/k8s-staging-metrics-server/metrics-server"}
+    image = released | {"newName": _METRICS_IMAGE, "newTag": _METRICS_TAG}
+    # By default it knows no authority that could have signed kubelets' certificates; here, the API server's has.
+    trust = "--kubelet-certificate-authority=/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+    _kustomize(kubectl, folder, METRICS, image, {"/containers/0/args/-": trust})
+
+
 def wait_for_dns(kubectl: Kubectl) -> None:
     """Wait until CoreDNS answers."""
     kubectl.wait_for("deployment", "coredns", has_condition("Available"), "is available", namespace="kube-system")
@@ -160,14 +178,13 @@ def _namespace(name: str) -> Manifest:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
 
 
-def _kustomize(kubectl: Kubectl, folder: Path, operator: str, image: Manifest) -> None:
-    """Apply a release's own configuration with our namespace, image and node."""
-    operations = [
-        {"op": "add", "path": f"/spec/template/spec/{key}", "value": value} for key, value in _ON_CONTROL.items()
-    ]
-    operations.append(
-        {"op": "add", "path": "/spec/template/spec/containers/0/imagePullPolicy", "value": "IfNotPresent"}
-    )
+def _kustomize(
+    kubectl: Kubectl, folder: Path, operator: str, image: Manifest, more: Mapping[str, str] | None = None
+) -> None:
+    """Apply a release's own configuration with our namespace, image and node, and more values in its pods."""
+    values = {f"/{key}": value for key, value in _ON_CONTROL.items()}
+    values |= {"/containers/0/imagePullPolicy": "IfNotPresent", **(more or {})}
+    operations = [{"op": "add", "path": f"/spec/template/spec{at}", "value": value} for at, value in values.items()]
     _, namespace = OPERATORS[operator]
     overlay = folder / namespace
     overlay.mkdir()
@@ -175,7 +192,7 @@ def _kustomize(kubectl: Kubectl, folder: Path, operator: str, image: Manifest) -
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": namespace,
-        "resources": [os.path.relpath(configuration(operator) / "default", overlay)],
+        "resources": [os.path.relpath(configuration(operator), overlay)],
         "images": [image],
         "patches": [{"target": {"kind": "Deployment"}, "patch": json.dumps(operations)}],
     }

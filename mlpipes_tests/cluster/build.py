@@ -22,10 +22,15 @@ OURS = ("kube", "etcd", "dns", "pause")
 RELEASED = {
     "ray-operator": "github.com/ray-project/kuberay/ray-operator@v1.6.0",
     "kueue": "sigs.k8s.io/kueue/cmd/kueue@v0.17.0",
+    "metrics-server": "sigs.k8s.io/metrics-server/cmd/metrics-server@v0.9.0",
     "helm": "helm.sh/helm/v3/cmd/helm@v3.22.0",
 }
-_CONFIGURATIONS = {"ray-operator": RELEASED["ray-operator"], "kueue": "sigs.k8s.io/kueue@v0.17.0"}
-"""The modules whose folder `config/` installs an operator."""
+_CONFIGURATIONS = {
+    "ray-operator": (RELEASED["ray-operator"], "config/default"),
+    "kueue": ("sigs.k8s.io/kueue@v0.17.0", "config/default"),
+    "metrics-server": ("sigs.k8s.io/metrics-server@v0.9.0", "manifests/base"),
+}
+"""The modules of operators, and the folder in each that installs it."""
 _STATIC = {"CGO_ENABLED": "0"}
 _FLAGS = ["-trimpath", "-ldflags"]
 
@@ -45,9 +50,9 @@ def program(name: str) -> Path:
 
 
 def configuration(operator: str) -> Path:
-    """The folder `config/` of an operator's release, as Go's module cache keeps it."""
-    told = _go("mod", "download", "-json", _CONFIGURATIONS[operator], folder=Path("/"))
-    return Path(json.loads(told)["Dir"]) / "config"
+    """The folder that installs an operator's release, as Go's module cache keeps it."""
+    module, place = _CONFIGURATIONS[operator]
+    return Path(json.loads(_go("mod", "download", "-json", module, folder=Path("/")))["Dir"]) / place
 
 
 def _ours(name: str) -> Path:

@@ -30,7 +30,7 @@ class Cluster:
     """A cluster of a control plane and nodes `node-1`, `node-2`, …; its name is the name of its control group."""
 
     def __init__(
-        self, folder: Path, name: str, nodes: int = 2, operators: Collection[str] = tuple(addons.OPERATORS)
+        self, folder: Path, name: str, nodes: int = 2, operators: Collection[str] = addons.OF_TRAINING
     ) -> None:
         self.folder, self.group, self.size, self.operators = folder, Cgroup(name), nodes, operators
         self.switch = Switch(Cgroup(f"{name}/switch"), folder / "switch")
@@ -218,7 +218,7 @@ def lacking() -> str:
 
 @contextmanager
 def kubernetes_cluster(
-    folder: Path, nodes: int = 2, operators: Collection[str] = tuple(addons.OPERATORS)
+    folder: Path, nodes: int = 2, operators: Collection[str] = addons.OF_TRAINING
 ) -> Iterator[Cluster]:
     """A cluster that ends with the context; skips the test where something is missing."""
     os.environ["PATH"] += ":/usr/sbin:/sbin:/usr/local/go/bin"  # where daemons and Go lie, which not every PATH has

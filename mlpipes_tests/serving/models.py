@@ -27,9 +27,10 @@ def tracker_in(home: Path) -> Tracker:
 
 
 def run_in(tracker: Tracker, name: str, fingerprint: str) -> str:
-    """A run of MLflow, as a training of a workload in the tracker's home has one."""
+    """A run of MLflow, as a training of a workload in the tracker's home has one; with a server, in that of now."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLPIPES_HOME", str(Path(tracker.uri.removeprefix("sqlite:///")).parents[1]))
+        if tracker.uri.startswith("sqlite:///"):
+            patch.setenv("MLPIPES_HOME", str(Path(tracker.uri.removeprefix("sqlite:///")).parents[1]))
         return tracker.run_of(name, fingerprint, f"run {fingerprint}", {}, {})
 
 
