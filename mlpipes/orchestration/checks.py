@@ -229,7 +229,7 @@ def _served_drift_check(entry: Entry, partitions: Partitions) -> dg.AssetChecksD
         context: dg.AssetCheckExecutionContext, config: DriftConfig, store: StoreResource, mlflow: MlflowResource
     ) -> Iterator[dg.AssetCheckResult]:
         from mlpipes.evaluation.drift import DriftLimits
-        from mlpipes.serving.monitor import drift_of_champion
+        from mlpipes.evaluation.monitor import drift_of_champion
 
         since = datetime.now(UTC) - timedelta(hours=config.hours)
         limits = DriftLimits(config.significance, config.least_effect, config.least_samples)

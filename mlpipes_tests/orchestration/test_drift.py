@@ -12,10 +12,10 @@ import pytest
 from mlpipes.data.snapshot import Snapshot, snapshot_of
 from mlpipes.definitions import build_defs
 from mlpipes.evaluation.drift import DriftLimits, Figures, drift
+from mlpipes.evaluation.monitor import evaluated
 from mlpipes.orchestration.checks import SERVED_DRIFT
 from mlpipes.serving.current import Registry, Wanted
 from mlpipes.serving.model import ServedModel, fetched, load
-from mlpipes.serving.monitor import evaluated
 from mlpipes.serving.sampled import Sampler, folder_of
 from mlpipes.serving.summaries import LABEL, summarized
 from mlpipes.serving.traffic import Answered
