@@ -94,7 +94,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Serving:
 def running(registry: Serving) -> Iterator[Serving]:
     champion(registry.tracker, "1")
     try:
-        yield registry.start("--max-body", "2")
+        # It keeps no samples: in the same home, tests look for those of a server of their own.
+        yield registry.start("--max-body", "2", "--sample", "0")
     finally:
         registry.stop()
 
