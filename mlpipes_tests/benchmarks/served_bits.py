@@ -30,7 +30,7 @@ from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, WEIGHTS, regis
 from mlpipes.tracking.runs import Tracker
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import BuiltInHyperparameters, ImageClassification
-from mlpipes.workloads.served import served_predictions, served_rows
+from mlpipes.workloads.served import one_thread, served_predictions, served_rows
 from mlpipes.workloads.super_resolution import video_sr
 from mlpipes.workloads.tensors import on_device
 from mlpipes_tests.sandbox import CHECKOUT, end, free_port
@@ -128,7 +128,7 @@ def frames(tracker: Tracker, home: Path) -> Kind:
     hp, info = video_sr.hyperparameters(), DataInfo({}, {})
     low = np.random.default_rng(0).integers(0, 256, (31, 24, 32, 3), dtype=np.uint8)
     model = lively(video_sr.build_model(hp, info))
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         made = [model(torch.from_numpy(each)[None, None].permute(0, 1, 4, 2, 3)) for each in low]
     wanted = torch.cat(made).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     truth = np.zeros((2, 3, 48, 64), dtype=np.uint8)
