@@ -78,7 +78,7 @@ def serve(
     source, beside = _source(workload, model, version, alias), None
     if canary is not None:
         number = int(canary) if canary.isdecimal() else None
-        beside = _source(workload, None, number, "champion" if number else canary)
+        beside = _source(workload, None, number, canary if number is None else "champion")
 
     def tell(text: str) -> None:
         with suppress(OSError, SystemExit):  # who has read it has gone, or its disk is full: the server serves on

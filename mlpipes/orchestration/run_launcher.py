@@ -14,6 +14,7 @@ from dagster._serdes import deserialize_value
 GRACE_SECONDS = 8.0
 """After a start, code servers need a moment; a run declared dead too early may lose its retry (see `lost_retries`)."""
 ANSWER_SECONDS = 10
+"""How long one health check waits for a code server."""
 BUSY_SECONDS = 600.0
 """How long a code server may fail to answer in time before its runs are taken for dead: a machine may be busy, or swap."""
 
