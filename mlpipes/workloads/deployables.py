@@ -73,7 +73,8 @@ class TorchProgram:
             served = answers_in_batches(
                 stored or cast(Any, mlflow.pytorch.load_model(logged.model_uri)), self.example, self.rows
             )
-            exact = precision == self.precision and _same_bits(served, trained)
+            # Equal levels of pictures do not show equal bits before they were rounded: some others are one level off.
+            exact = precision == self.precision and trained.dtype.kind == "f" and _same_bits(served, trained)
             _attach(GoldenRequest.of(self.rows, precision, self.example, served, exact=exact), logged, files)
         return logged
 
