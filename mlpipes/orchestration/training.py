@@ -38,6 +38,12 @@ class TrainingConfig(dg.Config):
     checkpoint_every_seconds: float = Field(
         default=60.0, gt=0, allow_inf_nan=False, description="besides the checkpoint at the end of each epoch"
     )
+    mean_seconds_between_failures: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of the whole training; the interval of checkpoints then follows from what one is measured to cost",
+    )
     stall_seconds: float = Field(
         default=900.0, gt=0, allow_inf_nan=False, description="silence after which a training is started again"
     )
@@ -137,7 +143,9 @@ def materialize_training(
                     store=str(store.store.root),
                     attempt=1,
                     checkpointing=Checkpointing(
-                        every_seconds=config.checkpoint_every_seconds, keep_last=config.keep_last
+                        every_seconds=config.checkpoint_every_seconds,
+                        mean_seconds_between_failures=config.mean_seconds_between_failures,
+                        keep_last=config.keep_last,
                     ),
                     tracking=Tracking(uri=tracker.uri, run_id=run_id),
                     min_workers=config.min_workers,

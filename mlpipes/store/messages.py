@@ -1,6 +1,7 @@
 """Messages: lines of JSON that a training appends to a file for whoever watches; for display, never the truth."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,20 +165,24 @@ class MessageWriter:
     """Appends messages to a file. Each is one `write` call, so several processes may append to the same file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._torn = path, False
+        self.path, self._torn, self._turn = path, False, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, message: Message) -> None:
-        """Append one message; an unwritable disk is not the training's problem."""
+        """Append one message, from any thread; an unwritable disk is not the training's problem."""
         texts = {name: redact(value) for name, value in message if isinstance(value, str) and name != "kind"}
         line = message.model_copy(update=texts).model_dump_json() + "\n"
+        with self._turn:
+            self._append(line.encode())
+
+    def _append(self, line: bytes) -> None:
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError:
             return
         try:
             # On a full disk only a part may be written; the next message must then not be glued to it.
-            data = b"\n" * self._torn + line.encode()
+            data = b"\n" * self._torn + line
             self._torn = True
             self._torn = os.write(descriptor, data) < len(data)
         except OSError:

@@ -21,6 +21,8 @@ class Checkpointing(BaseModel):
 
     every_steps: int | None = None
     every_seconds: float | None = 60.0
+    mean_seconds_between_failures: float | None = None
+    """If it is given, the interval follows from it and from what a checkpoint is measured to cost."""
     keep_last: int = 2
 
 

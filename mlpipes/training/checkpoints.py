@@ -101,13 +101,16 @@ class Checkpoints:
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
     def save(
-        self, state: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], progress: Progress
+        self, state: Mapping[str, Tensor], optimizer_states: Sequence[Mapping[str, Any]], progress: Progress
     ) -> Path:
-        """Publish a checkpoint of a model's state and prune: the last `keep_last` and the best stay. Returns its folder."""
+        """Publish a checkpoint of a model's and its optimizers' states and prune: the last `keep_last` and the best stay.
+
+        Returns its folder.
+        """
         target = self.path(progress.step)
         with publishing(target, kind=KIND, version=VERSION) as draft:
             save_file(_apart(state), draft.path / "model.safetensors")
-            torch.save([optimizer.state_dict() for optimizer in optimizers], draft.path / "optimizers.pt")
+            torch.save(list(optimizer_states), draft.path / "optimizers.pt")
             draft.meta["progress"] = progress.model_dump()
         self.prune(progress)
         return target
@@ -125,6 +128,11 @@ class Checkpoints:
         for step in self.steps():
             if step not in keep:
                 shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def remove_unfinished(self) -> None:
+        """Remove what writers that were killed have left; only for who may write here."""
+        for path in self.folder.glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def load(self, step: int) -> Checkpoint:
         """The verified checkpoint after a step. Raises FileNotFoundError, FormatError or CorruptionError."""

@@ -4,8 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ from mlpipes.data.dataset import Columns
 from mlpipes.errors import TrainingFailedError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.messages import (
-    CheckpointSaved,
     EpochEnded,
     Message,
-    MetricsLogged,
     Notify,
     Progressed,
     Resumed,
@@ -28,6 +25,7 @@ from mlpipes.store.messages import (
 )
 from mlpipes.store.outcome import Best, TrainingResult, Usage
 from mlpipes.store.training_job import Checkpointing
+from mlpipes.training.checkpoint_writer import CheckpointWriter, MayWrite, seconds_between
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.determinism import (
     DataOrder,
@@ -36,7 +34,6 @@ from mlpipes.training.determinism import (
     seed_random_numbers,
     weights_digest,
 )
-from mlpipes.training.disk_full import write_with_patience
 from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.parallel import Workers
@@ -69,12 +66,13 @@ class Trainer:
         checkpoints: Checkpoints,
         policy: Checkpointing,
         notify: Notify,
-        may_write: Callable[[], AbstractContextManager[None]] = nullcontext,
+        may_write: MayWrite = nullcontext,
         stop_is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.workload, self.hp, self.scale, self.workers = workload, hp, scale, workers
         self.checkpoints, self.policy, self.notify = checkpoints, policy, notify
-        self.may_write, self.stop_is_asked, self.device = may_write, stop_is_asked, device
+        self.stop_is_asked, self.device = stop_is_asked, device
+        self.writer = CheckpointWriter(checkpoints, notify, may_write)
         self.train_columns, self.validation, self.validation_columns = (
             on_device(train, device),
             on_device(validation, device),
@@ -101,7 +99,6 @@ class Trainer:
         self.gradient = ShardedGradient(self.model, workers, hp.logical_shards or scale.workers, hp.reduction, weighted)
         self.progress = Progress(seed=seed, precision=resolve_precision(hp.precision, device))
         self._undrained: list[Tensor] = []
-        self._told = 0
         self._stopping = False
         self._last_message = self._last_save = time.perf_counter()
         self.stopwatch = Stopwatch(device)
@@ -113,6 +110,8 @@ class Trainer:
         """
         found = None
         if self.workers.rank == 0:
+            with self.writer.may_write():
+                self.checkpoints.remove_unfinished()
             found, messages = self.checkpoints.latest()
             for message in messages:
                 self._tell(Warned(text=message))
@@ -126,11 +125,17 @@ class Trainer:
         for optimizer, state in zip(self.optimizers, checkpoint.optimizer_states(), strict=True):
             optimizer.load_state_dict(state)
         self._tell(Resumed(step=self.progress.step, total_steps=self.total_steps))
-        self._tell_metrics(self.progress.history)
-        self._told = len(self.progress.history)
+        if self.workers.rank == 0:
+            self.writer.tell(self.progress)
 
     def run(self) -> TrainingResult:
         """Train to the end; returns what it came to (the same on every worker but for timings)."""
+        try:
+            return self._run()
+        finally:
+            self.writer.close()  # what is copied is published, whatever ended the training: its successor goes on from there
+
+    def _run(self) -> TrainingResult:
         self._assert_equal_models()
         first_step = self.progress.step
         self._last_save = time.perf_counter()
@@ -145,6 +150,7 @@ class Trainer:
         )
         while self.progress.step < self.total_steps:
             self._step()
+            self.writer.check()
             step = self.progress.step
             if step % self.log_every == 0 or step == self.total_steps:
                 self._log()
@@ -156,9 +162,12 @@ class Trainer:
             if self._stopping and not was_stopping:
                 # Asked for because the job is about to be ended from outside; until then it trains on, and where it is not
                 # ended after all, it may be asked again.
+                self.writer.wait()
                 if step not in self.checkpoints.steps():
                     self._save()
+                    self.writer.wait()
                 self._tell(Stopping(step=step))
+        self.writer.wait()
         digest = weights_digest(self.workload.state(self.model))
         progress = self.progress
         assert progress.best is not None  # noqa: S101 - every epoch ends with an evaluation
@@ -317,33 +326,18 @@ class Trainer:
         return numbers
 
     def _checkpoint_is_due(self) -> bool:
-        policy = self.policy
+        policy, writer = self.policy, self.writer
         by_steps = policy.every_steps is not None and self.progress.step % policy.every_steps == 0
         elapsed = time.perf_counter() - self._last_save
-        return by_steps or (policy.every_seconds is not None and elapsed >= policy.every_seconds)
+        return by_steps or elapsed >= seconds_between(policy, writer.cost_seconds, writer.write_seconds)
 
     def _save(self) -> None:
         # Only rank 0 decides and writes: all workers hold the same state, so nobody needs to be asked.
         if self.workers.rank == 0:
             self._drain()
-            path = write_with_patience(self._publish, self.checkpoints.folder, self._checkpoint_bytes(), self._tell)
-            self._tell(CheckpointSaved(step=self.progress.step, path=str(path)))
-            # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
-            self._tell_metrics(self.progress.history[self._told :])
-            self._told = len(self.progress.history)
+            self.writer.save(self.workload.state(self.model), self.optimizers, self.progress)
         self._last_save = time.perf_counter()
         self.stopwatch.begin()
-
-    def _publish(self) -> Path:
-        with self.may_write():
-            return self.checkpoints.save(self.workload.state(self.model), self.optimizers, self.progress)
-
-    def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the weights and everything that the optimizers keep."""
-        kept = [*self.workload.state(self.model).values()]
-        for optimizer in self.optimizers:
-            kept += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(tensor.nbytes for tensor in kept)
 
     def _record(self, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -352,9 +346,6 @@ class Trainer:
     def _tell(self, message: Message) -> None:
         if self.workers.rank == 0:
             self.notify(message)
-
-    def _tell_metrics(self, rows: Sequence[Any]) -> None:
-        self._tell(MetricsLogged(rows=[tuple(row) for row in rows]))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]

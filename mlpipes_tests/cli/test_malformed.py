@@ -120,6 +120,11 @@ SETTINGS = [
     ),
     *("stall_seconds: 0", "stall_seconds: -1", "min_workers: 0", "resize_seconds: 0", "checkpoint_every_seconds: 0"),
     *(
+        "mean_seconds_between_failures: 0",
+        "mean_seconds_between_failures: .inf",
+        "mean_seconds_between_failures: often",
+    ),
+    *(
         "hyperparameters: []",
         "hyperparameters: x",
         "hyperparameters: {nope: 1}",

@@ -69,18 +69,33 @@ def _crash_at(step: int) -> None:
 
     def crashing(self: Trainer) -> None:
         if self.progress.step == step:
+            self.writer.wait()  # so that it is known where its successor begins
             os._exit(9)
         original(self)
 
     Trainer._step = crashing
 
 
-def worker_process(rank: int, size: int, port: int, job: str, crash: int | None, discard: bool, device: str) -> None:
+def _crash_within(step: int) -> None:
+    original = torch.save
+
+    def torn(content: Any, path: Path) -> None:
+        original(content, path)
+        if f"step-{step:08d}" in path.as_posix():
+            os.truncate(path, 100)
+            os._exit(9)
+
+    torch.save = torn
+
+
+def worker_process(
+    rank: int, size: int, port: int, job: str, crash: int | None, torn: bool, discard: bool, device: str
+) -> None:
     """One rank's process."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", rank=rank, world_size=size)
     if crash is not None:
-        _crash_at(crash)
+        (_crash_within if torn else _crash_at)(crash)
     train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device(device))
     dist.barrier()
     dist.destroy_process_group()
@@ -90,12 +105,14 @@ def run(
     job: TrainingJob,
     workers: int | None = None,
     crash: int | None = None,
+    torn: bool = False,
     discard: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Run a job with its scale's workers (or another number of them) in processes of their own; returns the outcome.
 
-    On a GPU, all share it. With `crash`, every process ends without a word before that step, and {} is returned.
+    On a GPU, all share it. With `crash`, every process ends without a word before that step, once its checkpoints
+    are there, and {} is returned; if also `torn`, the only worker's ends while it writes the checkpoint of that step.
     """
     size = workers or job.recipe.scale.workers
     with socket.socket() as probe:
@@ -103,7 +120,7 @@ def run(
         port = probe.getsockname()[1]
     path, context = job.write(), mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = [(rank, size, port, str(path), crash, discard, device) for rank in range(size)]
+    arguments = [(rank, size, port, str(path), crash, torn, discard, device) for rank in range(size)]
     processes = [context.Process(target=worker_process, args=a) for a in arguments]
     try:
         for process in processes:

@@ -25,7 +25,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model(torch.randn(4, 5)).sum().backward()
     optimizer.step()
     checkpoints = Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-    checkpoints.save(model.state_dict(), [optimizer], Progress(step=STEP, history=[["train/loss", 0.5, 7, 1]]))
+    checkpoints.save(
+        model.state_dict(), [optimizer.state_dict()], Progress(step=STEP, history=[["train/loss", 0.5, 7, 1]])
+    )
     return checkpoints.folder
 
 
@@ -76,7 +78,9 @@ def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
         checkpoints.save(
-            model.state_dict(), [optimizer], Progress(step=step, best=Best(step=best, epoch=best, metrics={}))
+            model.state_dict(),
+            [optimizer.state_dict()],
+            Progress(step=step, best=Best(step=best, epoch=best, metrics={})),
         )
     assert checkpoints.steps() == [1, 3, 4]
     (checkpoints.path(4) / "optimizers.pt").write_bytes(b"x")

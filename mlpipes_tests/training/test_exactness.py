@@ -275,9 +275,9 @@ def test_training_seconds_leave_start_up_and_pauses_out(tmp_path: Path, monkeypa
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(loop.Trainer, "resume", slow_start)
-    step, save = loop.Trainer._step, loop.Checkpoints.save
+    step, save = loop.Trainer._step, loop.CheckpointWriter.save
     monkeypatch.setattr(loop.Trainer, "_step", lambda self: (time.sleep(1), step(self))[1])
-    monkeypatch.setattr(loop.Checkpoints, "save", lambda self, *a: (time.sleep(100), save(self, *a))[1])
+    monkeypatch.setattr(loop.CheckpointWriter, "save", lambda self, *a: (time.sleep(100), save(self, *a))[1])
     outcome = run_here(make_job(tmp_path, "w1-b128-e2-g0"))
     assert outcome["train_seconds"] == pytest.approx(outcome["steps"])
     assert outcome["samples_per_second"] == pytest.approx(128)

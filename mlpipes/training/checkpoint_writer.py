@@ -1,0 +1,140 @@
+"""The checkpoint writer: publishes checkpoints beside the training, from a copy of its state.
+
+The training waits for the copy in the host's memory; a thread writes, checks and publishes it ("snapshot and persist":
+Mohan et al. 2021, "CheckFreq", FAST). What is published, and by which rules, is the same as without the thread.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlpipes.store.messages import CheckpointSaved, MetricsLogged, Notify
+from mlpipes.store.training_job import Checkpointing
+from mlpipes.training.checkpoints import Checkpoints, Progress
+from mlpipes.training.disk_full import write_with_patience
+
+MayWrite = Callable[[], AbstractContextManager[None]]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one training, one at a time, in a thread of its own.
+
+    An error of the thread is raised by the next call of any method. Until `wait` has returned, the last checkpoint may not
+    be there: whoever promises it to others waits first.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, notify: Notify, may_write: MayWrite) -> None:
+        self.checkpoints, self.notify, self.may_write = checkpoints, notify, may_write
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+        self._host = _HostCopy()
+        self._told = 0
+        self.cost_seconds: float | None = None
+        """What the last published checkpoint took from the training: the copy, and the thread's time on a CPU."""
+        self.write_seconds = 0.0
+        """How long the last published checkpoint was written, beside the training."""
+
+    def tell(self, progress: Progress) -> None:
+        """Make the metrics of a training that a checkpoint carries visible, but for those that are."""
+        new, self._told = progress.history[self._told :], len(progress.history)
+        self.notify(MetricsLogged(rows=[tuple(row) for row in new]))
+
+    def save(
+        self, state: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], progress: Progress
+    ) -> None:
+        """Copy a training's state and begin to publish it; waits for the one before, and for nothing else."""
+        self.wait()
+        begun = time.perf_counter()
+        weights = self._host.of(dict(state), ("model",))
+        memories = self._host.of([optimizer.state_dict() for optimizer in optimizers], ("optimizers",))
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seen = Progress.model_validate(progress.model_dump())
+        copying = time.perf_counter() - begun
+        self._pending = self._thread.submit(self._publish, weights, memories, seen, copying)
+
+    def check(self) -> None:
+        """Raises what the thread raised, if it is done."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is published.
+
+        Raises DiskFullError, LeaseLostError, or whatever else kept the thread from it.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread when it has published what it was given."""
+        self._thread.shutdown()
+
+    def _publish(
+        self, state: dict[str, Tensor], optimizers: list[dict[str, Any]], progress: Progress, copying: float
+    ) -> None:
+        begun, begun_cpu = time.perf_counter(), time.thread_time()
+
+        def publish() -> Path:
+            with self.may_write():
+                return self.checkpoints.save(state, optimizers, progress)
+
+        path = write_with_patience(publish, self.checkpoints.folder, self._host.nbytes, self.notify)
+        self.notify(CheckpointSaved(step=progress.step, path=str(path)))
+        # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
+        self.tell(progress)
+        self.write_seconds = time.perf_counter() - begun
+        self.cost_seconds = copying + time.thread_time() - begun_cpu
+
+
+def seconds_between(policy: Checkpointing, cost_seconds: float | None, write_seconds: float) -> float:
+    """How long after a checkpoint the next one is due, in seconds; infinite if only steps and epochs decide.
+
+    Where the mean time between failures is given, it is what Young found to lose the least (1974, "A first order
+    approximation to the optimum checkpoint interval"), from the cost of the last checkpoint; the first one is due as if
+    it were not given.
+    """
+    if policy.mean_seconds_between_failures is not None and cost_seconds is not None:
+        return max(math.sqrt(2 * cost_seconds * policy.mean_seconds_between_failures), write_seconds)
+    return math.inf if policy.every_seconds is None else policy.every_seconds
+
+
+class _HostCopy:
+    """A copy of nested containers of tensors in the host's memory, which each copy uses again.
+
+    New memory for each would cost more than the copying. On a GPU it is pinned, so that all tensors are copied at once.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def of(self, value: Any, where: tuple[Any, ...] = ()) -> Any:
+        """The copy; a tensor keeps its order in memory, for sums over it are of other bits in another."""
+        if isinstance(value, Tensor):
+            return self._buffer(value, where).copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self.of(part, (*where, key)) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.of(part, (*where, number)) for number, part in enumerate(value))
+        return copy.deepcopy(value)
+
+    def _buffer(self, tensor: Tensor, where: tuple[Any, ...]) -> Tensor:
+        buffer = self._buffers.get(where)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda)
+            self._buffers[where] = buffer
+        return buffer
