@@ -27,7 +27,7 @@ PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
 # What a change of code can break. Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
 test: checks
-	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not cluster and not docker and not gpu"
+	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not documents and not cluster and not docker and not gpu"
 
 # All but the Kubernetes cluster, Docker and a GPU; what a program is missing for is skipped, and says so.
 test-all: checks

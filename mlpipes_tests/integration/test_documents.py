@@ -53,6 +53,7 @@ def dagster(folder: Sandbox) -> Iterator[str]:
         end(server)
 
 
+@pytest.mark.documents
 def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Sandbox) -> None:
     demo = folder.demo  # type: ignore[attr-defined]
     assert demo.returncode == 0, demo.stdout + demo.stderr
@@ -70,6 +71,7 @@ def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Sandbox) -
     assert not (folder.home / "ray" / "head.json").exists()
 
 
+@pytest.mark.documents
 def test_every_command_runs_and_says_what_it_should(folder: Sandbox, dagster: str) -> None:
     problems = []
     for command, expected in HERE.items():
@@ -86,6 +88,7 @@ def test_every_command_runs_and_says_what_it_should(folder: Sandbox, dagster: st
     assert attempts == [1, 1, 1]
 
 
+@pytest.mark.documents
 def test_plain_dagster_dev_keeps_the_history(dagster: str) -> None:
     found = graphql(dagster, "{ runsOrError { ... on Runs { results { status jobName } } } }")
     chains = [run for run in found["runsOrError"]["results"] if run["jobName"] == "digits_chain"]
@@ -93,6 +96,7 @@ def test_plain_dagster_dev_keeps_the_history(dagster: str) -> None:
     assert {run["status"] for run in chains} == {"SUCCESS"}
 
 
+@pytest.mark.documents
 def test_an_unknown_workload_is_an_error_without_a_traceback(folder: Sandbox) -> None:
     result = folder.run(".venv/bin/mlpipes report nope")
     assert result.returncode == 1
@@ -112,6 +116,7 @@ def test_the_run_launcher_is_the_one_of_the_shipped_settings() -> None:
     assert example.items() <= yaml.safe_load((CHECKOUT / "dagster.yaml").read_text(encoding="utf-8")).items()
 
 
+@pytest.mark.documents
 def test_the_champion_is_loaded_and_reads_digits(folder: Sandbox) -> None:
     (folder.path / "champion.py").write_text(CHAMPION)
     result = folder.run(".venv/bin/python champion.py")
@@ -165,7 +170,8 @@ def test_the_text_example_makes_a_workload() -> None:
         reviews.source.load()
 
 
-def test_scale_files_are_valid(folder: Sandbox) -> None:
+def test_scale_files_are_valid(tmp_path: Path) -> None:
+    folder = Sandbox(tmp_path)
     (example,) = [block for _, block in YAML if block.startswith("digits:")]
     (folder.path / "scales.yaml").write_text(example)
     result = folder.run(".venv/bin/mlpipes scales", MLPIPES_SCALES="scales.yaml")

@@ -67,6 +67,7 @@ def descendants(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+@pytest.mark.chaos
 def test_killed_in_the_middle_it_goes_on_and_each_row_has_the_bits_of_the_evaluation(
     home: Path, expected: np.ndarray
 ) -> None:
@@ -105,6 +106,7 @@ def test_killed_in_the_middle_it_goes_on_and_each_row_has_the_bits_of_the_evalua
     assert np.array_equal(np.float32(flat["prediction_3"].to_numpy()), expected[:, 3])
 
 
+@pytest.mark.chaos
 def test_a_process_that_is_killed_again_and_again_is_told(
     home: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def someone_else(reached: Path, than: str, running: "subprocess.Popen[bytes]") -
     )
 
 
+@pytest.mark.chaos
 def test_killed_stopped_and_gone_on_with(tmp_path: Path, command: Command) -> None:
     """A worker, the driver, Ray's agent and the command itself are killed, then it is interrupted; each time it goes on."""
     path, out, log = write_video(tmp_path / "x.mp4", 22, audio=[{}]), tmp_path / "out.mp4", tmp_path / "log"
