@@ -15,7 +15,7 @@ from mlpipes.orchestration.predictions import inputs_sensor, predictions_asset, 
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow, tidy_kubernetes
-from mlpipes.orchestration.video import GROUP, video_assets, video_job, video_sensor
+from mlpipes.orchestration.video import video_assets, video_job, video_sensor
 from mlpipes.training.code_version import unreadable
 from mlpipes.workloads.catalog import Entry, configured, offered, problems
 
@@ -44,10 +44,9 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
         jobs=[*jobs_of(entries), *answering, *([video_job()] if whole else [])],
         schedules=[nightly(entry) for entry in entries],
         sensors=[
-            *(failure_message, reports_follow()),
-            *(lost_retries(entry.name) for entry in entries),
+            *(failure_message, reports_follow(), lost_retries),
             *([inputs_sensor(entries, answering)] if entries else []),
-            *([lost_retries(GROUP), video_sensor()] if whole else []),
+            *([video_sensor()] if whole else []),
             *([tidy_kubernetes] if os.environ.get(SETTINGS_VARIABLE) else []),
         ],
         # One process a run: when it dies, no step process is left behind that could train on beside the retry.

@@ -59,45 +59,43 @@ def failure_message(context: dg.RunFailureSensorContext, store: StoreResource) -
     return None
 
 
-def lost_retries(workload: str) -> dg.SensorDefinition:
-    """A sensor that launches a workload's automatic retries that Dagster promised and never made.
+@dg.sensor(
+    name="lost_retries",
+    asset_selection=dg.AssetSelection.all(),
+    minimum_interval_seconds=10,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Launches automatic retries that Dagster promised and never made.",
+)
+def lost_retries(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """Request the automatic retries that Dagster promised and never made.
 
     Dagster may see a failure before the run's row says so, pass it over, and never look at it again; or try to launch the
-    retry while the code server is away, and give up. Both were seen.
+    retry while the code server is away, and give up. Both were seen. One sensor for all workloads: each costs a look every
+    ten seconds, for ever.
     """
-
-    @dg.sensor(
-        name=f"{workload}_lost_retries",
-        target=dg.AssetSelection.groups(workload),
-        minimum_interval_seconds=10,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"Launches automatic retries of {workload} that Dagster promised and never made.",
-    )
-    def sensor(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-        found = 0
-        failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": ["true", "false"]})
-        for record in context.instance.get_run_records(failed, limit=50):
-            run, age = record.dagster_run, time.time() - (record.end_time or time.time())
-            if age > _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
-                continue
-            if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
-                continue
-            # What Dagster gave up is lost for sure; of the rest, what it promised may still be on its way.
-            promised = run.tags["dagster/will_retry"] == "true" and age >= _SETTLED_SECONDS
-            if not promised and not _was_given_up(context.instance, run):
-                continue
-            planned = context.instance.get_records_for_run(
-                run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-            )
-            events = [record.event_log_entry.dagster_event for record in planned.records]
-            assets = sorted({event.asset_key for event in events if event and event.asset_key})
-            if assets and assets[0].path[0] == workload:
-                found += 1
-                yield retry_of(run, assets)
-        if not found:
-            yield dg.SkipReason("no retry was lost")
-
-    return sensor
+    assert context.repository_def is not None  # noqa: S101 - the daemon evaluates sensors of a loaded code location
+    here, found = context.repository_def.asset_graph, 0
+    failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={"dagster/will_retry": ["true", "false"]})
+    for record in context.instance.get_run_records(failed, limit=50):
+        run, age = record.dagster_run, time.time() - (record.end_time or time.time())
+        if age > _FORGOTTEN_SECONDS or "dagster/auto_retry_run_id" in run.tags:
+            continue
+        if context.instance.get_run_records(dg.RunsFilter(tags={"dagster/parent_run_id": run.run_id}), limit=1):
+            continue
+        # What Dagster gave up is lost for sure; of the rest, what it promised may still be on its way.
+        promised = run.tags["dagster/will_retry"] == "true" and age >= _SETTLED_SECONDS
+        if not promised and not _was_given_up(context.instance, run):
+            continue
+        planned = context.instance.get_records_for_run(
+            run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+        )
+        events = [record.event_log_entry.dagster_event for record in planned.records]
+        assets = sorted({event.asset_key for event in events if event and event.asset_key})
+        if assets and all(here.has(asset) for asset in assets):  # else of another code location, or of one of before
+            found += 1
+            yield retry_of(run, assets)
+    if not found:
+        yield dg.SkipReason("no retry was lost")
 
 
 def _was_given_up(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:

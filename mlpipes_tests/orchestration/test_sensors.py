@@ -1,7 +1,6 @@
 """The sensor for lost retries, against a real instance."""
 
 import time
-from typing import Any
 
 import dagster as dg
 import pytest
@@ -15,15 +14,15 @@ def fails() -> None:
     raise ValueError("on purpose")
 
 
-@dg.asset(key=["other", "works"], group_name="other", partitions_def=dg.StaticPartitionsDefinition(["c"]))
+DEFINITIONS = dg.Definitions([fails], jobs=[dg.define_asset_job("named", [fails])], sensors=[lost_retries])
+
+
+@dg.asset(key=["other", "works"])
 def works() -> None:
-    """An asset."""
+    """An asset of another code location."""
 
 
-SENSOR, OTHER = lost_retries("mine"), lost_retries("other")
-
-
-DEFINITIONS = dg.Definitions([fails, works], jobs=[dg.define_asset_job("named", [fails])], sensors=[SENSOR, OTHER])
+OTHERS = dg.Definitions([works], sensors=[lost_retries])
 
 
 def failed_run(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, **tags: str) -> str:
@@ -33,10 +32,10 @@ def failed_run(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, **
     return result.run_id
 
 
-def requests(instance: dg.DagsterInstance, sensor: dg.SensorDefinition = SENSOR) -> list[Any]:
-    context = dg.build_sensor_context(instance=instance, definitions=DEFINITIONS)
-    found: Any = sensor(context)
-    return [item for item in found if isinstance(item, dg.RunRequest)]
+def requests(instance: dg.DagsterInstance, definitions: dg.Definitions = DEFINITIONS) -> list[dg.RunRequest]:
+    """What the daemon is told."""
+    context = dg.build_sensor_context(instance=instance, definitions=definitions)
+    return list(lost_retries.evaluate_tick(context).run_requests or [])
 
 
 def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +46,8 @@ def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch:
         real = time.time
         monkeypatch.setattr(sensors.time, "time", lambda: real() + 60)
         (request,) = requests(instance)
-        assert requests(instance, OTHER) == [], "another workload's sensor leaves it alone"
+        assert request.job_name == "__ASSET_JOB"
+        assert requests(instance, OTHERS) == [], "another code location leaves it alone"
         assert request.run_key == f"retry-{lost}"
         assert request.partition_key == "b"
         assert request.asset_selection == [dg.AssetKey(["mine", "fails"])]
