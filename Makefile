@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types benchmark chaos cluster cluster-down cluster-programs images clean
+.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types bench chaos cluster cluster-down cluster-programs images clean
 install: .venv/.installed
 
 demo: install
@@ -63,8 +63,9 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: install
-	$(BIN)/python -m mlpipes_tests.benchmarks.vision
+# All benchmarks, or PARTS="vision text"; with AGAINST=<commit>, in turns with that one's.
+bench: install
+	$(BIN)/python -m mlpipes_tests.benchmarks $(PARTS) $(if $(AGAINST),--against $(AGAINST)) --rounds $(or $(ROUNDS),1)
 
 chaos: install
 	$(BIN)/python -m mlpipes_tests.chaos $(or $(N),1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.sandbox import Sandbox, end, free_port, wait_for
 
 
@@ -60,6 +61,8 @@ def main() -> int:
     )
     for partitions in map(int, sys.argv[1:] or ["10", "50"]):
         seconds, before, greatest, after = measure(partitions)
+        record(f"{partitions} partitions", "s a partition", [seconds / partitions])
+        record(f"{partitions} partitions", "MiB at most", [greatest])
         figures = f"{seconds:.0f} | {seconds / partitions:.1f} | {before:,.0f} | {greatest:,.0f} | {after:,.0f}"
         print(f"| {partitions} | {figures} |", flush=True)
     return 0

@@ -22,6 +22,7 @@ from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import cifar10
 from mlpipes.workloads.optimization import adamw
+from mlpipes_tests.benchmarks.figures import record
 
 ROUNDS = int(os.environ.get("ROUNDS", "10"))
 ROUND_SECONDS = 5.0
@@ -78,6 +79,7 @@ def measure(name: str, model: nn.Module, optimizers: Sequence[torch.optim.Optimi
     for path in ("waited for", "beside it"):
         lost = [with_one - without for with_one, without in zip(taken[path], taken["none"], strict=True)]
         cost = statistics.median(lost)
+        record(f"{name}: time lost to a checkpoint {path}", "s", lost)
         print(
             f"| {name} | {parameters:,} | {size / 2**20:.0f} | {path} | {bare:.2f} ({steps}) "
             f"| {cost:.3f} ({min(lost):.3f}–{max(lost):.3f}) | {cost / bare:.1%} | {cost / 60:.2%} |",

@@ -24,6 +24,7 @@ from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers
 from mlpipes.workloads.networks import digits_network
+from mlpipes_tests.benchmarks.figures import record
 
 SHARDS = 4
 STEPS = {"digits": 200, "MiniLM's size": 15}
@@ -73,8 +74,8 @@ def step_of(name: str, workers: Workers, reduction: Any) -> Step:
     return step
 
 
-def measure(paths: dict[str, Step], steps: int, workers: Workers) -> dict[str, float]:
-    """Median CPU-seconds a step over all workers, by path; the paths take turns."""
+def measure(paths: dict[str, Step], steps: int, workers: Workers) -> dict[str, list[float]]:
+    """CPU-seconds of each step over all workers, by path; the paths take turns."""
     found: dict[str, list[float]] = {path: [] for path in paths}
     for number in range(steps + 2):
         for path, step in paths.items():
@@ -84,7 +85,7 @@ def measure(paths: dict[str, Step], steps: int, workers: Workers) -> dict[str, f
             total = float(sum(workers.gather(spent)))
             if number >= 2:
                 found[path].append(total)
-    return {path: statistics.median(values) for path, values in found.items()}
+    return found
 
 
 def work(rank: int, size: int, port: int) -> None:
@@ -95,8 +96,11 @@ def work(rank: int, size: int, port: int) -> None:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     workers = DistributedWorkers() if size > 1 else SingleWorker()
     for name, steps in STEPS.items():
-        found = measure({way: step_of(name, workers, way) for way in ("ordered", "allreduce")}, steps, workers)
+        taken = measure({way: step_of(name, workers, way) for way in ("ordered", "allreduce")}, steps, workers)
         if rank == 0:
+            for way, values in taken.items():
+                record(f"{name}, {size} workers, {way}: a step", "CPU-s", values)
+            found = {way: statistics.median(values) for way, values in taken.items()}
             figures = " | ".join(f"{seconds * 1e3:.1f}" for seconds in found.values())
             print(f"| {name} | {size} | {figures} | {found['ordered'] / found['allreduce']:.2f} |", flush=True)
     if size > 1:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.sandbox import CHECKOUT, end, free_port
 from mlpipes_tests.serving.models import IMAGES, champion, registered, tracker_in
 from mlpipes_tests.waiting import until
@@ -138,6 +139,8 @@ def main() -> None:
             for clients in CLIENTS:
                 for name, process, port in (("mlpipes", our, our_port), ("mlflow", their, their_port)):
                     found = measured(process, port, clients, duration)
+                    record(f"{name}, {clients} clients", "answers a second", [found.rate])
+                    record(f"{name}, {clients} clients, 99th percentile", "ms", [found.worst])
                     print(
                         f"{clients:7} | {name:7} | {found.rate:8.0f} | {found.median:8.1f} | {found.worst:8.1f} | "
                         f"{found.failed} | {found.cpu:.2f}",

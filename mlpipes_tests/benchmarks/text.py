@@ -25,6 +25,7 @@ from mlpipes.store.layout import Store
 from mlpipes.training.determinism import has_native_bf16, prepare_process
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
+from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.training.harness import trainer_on
 
 BATCH, ROUNDS = 32, 15
@@ -99,6 +100,7 @@ def main() -> int:
     print("| path | sentences per CPU-second (min–max) | ratio |\n| --- | --- | --- |")
     base = statistics.median(rates["pad to 128, fp32"])
     for name, values in rates.items():
+        record(name, "sentences a CPU-second", values)
         middle = statistics.median(values)
         print(f"| {name} | {middle:.1f} ({min(values):.1f}–{max(values):.1f}) | {middle / base:.1f}× |")
     return 0

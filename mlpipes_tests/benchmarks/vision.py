@@ -29,6 +29,7 @@ from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import cifar10
+from mlpipes_tests.benchmarks.figures import record
 
 BATCH, ROUNDS = 512, 5
 USUAL = "torchvision + DataLoader, fp32"
@@ -159,6 +160,7 @@ def compare(device: torch.device) -> None:
     medians = {name: statistics.median(values) for name, values in found.items()}
     usual = medians[USUAL]
     for name, values in found.items():
+        record(f"{device}, {name}", f"images a {unit}", values)
         spread = f"{min(values):.0f}–{max(values):.0f}"
         print(f"  {name:32s} {medians[name]:9.0f}  ({spread}, {ROUNDS} rounds)  {medians[name] / usual:5.2f}×")
     goal = 2.5 if bf16 else 1.4

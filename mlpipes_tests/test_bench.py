@@ -1,0 +1,100 @@
+"""The runner of benchmarks: both sides are measured by the same benchmark, and all values are kept."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlpipes_tests.benchmarks import __main__ as bench
+from mlpipes_tests.benchmarks import figures
+
+TINY = """
+from mlpipes.speed import speed
+from mlpipes_tests.benchmarks.figures import record
+record("speed", "units", [speed(), speed() + 1, speed() + 2])
+"""
+BROKEN = (
+    "from mlpipes.new import thing\nfrom mlpipes_tests.benchmarks.figures import record\nrecord('new', 's', [thing])\n"
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of two commits: the second is ten times as fast, and can do more."""
+    folder = tmp_path / "checkout"
+
+    def commit(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        subprocess.run(["git", "add", "."], cwd=folder, check=True)
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, "commit", "-qm", "a commit"], cwd=folder, check=True)
+
+    folder.mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    commit({"mlpipes/__init__.py": "", "mlpipes/speed.py": "def speed(): return 1.0\n"})
+    commit({"mlpipes/speed.py": "def speed(): return 10.0\n", "mlpipes/new.py": "thing = 1.0\n"})
+    for name in ("tiny", "broken"):
+        path = folder / "mlpipes_tests" / "benchmarks" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(TINY if name == "tiny" else BROKEN)
+    for package in (path.parent, path.parent.parent):
+        (package / "__init__.py").write_text("")
+    shutil.copy(figures.__file__, path.parent)
+    (folder / ".venv").mkdir()
+    monkeypatch.setattr(bench, "CHECKOUT", folder)
+    monkeypatch.setattr(bench, "PARTS", {name: bench.Part(name, (), 0) for name in ("tiny", "broken")})
+    return folder
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    import typer
+
+    app = typer.Typer()
+    app.command()(bench.main)
+    done = CliRunner().invoke(app, arguments)
+    return done.exit_code, done.output
+
+
+def test_both_sides_are_measured_in_turns_and_all_values_are_kept(checkout: Path, tmp_path: Path) -> None:
+    code, output = run("--against", "HEAD~1", "--rounds", "2", "--output", str(tmp_path / "found.json"))
+    assert code == 0, output
+    found = json.loads((tmp_path / "found.json").read_text())
+    values = {(f["part"], f["side"] == bench.NOW): f["values"] for f in found["figures"]}
+    assert values == {
+        ("tiny", True): [10.0, 11.0, 12.0] * 2,
+        ("tiny", False): [1.0, 2.0, 3.0] * 2,
+        ("broken", True): [1.0] * 2,
+    }
+    assert "| tiny | speed | units | 6 | 11 (10–12) |" in output
+    assert "| 5.50 (" in output
+    assert "broken, " in output
+    assert "No module named 'mlpipes.new'" in output
+    heads = [line for line in output.splitlines() if line.startswith("== tiny")]
+    assert ["now" in head for head in heads] == [True, False, False, True], "neither side always comes first"
+    trees = subprocess.check_output(["git", "worktree", "list"], cwd=checkout, text=True)
+    assert len(trees.splitlines()) == 1, "nothing is left of the older commit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(("tinny",), "no part 'tinny'"), (("--against", "nowhere"), "'nowhere' is no commit")]
+)
+def test_mistakes_are_told_before_anything_runs(checkout: Path, arguments: tuple[str, ...], said: str) -> None:
+    code, output = run(*arguments)
+    assert code == 2
+    assert said in output
+
+
+def test_a_ratio_has_its_interval() -> None:
+    slow, fast = (
+        bench.summary("p", "n", "s", side, [base + i / 10 for i in range(11)])
+        for side, base in (("old", 10.0), (bench.NOW, 5.0))
+    )
+    middle, low, high = bench.ratio(fast, slow)
+    assert middle == pytest.approx(5.5 / 10.5)
+    assert 5 / 11 <= low < middle < high <= 6 / 10
+    assert slow.low < slow.median < slow.high
