@@ -24,7 +24,7 @@ from mlpipes.workloads.image_classification import cifar10
 from mlpipes.workloads.optimization import adamw
 from mlpipes_tests.benchmarks.figures import record
 
-ROUNDS = int(os.environ.get("ROUNDS", "10"))
+ROUNDS = 6
 ROUND_SECONDS = 5.0
 
 
