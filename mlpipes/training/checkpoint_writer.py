@@ -122,14 +122,21 @@ class _HostCopy:
         """Bytes of all tensors together."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def of(self, value: Any, where: tuple[Any, ...] = ()) -> Any:
-        """The copy; a tensor keeps its order in memory, for sums over it are of other bits in another."""
+    def of(self, value: Any, where: tuple[Any, ...] = (), taken: dict[int, Tensor] | None = None) -> Any:
+        """The copy; a tensor keeps its order in memory, for sums over it are of other bits in another.
+
+        What is one tensor in several places is one in the copy, too: an optimizer that steps a counter that all its
+        parameters share would count otherwise after it was loaded. `taken`: tensors that were copied, by id.
+        """
+        taken = {} if taken is None else taken
         if isinstance(value, Tensor):
-            return self._buffer(value, where).copy_(value.detach(), non_blocking=True)
+            if id(value) not in taken:
+                taken[id(value)] = self._buffer(value, where).copy_(value.detach(), non_blocking=True)
+            return taken[id(value)]
         if isinstance(value, dict):
-            return {key: self.of(part, (*where, key)) for key, part in value.items()}
+            return {key: self.of(part, (*where, key), taken) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.of(part, (*where, number)) for number, part in enumerate(value))
+            return type(value)(self.of(part, (*where, number), taken) for number, part in enumerate(value))
         return copy.deepcopy(value)
 
     def _buffer(self, tensor: Tensor, where: tuple[Any, ...]) -> Tensor:

@@ -137,6 +137,14 @@ def test_a_copy_keeps_the_order_in_memory_and_its_buffers() -> None:
     assert host.nbytes == 4 * (4 * 3 * 3 * 3 + 4)
 
 
+def test_what_is_shared_is_shared_in_the_copy() -> None:
+    counter, other = torch.tensor(3.0), torch.tensor(3.0)
+    copied = _HostCopy().of([{"step": counter}, {"step": counter}, {"step": other}])
+    copied[0]["step"].add_(1)
+    assert [float(state["step"]) for state in copied] == [4.0, 4.0, 3.0]
+    assert float(counter) == 3.0
+
+
 @pytest.mark.parametrize(
     ("policy", "cost", "seconds"),
     [
