@@ -8,12 +8,13 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from mlpipes.store.claims import SupersededError, claim, claimed
 from mlpipes.store.environment import for_children
-from mlpipes.store.layout import TrainingFolder
+from mlpipes.store.layout import JobFolder, TrainingFolder
 from mlpipes.store.messages import Failed, Finished, MessageWriter, Started, Stopping, Warned, read_messages
 from mlpipes.store.training_job import TrainingJob
 
@@ -39,23 +40,53 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drive(specification: Path, rayjob: str) -> int:
-    """Claim an attempt and become its driver; returns only if the training is another job's by now."""
+    """Become the driver of a training; returns only if the training is another job's by now."""
     job = TrainingJob.read(specification)
     job.take_over()
+    # What the first attempt was handed over, the next one is handed on.
+    return become_claimed(
+        "mlpipes.training.driver",
+        specification,
+        job,
+        rayjob,
+        lambda attempt: job.model_copy(update={"attempt": attempt}).write(),
+    )
+
+
+class Attempted(Protocol):
+    """One attempt at something, as its specification says."""
+
+    @property
+    def folder(self) -> JobFolder:
+        """Where it lies."""
+        ...
+
+    @property
+    def attempt(self) -> int:
+        """Its number."""
+        ...
+
+
+def become_claimed(
+    module: str, specification: Path, job: Attempted, rayjob: str, write_again: Callable[[int], Path]
+) -> int:
+    """Claim the attempt that this run of a RayJob's entry point is, and become its driver, the program `module`.
+
+    Returns only if the work is another job's by now. `write_again` writes the specification of a later attempt.
+    """
     try:
         attempt = claim(job.folder, rayjob, job.attempt)
     except SupersededError as error:
         print(error, file=sys.stderr)
         return SUPERSEDED
     if attempt != job.attempt:
-        first, job = job.attempt, job.model_copy(update={"attempt": attempt})
-        specification = job.write()  # what the first was handed over, it is handed on
-        notify = MessageWriter(job.folder.messages(attempt))
-        notify(Warned(text=f"the job's entry point runs again; attempt {attempt} goes on after attempt {first}"))
-    return become("mlpipes.training.driver", specification, job.folder.log(attempt))
+        specification = write_again(attempt)
+        text = f"the job's entry point runs again; attempt {attempt} goes on after attempt {job.attempt}"
+        MessageWriter(job.folder.messages(attempt))(Warned(text=text))
+    return _become(module, specification, job.folder.log(attempt))
 
 
-def become(module: str, specification: Path, log: Path) -> int:
+def _become(module: str, specification: Path, log: Path) -> int:
     """Go on as the driver of an attempt; never returns.
 
     What is printed is kept in the store, for the pod is gone with the job.

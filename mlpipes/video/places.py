@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from mlpipes.compute.allocation import drive, restarts_so_far
 from mlpipes.compute.jobs import JobHandle, Jobs
 from mlpipes.compute.kubernetes import KubernetesJobs
-from mlpipes.compute.kubernetes_entry import SUPERSEDED, become
+from mlpipes.compute.kubernetes_entry import become_claimed
 from mlpipes.compute.kubernetes_manifest import Subject
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE as KUBERNETES_VARIABLE
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
@@ -23,9 +23,8 @@ from mlpipes.compute.slurm import SETTINGS_VARIABLE as SLURM_VARIABLE
 from mlpipes.compute.slurm import SlurmJobs, SlurmSettings
 from mlpipes.errors import PreflightError
 from mlpipes.scales import workers_of
-from mlpipes.store.claims import SupersededError, claim
 from mlpipes.store.environment import value_of
-from mlpipes.store.messages import MessageWriter, Warned
+from mlpipes.store.messages import MessageWriter
 from mlpipes.video.job import VideoJob
 from mlpipes.video.joining import is_done
 
@@ -122,18 +121,8 @@ def _in_allocation(path: Path) -> int:
 
 
 def _in_pod(path: Path, rayjob: str) -> int:
-    """Claim an attempt and become its driver; returns only if the video is another job's by now."""
     job = VideoJob.read(path)
-    try:
-        attempt = claim(job.folder, rayjob, job.attempt)
-    except SupersededError as error:
-        print(error, file=sys.stderr)
-        return SUPERSEDED
-    if attempt != job.attempt:
-        text = f"the job's entry point runs again; attempt {attempt} goes on after attempt {job.attempt}"
-        path, job = _next(job, attempt)
-        MessageWriter(job.folder.messages(attempt))(Warned(text=text))
-    return become(DRIVER, path, job.folder.log(attempt))
+    return become_claimed(DRIVER, path, job, rayjob, lambda attempt: _next(job, attempt)[0])
 
 
 def _next(job: VideoJob, attempt: int) -> tuple[Path, VideoJob]:
