@@ -26,6 +26,7 @@ from mlpipes.training.determinism import has_native_bf16, prepare_process
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
 from mlpipes_tests.benchmarks.figures import record
+from mlpipes_tests.benchmarks.plain import plain_steps
 from mlpipes_tests.training.harness import trainer_on
 
 BATCH, ROUNDS = 32, 15
@@ -64,6 +65,12 @@ def ours(workload: TextClassification, snapshot: Snapshot, folder: Path, **optio
     return trainer._step
 
 
+def plain(workload: TextClassification, snapshot: Snapshot, folder: Path) -> Callable[[], None]:
+    """A step of the plain loop on what ours trains on."""
+    steps = plain_steps(trainer_on(snapshot, workload, Sst2Hyperparameters(), f"w1-b{BATCH}-e9-g0", folder))
+    return lambda: next(steps)
+
+
 def main() -> int:
     """Print the table; returns the exit code."""
     if not (real := os.environ.get("MLPIPES_REAL_DATA")):
@@ -87,6 +94,7 @@ def main() -> int:
                 workload, snapshot, Path(scratch) / "c", pooling="mean", freeze_layers=2
             ),
             "ours, auto, 4 logical shards": ours(workload, snapshot, Path(scratch) / "c", logical_shards=4),
+            "ours, auto, in a plain loop": plain(workload, snapshot, Path(scratch) / "c"),
         }
         rates: dict[str, list[float]] = {name: [] for name in paths}
         for step in paths.values():

@@ -1,0 +1,27 @@
+"""The plain loop: what the engine computes of the same batches, by the loop that everyone writes, with nothing exact."""
+
+from collections.abc import Iterator
+
+import torch
+
+from mlpipes.training.loop import Trainer
+from mlpipes.workloads.tensors import autocast
+
+
+def plain_steps(trainer: Trainer) -> Iterator[None]:
+    """Training steps of one worker, endlessly: no shards, no position-dependent random numbers, no digests, no lease."""
+    workload, hp, size = trainer.workload, trainer.hp, trainer.scale.batch_size
+    clip, count = workload.gradient_clip(hp), len(next(iter(trainer.train_columns.values())))
+    while True:
+        for rows in torch.randperm(count).split(size)[: count // size]:
+            batch = workload.batch(trainer.train_columns, rows, hp, augment=True)
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()
+            with autocast(trainer.device, trainer.progress.precision):
+                loss = workload.loss(trainer.model, batch, hp) / size
+            loss.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(trainer.gradient.parameters, clip)
+            for optimizer in trainer.optimizers:
+                optimizer.step()
+            yield
