@@ -11,9 +11,10 @@ from mlpipes.workloads.tensors import autocast
 def plain_steps(trainer: Trainer) -> Iterator[None]:
     """Training steps of one worker, endlessly: no shards, no position-dependent random numbers, no digests, no lease."""
     workload, hp, size = trainer.workload, trainer.hp, trainer.scale.batch_size
-    clip, count = workload.gradient_clip(hp), len(next(iter(trainer.train_columns.values())))
+    clip, order, epoch = workload.gradient_clip(hp), trainer.order, 0
     while True:
-        for rows in torch.randperm(count).split(size)[: count // size]:
+        for number in range(order.steps_per_epoch):
+            rows = order.batch(epoch, number)
             batch = workload.batch(trainer.train_columns, rows, hp, augment=True)
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad()
@@ -25,3 +26,4 @@ def plain_steps(trainer: Trainer) -> Iterator[None]:
             for optimizer in trainer.optimizers:
                 optimizer.step()
             yield
+        epoch += 1
