@@ -6,6 +6,7 @@ by both paths, alternating in one process with one thread, each for some batches
 to 128 tokens, float32, torch's default AdamW.
 """
 
+import copy
 import os
 import statistics
 import sys
@@ -66,7 +67,9 @@ def ours(workload: TextClassification, snapshot: Snapshot, folder: Path, **optio
 
 
 def plain(workload: TextClassification, snapshot: Snapshot, folder: Path) -> Callable[[], None]:
-    """A step of the plain loop on what ours trains on."""
+    """A step of the plain loop on the batches of ours, with torch's own embeddings."""
+    workload = copy.copy(workload)
+    workload.sparse_embedding_gradients = False
     steps = plain_steps(trainer_on(snapshot, workload, Sst2Hyperparameters(), f"w1-b{BATCH}-e9-g0", folder))
     return lambda: next(steps)
 
