@@ -6,9 +6,11 @@ Mohan et al. 2021, "CheckFreq", FAST). What is published, and by which rules, is
 
 import copy
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,11 @@ class CheckpointWriter:
 
     def __init__(self, checkpoints: Checkpoints, notify: Notify, may_write: MayWrite) -> None:
         self.checkpoints, self.notify, self.may_write = checkpoints, notify, may_write
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        # Not an executor: at the interpreter's exit that would be waited for, and refuse work to a training that Ray runs in
+        # another thread, which would take it for an error of its own.
+        self._tasks: queue.SimpleQueue[tuple[Future[None], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closing, self._tidied = threading.Event(), False
         self._pending: Future[None] | None = None
         self._host = _HostCopy()
         self._told = 0
@@ -59,7 +65,11 @@ class CheckpointWriter:
             torch.cuda.synchronize()
         seen = Progress.model_validate(progress.model_dump())
         copying = time.perf_counter() - begun
-        self._pending = self._thread.submit(self._publish, weights, memories, seen, copying)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
+            self._thread.start()
+        self._pending = Future()
+        self._tasks.put((self._pending, (weights, memories, seen, copying)))
 
     def check(self) -> None:
         """Raises what the thread raised, if it is done."""
@@ -76,8 +86,21 @@ class CheckpointWriter:
             pending.result()
 
     def close(self) -> None:
-        """End the thread when it has published what it was given."""
-        self._thread.shutdown()
+        """End the thread when it has published what it was given; it does not wait for room on a full disk any more."""
+        self._closing.set()
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            done, arguments = task
+            try:
+                self._publish(*arguments)
+            except BaseException as error:  # whoever waits raises it
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _publish(
         self, state: dict[str, Tensor], optimizers: list[dict[str, Any]], progress: Progress, copying: float
@@ -86,9 +109,14 @@ class CheckpointWriter:
 
         def publish() -> Path:
             with self.may_write():
+                if not self._tidied:
+                    self.checkpoints.remove_unfinished()
+                    self._tidied = True
                 return self.checkpoints.save(state, optimizers, progress)
 
-        path = write_with_patience(publish, self.checkpoints.folder, self._host.nbytes, self.notify)
+        path = write_with_patience(
+            publish, self.checkpoints.folder, self._host.nbytes, self.notify, ending=self._closing
+        )
         self.notify(CheckpointSaved(step=progress.step, path=str(path)))
         # Metrics become visible only once a checkpoint carries them: a crash can then never leave two versions.
         self.tell(progress)
@@ -115,33 +143,41 @@ class _HostCopy:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._memory: dict[tuple[Any, ...], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(memory.nbytes for memory in self._memory.values())
 
-    def of(self, value: Any, where: tuple[Any, ...] = (), taken: dict[int, Tensor] | None = None) -> Any:
-        """The copy; a tensor keeps its order in memory, for sums over it are of other bits in another.
+    def of(self, value: Any, where: tuple[Any, ...] = (), taken: dict[Any, torch.UntypedStorage] | None = None) -> Any:
+        """The copy. Tensors keep their order in memory, for sums over them are of other bits in another, and share it with
+        those with which they shared it: an optimizer may keep one counter for all, or all in one piece of memory.
 
-        What is one tensor in several places is one in the copy, too: an optimizer that steps a counter that all its
-        parameters share would count otherwise after it was loaded. `taken`: tensors that were copied, by id.
+        `taken`: the copies of the memory of tensors that were met before.
         """
         taken = {} if taken is None else taken
         if isinstance(value, Tensor):
-            if id(value) not in taken:
-                taken[id(value)] = self._buffer(value, where).copy_(value.detach(), non_blocking=True)
-            return taken[id(value)]
+            return self._tensor(value.detach(), where, taken)
         if isinstance(value, dict):
             return {key: self.of(part, (*where, key), taken) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.of(part, (*where, number), taken) for number, part in enumerate(value))
+            parts = [self.of(part, (*where, number), taken) for number, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         return copy.deepcopy(value)
 
-    def _buffer(self, tensor: Tensor, where: tuple[Any, ...]) -> Tensor:
-        buffer = self._buffers.get(where)
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda)
-            self._buffers[where] = buffer
-        return buffer
+    def _tensor(self, tensor: Tensor, where: tuple[Any, ...], taken: dict[Any, torch.UntypedStorage]) -> Tensor:
+        if tensor.layout != torch.strided:
+            return tensor.cpu().clone()
+        storage = tensor.untyped_storage()
+        original = (tensor.device, storage.data_ptr())
+        if original not in taken:
+            memory = self._memory.get(where)
+            if memory is None or memory.nbytes != storage.nbytes():
+                memory = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+                self._memory[where] = memory
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            memory.copy_(whole, non_blocking=True)
+            taken[original] = memory.untyped_storage()
+        copied = torch.empty(0, dtype=tensor.dtype)
+        return copied.set_(taken[original], tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -2,11 +2,20 @@
 
 import errno
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_fixed,
+)
 
 from mlpipes.errors import DiskFullError
 from mlpipes.store.messages import Notify, Warned
@@ -25,8 +34,10 @@ def write_with_patience(
     needed_bytes: int,
     notify: Notify,
     patience_seconds: float = PATIENCE_SECONDS,
+    *,
+    ending: threading.Event | None = None,
 ) -> T:
-    """Call `write` until it does not fail for want of room; returns what it returns.
+    """Call `write` until it does not fail for want of room; returns what it returns. `ending` set ends the patience.
 
     `write` must leave nothing behind when it fails, as all writers of `mlpipes.store.files` do. Raises DiskFullError when
     patience is out, and any other error at once.
@@ -48,10 +59,12 @@ def write_with_patience(
                 "The last good checkpoint is kept. Make room, and materialize again to resume from it."
             ) from error
 
+    ending = ending or threading.Event()
     retrying = Retrying(
         retry=retry_if_exception_type(DiskFullError),
         wait=wait_fixed(RETRY_SECONDS),
-        stop=stop_after_delay(patience_seconds),
+        sleep=sleep_using_event(ending),
+        stop=stop_after_delay(patience_seconds) | stop_when_event_set(ending),
         before_sleep=warn,
         reraise=True,
     )

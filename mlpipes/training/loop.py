@@ -110,8 +110,6 @@ class Trainer:
         """
         found = None
         if self.workers.rank == 0:
-            with self.writer.may_write():
-                self.checkpoints.remove_unfinished()
             found, messages = self.checkpoints.latest()
             for message in messages:
                 self._tell(Warned(text=message))
@@ -133,7 +131,7 @@ class Trainer:
         try:
             return self._run()
         finally:
-            self.writer.close()  # what is copied is published, whatever ended the training: its successor goes on from there
+            self.writer.close()  # what is copied is published, if this process lives so long
 
     def _run(self) -> TrainingResult:
         self._assert_equal_models()
@@ -162,10 +160,12 @@ class Trainer:
             if self._stopping and not was_stopping:
                 # Asked for because the job is about to be ended from outside; until then it trains on, and where it is not
                 # ended after all, it may be asked again.
+                self._drain()
                 self.writer.wait()
                 if step not in self.checkpoints.steps():
                     self._save()
                     self.writer.wait()
+                self.stopwatch.begin()
                 self._tell(Stopping(step=step))
         self.writer.wait()
         digest = weights_digest(self.workload.state(self.model))

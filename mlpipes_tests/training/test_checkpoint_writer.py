@@ -2,7 +2,10 @@
 
 import errno
 import math
+import subprocess
+import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from mlpipes.errors import DiskFullError
 from mlpipes.store.messages import CheckpointSaved, MetricsLogged, read_messages
 from mlpipes.store.training_job import Checkpointing
+from mlpipes.training import disk_full
 from mlpipes.training.checkpoint_writer import CheckpointWriter, _HostCopy, seconds_between
 from mlpipes.training.checkpoints import Checkpoints, Progress
 from mlpipes.training.loop import Trainer
@@ -145,6 +150,73 @@ def test_what_is_shared_is_shared_in_the_copy() -> None:
     assert float(counter) == 3.0
 
 
+def test_views_of_one_memory_are_that_in_the_copy() -> None:
+    flat = torch.arange(6.0)
+    state = {"flat": flat, "m": flat[:3], "v": flat[3:].view(3, 1), "wide": torch.ones(1).expand(4)}
+    copied = _HostCopy().of(state)
+    flat.fill_(9)
+    copied["flat"].mul_(2)
+    assert copied["m"].tolist() == [0, 2, 4]
+    assert copied["v"].tolist() == [[6], [8], [10]]
+    assert copied["wide"].stride() == (0,)
+
+
+def test_a_tensor_of_another_order_in_memory_takes_the_place_of_the_one_before() -> None:
+    host, image = _HostCopy(), torch.rand(2, 3, 4, 4)
+    for tensor in (image, image.to(memory_format=torch.channels_last)):
+        copied = host.of([tensor])[0]
+        assert torch.equal(copied, tensor)
+        assert copied.stride() == tensor.stride()
+
+
+def test_at_the_end_of_its_process_a_training_in_another_thread_does_not_fail(tmp_path: Path) -> None:
+    """Ray trains in a thread, and ends a worker by an exit in its main thread: that is no error of the training's."""
+    program = f"""
+import atexit, sys, threading, time, torch
+from contextlib import nullcontext
+from pathlib import Path
+from mlpipes.training.checkpoint_writer import CheckpointWriter
+from mlpipes.training.checkpoints import Checkpoints, Progress
+writer = CheckpointWriter(Checkpoints(Path({str(tmp_path)!r})), lambda _: None, nullcontext)
+saved, after = [], threading.Event()
+def train():
+    try:
+        for step in range(1, 10**6):
+            writer.save({{"w": torch.ones(3)}}, [], Progress(step=step))
+            saved.append(step)
+            if len(saved) > exiting.get("at", 10**9) + 3: after.set()
+    except Exception as error:
+        print("failed", error, flush=True); after.set()
+exiting = {{}}
+threading.Thread(target=train, daemon=True).start()
+while len(saved) < 3: time.sleep(0.001)
+def last():
+    exiting["at"] = len(saved)
+    print("went on" if after.wait(60) else "stood still", flush=True)
+atexit.register(last)
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (3, "went on\n"), done.stderr
+
+
+def test_who_closes_it_does_not_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = threading.Event()
+
+    def full(*_: Any) -> Path:
+        tried.set()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr(disk_full, "RETRY_SECONDS", 10_000.0)
+    writer = CheckpointWriter(Checkpoints(tmp_path), lambda _: None, nullcontext)
+    writer.save({}, [], Progress(step=1))
+    assert tried.wait(LIMIT)
+    writer.close()
+    with pytest.raises(DiskFullError, match="is full"):
+        writer.wait()
+
+
 @pytest.mark.parametrize(
     ("policy", "cost", "seconds"),
     [
@@ -162,15 +234,10 @@ def test_the_interval_is_youngs(policy: dict[str, Any], cost: float | None, seco
 
 def test_costs_are_measured(tmp_path: Path) -> None:
     model = nn.Linear(1000, 1000)
-    writer = CheckpointWriter(Checkpoints(tmp_path), lambda _: None, _Anybody)
+    writer = CheckpointWriter(Checkpoints(tmp_path), lambda _: None, nullcontext)
     writer.save(model.state_dict(), [], Progress(step=1))
     writer.wait()
     writer.close()
     assert writer.cost_seconds is not None
     assert writer.cost_seconds > 0
     assert writer.write_seconds > 0
-
-
-class _Anybody:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
