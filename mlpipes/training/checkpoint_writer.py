@@ -29,7 +29,7 @@ MayWrite = Callable[[], AbstractContextManager[None]]
 class CheckpointWriter:
     """Writes the checkpoints of one training, one at a time, in a thread of its own.
 
-    An error of the thread is raised by the next call of any method. Until `wait` has returned, the last checkpoint may not
+    An error of the thread is raised by the next `save`, `check` or `wait`. Until `wait` has returned, the last checkpoint may not
     be there: whoever promises it to others waits first.
     """
 
