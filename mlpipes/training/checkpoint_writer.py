@@ -29,8 +29,8 @@ MayWrite = Callable[[], AbstractContextManager[None]]
 class CheckpointWriter:
     """Writes the checkpoints of one training, one at a time, in a thread of its own.
 
-    An error of the thread is raised by the next `save`, `check` or `wait`. Until `wait` has returned, the last checkpoint may not
-    be there: whoever promises it to others waits first.
+    An error of the thread is raised by the next `save`, `check` or `wait`. Until `wait` has returned, the last checkpoint
+    may not be there: whoever promises it to others waits first.
     """
 
     def __init__(self, checkpoints: Checkpoints, notify: Notify, may_write: MayWrite) -> None:
