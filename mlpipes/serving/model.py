@@ -180,7 +180,8 @@ def load(folder: Path) -> ServedModel:
         programs = {each.name: each for each in path.rglob("*.pt2")}
         of_bf16 = programs.pop(BF16_PROGRAM, None)
         program = of_bf16 if precision == "bf16" and of_bf16 else next(iter(programs.values()), None)
-        run = _program(program, golden.rows if golden else 1) if program else _code(path)
+        about = description.metadata or {}
+        run = _program(program, golden.rows if golden else 1, about) if program else _code(path)
         caveat, wrong = "it was registered before golden requests were; materialize `model` again", ""
         if golden is not None:
             with _COMPUTING:
@@ -200,7 +201,7 @@ def load(folder: Path) -> ServedModel:
         exact=not caveat,
         caveat=caveat,
         shares=golden is not None and (program is not None or golden.rows > 1),
-        about=description.metadata or {},
+        about=about,
         run=run,
     )
 
@@ -215,17 +216,22 @@ def _precision(golden: GoldenRequest | None) -> str:
     return "bf16" if bf16 else "fp32"
 
 
-def _program(path: Path, rows: int) -> Callable[[Values], Values]:
+def _program(path: Path, rows: int, about: Mapping[str, Any]) -> Callable[[Values], Values]:
     import torch
 
     from mlpipes.workloads.served import answers_in_batches
+    from mlpipes.workloads.tiles import in_tiles
 
     module: Any = torch.export.load(path).module()
     torch.set_num_threads(1)
+    upscales = about.get("super_resolution")
+
+    def in_parts(frames: torch.Tensor) -> torch.Tensor:
+        return in_tiles(module, frames, upscales["scale"], upscales["reach"])
 
     def run(values: Values) -> Values:
         assert isinstance(values, np.ndarray)  # noqa: S101 - the signature has checked them
-        return answers_in_batches(module, values, rows)
+        return answers_in_batches(in_parts if upscales else module, values, rows)
 
     return run
 

@@ -87,7 +87,7 @@ def load(pinned: ModelPin, store: Store) -> Upscaler:
         if _of_python(pinned.name).digest != pinned.digest:
             raise ConfigError(f"{pinned.name} has changed since the video was begun; start it again")
         return _attribute(pinned.name)
-    from mlpipes.video.tiles import Program
+    from mlpipes.video.program import Program
 
     published = open_published(_place(store, pinned.digest), kind=_KIND)
     return Program(published.path / _FILE, pinned)

@@ -37,6 +37,8 @@ class TorchProgram:
     """How many samples at a time it is given where it is served; the engine says how many it was evaluated with."""
     precision: str = "fp32"
     """What it is served at; the engine says at what it was evaluated."""
+    unrounded: nn.Module | None = None
+    """The module up to where it rounds to levels of pictures: that hides bits that differ, until a level differs."""
 
     def log(self, extra_files: Sequence[Path]) -> Any:
         """See `Deployable.log`."""
@@ -45,7 +47,8 @@ class TorchProgram:
 
         module = self.module.cpu().eval()
         evaluated = AtPrecision(module, self.precision)
-        trained = answers_in_batches(evaluated, self.example, self.rows)
+        judged = AtPrecision(self.unrounded.cpu().eval(), self.precision) if self.unrounded else evaluated
+        trained = answers_in_batches(judged, self.example, self.rows)
         module = module.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         with torch.no_grad():
             answer = module(torch.from_numpy(self.example))
@@ -73,13 +76,16 @@ class TorchProgram:
             served = answers_in_batches(
                 stored or cast(Any, mlflow.pytorch.load_model(logged.model_uri)), self.example, self.rows
             )
-            # Equal levels of pictures do not show equal bits before they were rounded: some others are one level off.
-            exact = precision == self.precision and trained.dtype.kind == "f" and _same_bits(served, trained)
+            found = served
+            if self.unrounded is not None:
+                beside = self._stored(judged, Path(scratch) / "unrounded.pt2")
+                found = answers_in_batches(beside, self.example, self.rows) if beside else None
+            exact = precision == self.precision and found is not None and _same_bits(found, trained)
             _attach(GoldenRequest.of(self.rows, precision, self.example, served, exact=exact), logged, files)
         return logged
 
     def _stored(self, module: nn.Module, path: Path) -> Any:
-        """A program as it comes back from a file, where MLflow's is of fp32; None where it cannot be exported."""
+        """A program as it comes back from a file, where MLflow's is another; None where it cannot be exported."""
         lengths = dict.fromkeys(self.free, torch.export.Dim.AUTO)
         try:
             torch.export.save(
@@ -89,7 +95,7 @@ class TorchProgram:
         except (
             Exception
         ) as error:  # of whatever the author's module does; fp32 is served then, and said not to be exact
-            _LOG.warning("the model is served in fp32, for what it computes in bf16 cannot be exported: %s", error)
+            _LOG.warning("the model's answers are not exact, for what it computes cannot be exported: %s", error)
             return None
 
     def _signature(self, outputs: np.ndarray) -> Any:

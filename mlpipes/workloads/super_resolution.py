@@ -21,6 +21,7 @@ from mlpipes.workloads import degradation, fidelity
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Look, Workload, predicted
 from mlpipes.workloads.deployables import TorchProgram
 from mlpipes.workloads.optimization import adamw, trapezoid
+from mlpipes.workloads.tiles import in_tiles
 from mlpipes.workloads.upscalers import Upscaler, upscaler
 
 _PIXELS_AT_ONCE = 1 << 25
@@ -118,7 +119,7 @@ class SuperResolution(Workload):
 
     def _figures(self, model: Any, truth: Tensor, number: int, hp: SuperResolutionHyperparameters) -> dict[str, float]:
         low = _low(truth, number, hp, 0)
-        made, middle = model(low), low[:, hp.frames // 2]
+        made, middle = _made(model, low), low[:, hp.frames // 2]
         pictures = {
             "": made,
             "bicubic_": degradation.enlarged(middle, hp.upscale),
@@ -145,7 +146,7 @@ class SuperResolution(Workload):
         motion, pairs, seconds = degradation.settled_motion(number), [], 0.0
         for later in (0, 1):
             low, began = _low(truth, number, hp, later), time.perf_counter()
-            made = _levels(model(low)).cpu()
+            made = _levels(_made(model, low)).cpu()
             seconds = time.perf_counter() - began
             bicubic = degradation.enlarged(low[:, hp.frames // 2], hp.upscale).cpu()
             pairs.append(torch.cat([made, bicubic, degradation.moved(truth[None], motion[None], later).cpu()]))
@@ -187,17 +188,37 @@ class SuperResolution(Workload):
         clips = frames[:, None].expand(-1, hp.frames, -1, -1, -1) if hp.frames > 1 else frames
         about = {"scale": hp.upscale, "frames": hp.frames, "reach": model.reach, "network": hp.network}
         free = (0, 2, 3) if hp.frames > 1 else (0, 1, 2)
-        return TorchProgram(_Serving(model), clips.contiguous().numpy(), free, {"super_resolution": about})
+        example, order, unrounded = clips.contiguous().numpy(), torch.channels_last, _Unrounded(model)
+        return TorchProgram(
+            _Serving(unrounded), example, free, {"super_resolution": about}, memory_format=order, unrounded=unrounded
+        )
 
 
-class _Serving(nn.Module):
-    def __init__(self, model: Upscaler) -> None:
+class _Unrounded(nn.Module):
+    """Frames (N, H, W, 3) or clips (N, T, H, W, 3) of levels to frames (N, sH, sW, 3) float32."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, frames: Tensor) -> Tensor:
         clips = frames if frames.ndim == 5 else frames[:, None]
-        return _levels(self.model(clips.permute(0, 1, 4, 2, 3))).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return self.model(clips.permute(0, 1, 4, 2, 3)).permute(0, 2, 3, 1)
+
+
+class _Serving(nn.Module):
+    def __init__(self, unrounded: _Unrounded) -> None:
+        super().__init__()
+        self.unrounded = unrounded
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return _levels(self.unrounded(frames)).to(torch.uint8).contiguous()
+
+
+def _made(model: Any, low: Tensor) -> Tensor:
+    """What a network makes of clips (B, T, 3, h, w), as it does where it is served: pictures (B, 3, sh, sw)."""
+    made = in_tiles(_Unrounded(model), low.permute(0, 1, 3, 4, 2), model.skip.scale, model.reach)
+    return made.permute(0, 3, 1, 2)
 
 
 def _levels(pictures: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from mlpipes.tracking.runs import Tracker
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.image_classification import BuiltInHyperparameters, ImageClassification
 from mlpipes.workloads.served import one_thread, served_predictions, served_rows
-from mlpipes.workloads.super_resolution import video_sr
-from mlpipes.workloads.tensors import on_device
+from mlpipes.workloads.super_resolution import _made, video_sr
+from mlpipes.workloads.tensors import autocast, on_device
 from mlpipes_tests.sandbox import CHECKOUT, end, free_port
 from mlpipes_tests.serving.models import IMAGES, champion, registered, run_in, tracker_in
 from mlpipes_tests.texts import FOLDER, HYPER, WORDS, words, write_tables
@@ -44,6 +44,7 @@ REQUESTS = 1250
 """Of each kind of model: more than 10,000 in all."""
 SWAPS, SWAPPED_REQUESTS = 20, 20_000
 ROWS, KILLS = 100_000, 10
+PRECISIONS = ("fp32", "bf16")
 CPU = torch.device("cpu")
 MLPIPES = f"{CHECKOUT}/.venv/bin/mlpipes"
 
@@ -123,19 +124,19 @@ def texts(precision: str, tracker: Tracker, home: Path) -> Kind:
     )
 
 
-def frames(tracker: Tracker, home: Path) -> Kind:
+def frames(precision: str, tracker: Tracker, home: Path) -> Kind:
     """An upscaler; what the evaluation judges is what its network gives, on whole levels."""
-    hp, info = video_sr.hyperparameters(), DataInfo({}, {})
+    hp, info = video_sr.hyperparameters(), DataInfo({}, {}, precision=precision)  # type: ignore[arg-type]
     low = np.random.default_rng(0).integers(0, 256, (31, 24, 32, 3), dtype=np.uint8)
     model = lively(video_sr.build_model(hp, info))
-    with torch.no_grad(), one_thread():
-        made = [model(torch.from_numpy(each)[None, None].permute(0, 1, 4, 2, 3)) for each in low]
+    with torch.no_grad(), one_thread(), autocast(CPU, precision):
+        made = [_made(model, torch.from_numpy(each)[None, None].permute(0, 1, 4, 2, 3)) for each in low]
     wanted = torch.cat(made).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    truth = np.zeros((2, 3, 48, 64), dtype=np.uint8)
-    deployable = replace(video_sr.deployable(model, hp, info, {"image": truth}), rows=video_sr.served_rows)
-    folder = written(tracker, "frames", deployable, home)
+    deployable: Any = video_sr.deployable(model, hp, info, {"image": np.zeros((2, 3, 48, 64), dtype=np.uint8)})
+    deployable = replace(deployable, rows=video_sr.served_rows, precision=precision)
+    folder = written(tracker, f"frames-{precision}", deployable, home)
     return Kind(
-        "super-resolution",
+        folder.name,
         folder,
         len(low),
         lambda rows: {"inputs": low[rows].tolist()},
@@ -184,8 +185,9 @@ def company(home: Path) -> bool:
     """Each kind of model, asked by many at once for random rows."""
     tracker, right = tracker_in(home), True
     shapes = {"digits": (1, 8, 8), "airbench": (3, 32, 32), "resnet18": (3, 32, 32)}
-    kinds = [pictures(name, shape, p, tracker, home) for name, shape in shapes.items() for p in ("fp32", "bf16")]
-    for kind in (*kinds, texts("fp32", tracker, home), texts("bf16", tracker, home), frames(tracker, home)):
+    kinds = [pictures(name, shape, p, tracker, home) for name, shape in shapes.items() for p in PRECISIONS]
+    kinds += [make(precision, tracker, home) for make in (texts, frames) for precision in PRECISIONS]
+    for kind in kinds:
         with server(home, "--model", str(kind.folder)) as address:
 
             def ask(session: requests.Session, generator: random.Random, kind: Kind = kind, to: str = address) -> str:

@@ -19,7 +19,7 @@ from mlpipes.store.messages import Failed, Resumed, read_messages
 from mlpipes.training.parallel import DistributedWorkers
 from mlpipes.training.worker import explained
 from mlpipes.video.job import ModelPin, VideoJob
-from mlpipes.video.tiles import Program
+from mlpipes.video.program import Program
 from mlpipes.workloads.tensors import compute_fp32_in_full
 from mlpipes_tests.barriers import Barriers
 from mlpipes_tests.conftest import missing

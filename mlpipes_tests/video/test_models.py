@@ -12,7 +12,7 @@ from mlpipes.store.layout import Store
 from mlpipes.video.chunks import UPSCALED, cut, frames_in, need_chunk
 from mlpipes.video.job import ModelPin
 from mlpipes.video.models import load, pin
-from mlpipes.video.tiles import Program, spans
+from mlpipes.video.program import Program
 from mlpipes.video.upscaling import upscale_chunk
 from mlpipes_tests.video.made import job_of, picture, upscale_here, write_video
 
@@ -60,16 +60,6 @@ def test_tiles_have_no_seams(program: Path) -> None:
     assert np.abs(whole.astype(int) - seams).max() > 5  # this is what the overlap is for
 
 
-def test_tiles_cover_a_side_once() -> None:
-    for length in (1, 31, 32, 33, 100, 257):
-        own = [inner for inner, _ in spans(length, 32, REACH)]
-        assert [n for inner in own for n in range(inner.start, inner.stop)] == list(range(length))
-        assert all(inner.stop - inner.start <= 32 for inner in own)
-        for inner, outer in spans(length, 32, REACH):
-            assert outer.start == max(0, inner.start - REACH)
-            assert outer.stop == min(length, inner.stop + REACH)
-
-
 def test_bf16_is_near(program: Path) -> None:
     frames = np.stack([picture(n) for n in range(4)])
     exact, near = (Program(program, pinned(precision=p))(frames).astype(float) for p in ("fp32", "bf16"))
@@ -80,7 +70,7 @@ def test_bf16_is_near(program: Path) -> None:
 def test_bf16_on_a_processor_without_it_is_said_to_be_slow(
     native: bool, program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlpipes.video.tiles.has_native_bf16", lambda device: native)
+    monkeypatch.setattr("mlpipes.video.program.has_native_bf16", lambda device: native)
     assert ("not in this processor" in Program(program, pinned(precision="bf16")).caveat) == (not native)
     assert not Program(program, pinned()).caveat
 

@@ -1,8 +1,6 @@
-"""A torch program applied to frames: large ones in tiles that overlap by what it looks at, so that no seam is seen."""
+"""A torch program applied to the frames of a video, on one thread or on the GPU that its process was given."""
 
 import os
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +12,11 @@ from torch.utils import deterministic
 from mlpipes.errors import ConfigError
 from mlpipes.video.job import ModelPin
 from mlpipes.workloads.tensors import compute_deterministically, compute_fp32_in_full, has_native_bf16
-
-TILE = (320, 512)
-"""Height and width of a tile at most, in pixels of the source, without its overlap. What a layer makes of a larger one
-leaves the processor's caches, and of several frames at once too: both took up to 1.7 times as long a pixel."""
-
+from mlpipes.workloads.tiles import TILE, in_tiles
 
 GPU_TILE = (1088, 1920)
-"""The same for a GPU, which needs many pixels at once; 64 channels of the four
-frames of a batch take 2 GiB."""
+"""Height and width of a tile at most for a GPU, which needs many pixels at once; 64 channels of the four frames of a batch
+take 2 GiB."""
 
 
 class Program:
@@ -53,20 +47,14 @@ class Program:
         made = np.empty((len(frames), height * self.scale, width * self.scale, 3), np.uint8)
         at_once = 1 if self.device == "cpu" else len(frames)
         for first in range(0, len(frames), at_once):
-            these, target = frames[first : first + at_once], made[first : first + at_once]
-            for rows, outer_rows in spans(height, self.tile[0], self.reach):
-                for columns, outer_columns in spans(width, self.tile[1], self.reach):
-                    upscaled = self._run(these[..., outer_rows, outer_columns, :])
-                    target[:, _times(rows, self.scale), _times(columns, self.scale)] = upscaled[
-                        :, _inside(rows, outer_rows, self.scale), _inside(columns, outer_columns, self.scale)
-                    ]
+            these = torch.from_numpy(frames[first : first + at_once])
+            made[first : first + at_once] = in_tiles(self._run, these, self.scale, self.reach, self.tile).numpy()
         return made
 
-    def _run(self, frames: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(np.ascontiguousarray(frames))
+    def _run(self, frames: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             try:
-                return self.program(given.to(self.device)).cpu().numpy()
+                return self.program(frames.to(self.device)).cpu()
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
                     f"the GPU has not enough memory for {self.name} ({str(error).partition('. ')[0]}); let fewer workers "
@@ -87,20 +75,3 @@ def _compute_repeatably() -> None:
     cast(Any, deterministic).fill_uninitialized_memory = False  # as in training: a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
     compute_fp32_in_full()
-
-
-def spans(length: int, tile: int, reach: int) -> Iterator[tuple[slice, slice]]:
-    """A side of a frame in equal tiles: of each the part that is its own, and with what it looks at besides."""
-    count = max(1, -(-length // tile))
-    edges = [length * i // count for i in range(count + 1)]
-    for start, stop in pairwise(edges):
-        yield slice(start, stop), slice(max(0, start - reach), min(length, stop + reach))
-
-
-def _times(span: slice, scale: int) -> slice:
-    return slice(span.start * scale, span.stop * scale)
-
-
-def _inside(own: slice, outer: slice, scale: int) -> slice:
-    """Where a tile's own part lies in what was made of the tile."""
-    return slice((own.start - outer.start) * scale, (own.stop - outer.start) * scale)
