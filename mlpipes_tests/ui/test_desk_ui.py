@@ -66,8 +66,8 @@ def watched(page: Any, desk: Desk, materialized: None) -> tuple[str, str]:
     picture(page, "live")
 
     desk.go(page, f"runs/{desk.run_of(LONG)}")
-    page.get_by_role("button", name="Terminate", exact=True).click()
-    page.get_by_role("button", name="Terminate 1 run").click()  # in the dialog, which may come late
+    page.get_by_role("button", name=re.compile("Terminate$")).click()  # the name begins with that of its icon
+    page.get_by_role("button", name=re.compile("Terminate 1 run$")).click()  # in the dialog, which may come late
     asked = desk.home / "store" / "trainings"
     until(lambda: list(asked.glob("*/jobs/a1.stop")), "the training is asked for a last checkpoint")
     desk.barriers.open()
