@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types bench chaos cluster cluster-down cluster-programs images clean
+.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types bench chaos cluster cluster-down cluster-programs images hashes clean
 install: .venv/.installed
 
 demo: install
@@ -80,11 +80,17 @@ cluster-down: install
 cluster-programs: install
 	$(BIN)/python -m mlpipes_tests.cluster.build
 
-# The image of a desk's and a cluster's parts, or `TARGET=serve`, `TARGET=sagemaker`; BUILD has more options of `docker build`, such
+# The image of a desk's and a cluster's parts, or `TARGET=serve`, `batch`, `sagemaker`; BUILD has more options of `docker build`, such
 # as --build-arg BASE=….
 images:
 	$(DOCKER) build --target $(TARGET) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) $(BUILD) --tag $(IMAGE) \
 		--file deploy/docker/Dockerfile .
+
+# The digests of what images are made of, for machines and a Python like these; after a change of requirements or constraints.
+hashes: install
+	$(BIN)/pip install --quiet --dry-run --ignore-installed --report - -c constraints.txt '.[kubernetes,minilm]' \
+		| $(BIN)/python deploy/docker/hashed.py > .venv/hashes.txt
+	mv .venv/hashes.txt deploy/docker/hashes/$(shell uname -m)-$(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

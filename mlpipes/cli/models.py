@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markdown import Markdown
@@ -14,6 +14,10 @@ from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
 from mlpipes.store.references import ModelReference
 from mlpipes.workloads.catalog import configured, entry_named
+
+if TYPE_CHECKING:
+    from mlpipes.data.image_file import Decoder
+    from mlpipes.serving.batch import Job
 
 app = typer.Typer()
 
@@ -125,7 +129,9 @@ def history(
 @app.command()
 @friendly
 def predict(
-    workload: Annotated[str, typer.Argument(help="which workload; one of texts, where there is no --input")],
+    workload: Annotated[
+        str | None, typer.Argument(help="which workload; one of texts, where there is no --input")
+    ] = None,
     scale: Annotated[
         str | None, typer.Argument(help="which scale's model, e.g. w1-b64-e6-g0; with --input: default champion")
     ] = None,
@@ -143,20 +149,24 @@ def predict(
         Path | None, typer.Option("--output", metavar="FILE", help="with --input: .parquet or .csv to write")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=256, help="with --input: processes that compute")] = 2,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="with --input: what `mlpipes export` wrote, instead of the champion"),
+    ] = None,
 ) -> None:
     """Ask a model: about some texts, or all samples of a file or a folder; what was begun is gone on with."""
-    from mlpipes.data.snapshot import open_snapshot
-    from mlpipes.training.model import load_model, predict_texts
-
     if source is not None:
         if texts or pair or result is None:
             raise ConfigError("with --input, name an --output, and give no texts")
-        _predict_file(workload, scale, source.expanduser(), result.expanduser(), workers)
+        _predict_file(workload, scale, model, source.expanduser(), result.expanduser(), workers)
         return
-    if scale is None or result is not None:
+    if workload is None or scale is None or result is not None or model is not None:
         raise ConfigError(
-            "name a scale and some texts, or a file of samples with --input and one to write with --output"
+            "name a workload, a scale and some texts, or a file of samples with --input and one to write with --output"
         )
+    from mlpipes.data.snapshot import open_snapshot
+    from mlpipes.training.model import load_model, predict_texts
+
     key = scale_named(workload, scale)
     reference = default_store().read_reference(ModelReference, workload, key)
     if reference is None:
@@ -184,22 +194,20 @@ def predict(
     console.print(table)
 
 
-def _predict_file(workload: str, scale: str | None, source: Path, result: Path, workers: int) -> None:
-    from mlpipes.data.image_folder import ImageFolder
-    from mlpipes.serving.batch import Job
-    from mlpipes.serving.current import Registry, Wanted, describe
-    from mlpipes.serving.model import fetched
+def _predict_file(
+    workload: str | None, scale: str | None, model: Path | None, source: Path, result: Path, workers: int
+) -> None:
+    from mlpipes.serving.current import describe
     from mlpipes.serving.tables import rows_in
-    from mlpipes.tracking.champion import Champions
-    from mlpipes.tracking.models import registered_name
-    from mlpipes.tracking.runs import Tracker, existing_uri
 
-    entry, name, tracker = entry_named(workload), registered_name(workload), Tracker(existing_uri())
-    version = Champions(tracker, name).of_scale(scale_named(workload, scale)).version if scale else None
-    registered = Registry(lambda: tracker, Wanted(name, version), default_store()).wanted_now()
-    trained_on = entry.load().source
-    decoder = trained_on.decoder if isinstance(trained_on, ImageFolder) else None
-    job = Job.of(fetched(tracker, registered, default_store()), source, default_store(), decoder)
+    if model is not None:
+        if scale is not None:
+            raise ConfigError("name a scale, or a folder with --model, not both")
+        job = _job_of_folder(model.expanduser(), workload, source)
+    elif workload is None:
+        raise ConfigError("name a workload, or a folder with --model")
+    else:
+        job = _job_of_registry(workload, scale, source)
     console.print(f"{describe(job.model)} answers", markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -214,3 +222,36 @@ def _predict_file(workload: str, scale: str | None, source: Path, result: Path, 
         rows = job.run(result, workers, done)
     there = f", of which {found:,} were answered before" if found else ""
     console.print(f"{rows:,} answers are in {result}{there}.", markup=False, soft_wrap=True)
+
+
+def _job_of_folder(model: Path, workload: str | None, source: Path) -> "Job":
+    from mlpipes.serving.batch import Job
+    from mlpipes.serving.current import Folder
+
+    # Where another folder takes the place of this one meanwhile, the job goes on with what it began with.
+    folder = model.resolve()
+    registered = Folder(folder).wanted_now()
+    identity = f"{registered.version}-{registered.source[:12]}"
+    return Job.of(folder, source, default_store(), _decoder(workload) if workload else None, identity)
+
+
+def _job_of_registry(workload: str, scale: str | None, source: Path) -> "Job":
+    from mlpipes.serving.batch import Job
+    from mlpipes.serving.current import Registry, Wanted
+    from mlpipes.serving.model import fetched
+    from mlpipes.tracking.champion import Champions
+    from mlpipes.tracking.models import registered_name
+    from mlpipes.tracking.runs import Tracker, existing_uri
+
+    decoder, name, tracker = _decoder(workload), registered_name(workload), Tracker(existing_uri())
+    version = Champions(tracker, name).of_scale(scale_named(workload, scale)).version if scale else None
+    registered = Registry(lambda: tracker, Wanted(name, version), default_store()).wanted_now()
+    return Job.of(fetched(tracker, registered, default_store()), source, default_store(), decoder)
+
+
+def _decoder(workload: str) -> "Decoder | None":
+    """What a workload's pictures were decoded with, if it was trained on a folder of them."""
+    from mlpipes.data.image_folder import ImageFolder
+
+    trained_on = entry_named(workload).load().source
+    return trained_on.decoder if isinstance(trained_on, ImageFolder) else None

@@ -54,8 +54,12 @@ class Job:
     """Of the pictures that are its samples, if they are those of a folder."""
 
     @classmethod
-    def of(cls, folder: Path, source: Path, store: Store, decoder: Decoder | None = None) -> "Job":
+    def of(
+        cls, folder: Path, source: Path, store: Store, decoder: Decoder | None = None, model_id: str | None = None
+    ) -> "Job":
         """The job of these very bytes and this very model, begun before or not; `decoder` is for folders of pictures.
+
+        `model_id` tells the model from all others of its name where the name of its folder does not.
 
         Raises DataError for a file or folder that the model cannot read.
         """
@@ -63,7 +67,8 @@ class Job:
         if source.is_dir():
             source, files = pictures(source, decoder_for(model.signature, decoder))
         check_kind(source, model.signature)
-        identity = {"model": folder.name, "name": model.name, "input": sha256_file(source), "rows": ROWS, "v": _VERSION}
+        identity: dict[str, Any] = {"model": model_id or folder.name, "name": model.name}
+        identity |= {"input": sha256_file(source), "rows": ROWS, "v": _VERSION}
         if files:
             identity["files"] = digest_of(files)
         return cls(folder, model, source, store.root / "predictions" / digest_of(identity)[:24], files)

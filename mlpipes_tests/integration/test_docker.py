@@ -24,6 +24,7 @@ from mlpipes_tests.waiting import LIMIT_SECONDS, until
 pytestmark = pytest.mark.docker
 TOKEN = "0123456789abcdef-of-a-test"  # noqa: S105
 SCALE = "w1-b128-e30-g0"
+PINNED = dict(line.split("==") for line in (CHECKOUT / "constraints.txt").read_text().lower().split())
 LOCKED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
 
@@ -44,7 +45,7 @@ def docker() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def images(docker: Engine) -> dict[str, str]:
     """The names of the images by target."""
-    return {target: docker.make_image(target) for target in ("desk", "serve", "sagemaker")}
+    return {target: docker.make_image(target) for target in ("desk", "serve", "batch", "sagemaker")}
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,21 @@ def test_an_endpoint_with_its_own_certificate_is_healthy(
         )
 
 
+def test_a_file_is_answered_by_a_container_without_rights(
+    docker: Engine, images: dict[str, str], written: Written, tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    np.save(tmp_path / "images.npy", IMAGES)
+    os.chown(tmp_path, 1000, 1000)
+    options = (*LOCKED, f"--volume={written.folder}:/model:ro", f"--volume={tmp_path}:/shared")
+    asked = ("--model=/model", "--input=images.npy", "--output=answers.parquet")
+    assert "answers are in" in docker.docker("run", "--rm", *options, images["batch"], *asked)
+    found = pq.read_table(tmp_path / "answers.parquet")["prediction"].to_numpy(zero_copy_only=False)
+    assert np.array_equal(np.stack(found), written.evaluated)
+    assert "were answered before" in docker.docker("run", "--rm", *options, images["batch"], *asked)
+
+
 def test_sagemaker_has_its_way(docker: Engine, images: dict[str, str], written: Written) -> None:
     model = f"--volume={written.folder}:/opt/ml/model:ro"
     with container(docker, 8080, model, images["sagemaker"], "serve") as (name, address):
@@ -157,7 +173,7 @@ def test_sagemaker_has_its_way(docker: Engine, images: dict[str, str], written: 
 
 
 def test_images_say_what_they_are_and_have_what_they_need(docker: Engine, images: dict[str, str]) -> None:
-    users = {"desk": "1000", "serve": "1000", "sagemaker": "0"}
+    users = {"desk": "1000", "serve": "1000", "batch": "1000", "sagemaker": "0"}
     for target, name in images.items():
         found = docker.inspect(name)
         assert found["Config"]["User"] == users[target]
@@ -165,6 +181,12 @@ def test_images_say_what_they_are_and_have_what_they_need(docker: Engine, images
         assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
         assert labels["org.opencontainers.image.base.name"] == "debian-python:test"
         assert len(labels["org.opencontainers.image.revision"]) == 40
+        listed = json.loads(docker.docker("run", "--rm", "--entrypoint=cat", name, "/opt/mlpipes/sbom.cdx.json"))
+        parts = {part["name"].lower(): part["version"] for part in listed["components"]}
+        assert listed["bomFormat"] == "CycloneDX"
+        assert parts["torch"] == PINNED["torch"]
+        assert ("ray" in parts) == (target == "desk")
+        assert {part: PINNED[part] for part in parts if part in PINNED and parts[part] != PINNED[part]} == {}
     size = {target: docker.inspect(name)["Size"] for target, name in images.items()}
     assert size["serve"] < 0.7 * size["desk"], size
     program = "import importlib.util as u; print([n for n in ('ray', 'dagster', 'torch', 'mlpipes') if u.find_spec(n)])"

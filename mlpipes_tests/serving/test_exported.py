@@ -61,6 +61,32 @@ def test_what_is_written_out_answers_as_it_was_evaluated(home: Path, whole: Path
     assert np.array_equal(np.asarray(model(IMAGES)), np.load(home / "wanted.npy")[1])
 
 
+def test_files_are_answered_by_what_is_written_out(
+    home: Path, whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    np.save(tmp_path / "images.npy", IMAGES)
+    monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "another home"))
+    asked = ("predict", "--input", str(tmp_path / "images.npy"), "--output", str(tmp_path / "answers.parquet"))
+    link = tmp_path / "link"
+    link.symlink_to(whole)
+    assert "answers are in" in said(*asked, "--model", str(link))
+    found = pq.read_table(tmp_path / "answers.parquet")
+    answers = np.stack(found["prediction"].to_numpy(zero_copy_only=False))
+    assert np.array_equal(answers, np.load(home / "wanted.npy")[1])
+    assert set(found["model_of_prediction"].to_pylist()) == {f"{NAME}/2"}
+    assert f"of which {len(IMAGES):,} were answered before" in said(*asked, "--model", str(folder)), "the same model"
+    for arguments, says in (
+        ((), "name a workload, or a folder with --model"),
+        (("digits", "w1-b128-e1-g0", "--model", str(whole)), "not both"),
+        (("--model", str(tmp_path)), "was not written by `mlpipes export`"),
+        (("--model", str(tmp_path / "nothing")), "is no folder with a model"),
+    ):
+        assert says in said(*asked, *arguments, code=1)
+    assert "with --input" in said("predict", "digits", "w1-b128-e1-g0", "text", "--model", str(whole), code=1)
+
+
 def test_what_cannot_be_written_out_is_told_in_a_line(
     home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
