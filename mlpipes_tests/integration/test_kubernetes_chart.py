@@ -67,6 +67,7 @@ def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
         ({**GOOD, "serve": {"models": {"digits": {"port": 80}}}}, "port"),
         ({**GOOD, "serve": {"defaults": {"drainSeconds": 0}}}, "/serve/defaults/drainSeconds"),
         ({**GOOD, "serve": {"token": "in-the-open"}}, "token"),
+        ({**GOOD, "serve": {"tls": "Not a name"}}, "/serve/tls"),
         ({**GOOD, "rbac": {"clusterAdmin": True}}, "clusterAdmin"),
         ({**GOOD, "replicas": 3}, "replicas"),
     ],
@@ -174,6 +175,18 @@ def test_models_are_served_only_if_named_each_with_what_differs_from_the_default
     theirs = of_serving(serve={"models": {"digits": {}}, "secret": "have"})
     assert ("Secret", f"{RELEASE}-serve") not in theirs
     assert "have" in yaml.safe_dump(theirs["Deployment", names[0]])
+    encrypted = of_serving(serve={"models": {"digits": {}}, "tls": "certificate"}, monitoring={"enabled": True})
+    pod = encrypted["Deployment", names[0]]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert "--behind-proxy" not in container["command"]
+    given = dict(zip(container["command"][3:-1:2], container["command"][4::2], strict=True))
+    assert (given["--tls-cert"], given["--tls-key"]) == ("/etc/serve-tls/tls.crt", "/etc/serve-tls/tls.key")
+    probes = [value["httpGet"]["scheme"] for key, value in container.items() if key.endswith("Probe")]
+    assert probes == ["HTTPS"] * len(probes)
+    assert len(probes) >= 2
+    assert container["volumeMounts"][-1]["mountPath"] == "/etc/serve-tls"
+    assert pod["volumes"][-1] == {"name": "serve-tls", "secret": {"secretName": "certificate"}}
+    assert encrypted["PodMonitor", names[0]]["spec"]["podMetricsEndpoints"][0]["scheme"] == "https"
 
 
 @pytest.fixture
