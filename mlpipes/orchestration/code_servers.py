@@ -1,5 +1,6 @@
 """Dagster's code servers: which ones a workspace file asks for, whether they have loaded, and healing what they serve."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mlpipes.errors import ConfigError
 _LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries { name locationOrLoadError {
   ... on PythonError { message } } } } } }"""
 _RELOAD = 'mutation { reloadRepositoryLocation(repositoryLocationName: "%s") { __typename } }'
+_RELOAD_SECONDS = 30.0
+"""How long what was asked to load is given for it, before it is asked again."""
 
 
 def code_servers(workspace: Path, folder: Path) -> tuple[list[list[str]], Path]:
@@ -65,11 +68,12 @@ def is_loaded(socket: str) -> bool:
     return True
 
 
-def heal(address: str) -> set[str] | None:
+def heal(address: str, asked: dict[str, float]) -> set[str] | None:
     """Have Dagster start code again whose server died: by itself it waits for somebody to press "Reload".
 
-    `address` is the webserver's GraphQL. Returns the names of the code locations that were not reachable;
-    None if the webserver does not say, for it is starting, or busy.
+    `address` is the webserver's GraphQL; `asked` is kept between looks, and says when a location was last asked for:
+    loading takes a while, and asking meanwhile has it done once more. Returns the names of the code locations that were not
+    reachable; None if the webserver does not say, for it is starting, or busy.
     """
     import requests
 
@@ -81,9 +85,14 @@ def heal(address: str) -> set[str] | None:
         entries = ask(_LOCATIONS)["workspaceOrError"].get("locationEntries", [])
         dead = set()
         for entry in entries:
-            if "DagsterUserCodeUnreachableError" in (entry["locationOrLoadError"] or {}).get("message", ""):
-                dead.add(entry["name"])
-                ask(_RELOAD % entry["name"])
+            name = entry["name"]
+            if "DagsterUserCodeUnreachableError" not in (entry["locationOrLoadError"] or {}).get("message", ""):
+                asked.pop(name, None)
+                continue
+            dead.add(name)
+            if time.monotonic() - asked.get(name, float("-inf")) > _RELOAD_SECONDS:
+                asked[name] = time.monotonic()
+                ask(_RELOAD % name)
     except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
         pass  # the next look tells
     return dead

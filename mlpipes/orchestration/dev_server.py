@@ -36,7 +36,7 @@ HOST = "127.0.0.1"
 CHECK_SECONDS = 1.0
 LOAD_SECONDS = 600.0
 """How long a code server may take to load its definitions: minutes on a machine that is busy with trainings."""
-_FOLLOWS_SECONDS = 60.0
+FOLLOWS_SECONDS = 60.0
 """So long after a code server was started again, code that cannot be reached is a consequence, and no news."""
 _DEFAULTS = {
     # A crashed run is retried when the daemon reads its failure; it looks every 30 s unless told otherwise.
@@ -130,6 +130,7 @@ class _Session:
         self.code: dict[str, Server] = {}
         """Code servers by the name of their code location."""
         self.unreachable: set[str] = set()
+        self.asked: dict[str, float] = {}
         self.announced: list[tuple[str, str]] = []
         """(line, address): to be said as soon as the address answers."""
 
@@ -229,12 +230,12 @@ class _Session:
         """Keep everything up, and say what has changed."""
         self._look_after_servers()
         self._announce()
-        dead = heal(f"{self.ui}/graphql")
+        dead = heal(f"{self.ui}/graphql", self.asked)
         if dead is None:
             return
         for name in sorted(dead - self.unreachable):
             server = self.code.get(name)
-            if server is None or time.monotonic() - server.restarted > _FOLLOWS_SECONDS:
+            if server is None or time.monotonic() - server.restarted > FOLLOWS_SECONDS:
                 self.tell(f"The code of {name} was not reachable any more; it is started again.", "yellow")
         self.unreachable = dead
 

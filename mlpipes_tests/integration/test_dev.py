@@ -6,12 +6,14 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from mlpipes.orchestration.dev_server import FOLLOWS_SECONDS
 from mlpipes_tests.sandbox import Sandbox, answers, end, free_port, graphql
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
@@ -81,6 +83,25 @@ class Dev:
 
         self.until(look, "the code server and its process run")
         return found[0], found[1]
+
+    def settled(self) -> tuple[psutil.Process, psutil.Process]:
+        """The same, once they have loaded the code, and no server was started again so lately that one line is of both."""
+
+        def calm() -> bool:
+            log = (self.sandbox.home / "logs" / "dev.log").read_text(errors="replace")
+            again = [line[:8] for line in self.lines if "started again" in line]
+            ago = (
+                datetime.now() - datetime.combine(datetime.now(), time.fromisoformat(again[-1]))
+                if again
+                else timedelta(1)
+            )
+            loaded = (
+                f"Started Dagster code server for module mlpipes.definitions in process {self.code_processes()[1].pid}"
+            )
+            return f"{loaded}\n" in log and (ago.days > 0 or ago.seconds > FOLLOWS_SECONDS) and self.serves_code()
+
+        self.until(calm, "what was started again has settled")
+        return self.code_processes()
 
     def serves_code(self) -> bool:
         """Whether the webserver knows the jobs."""
@@ -169,8 +190,7 @@ def test_a_scale_that_is_unknown_is_one_error_in_the_launchpad_too(dev: Dev) -> 
 
 
 def test_code_that_died_is_told_in_one_line(dev: Dev) -> None:
-    dev.until(dev.serves_code, "the code is served")
-    _, inner = dev.code_processes()
+    _, inner = dev.settled()
     inner.kill()
     dev.line("The code of mlpipes.definitions was not reachable any more; it is started again.")
     dev.until(lambda: dev.code_processes()[1].pid != inner.pid and dev.serves_code(), "the code is served again")
@@ -178,8 +198,8 @@ def test_code_that_died_is_told_in_one_line(dev: Dev) -> None:
 
 
 def test_a_server_that_died_is_told_in_one_line(dev: Dev) -> None:
+    proxy, _ = dev.settled()
     before = len(dev.lines)
-    proxy, _ = dev.code_processes()
     proxy.kill()
     dev.line("Dagster's code server was killed by SIGKILL; it was started again.")
     dev.until(lambda: dev.code_processes()[0].pid != proxy.pid and dev.serves_code(), "the code is served again")

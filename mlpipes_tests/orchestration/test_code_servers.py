@@ -1,11 +1,13 @@
 """Code servers: those that a workspace asks for, and whether one has loaded."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration import code_servers as module
 from mlpipes.orchestration.code_servers import code_servers, heal, is_loaded, option
 from mlpipes_tests.sandbox import free_port
 
@@ -42,13 +44,14 @@ def test_one_that_does_not_listen_has_not_loaded(tmp_path: Path, capfd: pytest.C
 
 
 def test_while_no_webserver_answers_there_is_nothing_to_heal() -> None:
-    assert heal(f"http://127.0.0.1:{free_port()}/graphql") is None
+    assert heal(f"http://127.0.0.1:{free_port()}/graphql", {}) is None
 
 
 def test_code_that_is_not_reachable_is_reloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     import requests
 
     asked: list[str] = []
+    before: dict[str, float] = {"good": 0.0}
 
     class Answer:
         def json(self) -> object:
@@ -67,7 +70,9 @@ def test_code_that_is_not_reachable_is_reloaded(monkeypatch: pytest.MonkeyPatch)
         return Answer()
 
     monkeypatch.setattr(requests, "post", post)
-    assert heal("http://127.0.0.1:3000/graphql") == {"gone"}
-    assert [query for query in asked if "reload" in query] == [
-        'mutation { reloadRepositoryLocation(repositoryLocationName: "gone") { __typename } }'
-    ]
+    reload = 'mutation { reloadRepositoryLocation(repositoryLocationName: "gone") { __typename } }'
+    for now, times in ((1000.0, 1), (1010.0, 1), (1031.0, 2)):  # what loads is given time for it
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda at=now: at))
+        assert heal("http://127.0.0.1:3000/graphql", before) == {"gone"}
+        assert [query for query in asked if "reload" in query] == [reload] * times
+    assert set(before) == {"gone"}, "what is there again is asked for at once if it dies again"
