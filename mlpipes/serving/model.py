@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +225,14 @@ def _program(path: Path, rows: int, about: Mapping[str, Any]) -> Callable[[Value
 
     module: Any = torch.export.load(path).module()
     torch.set_num_threads(1)
-    upscales = about.get("super_resolution")
-
-    def in_parts(frames: torch.Tensor) -> torch.Tensor:
-        return in_tiles(module, frames, upscales["scale"], upscales["reach"])
+    if upscales := about.get("super_resolution"):
+        program = partial(in_tiles, module, scale=upscales["scale"], reach=upscales["reach"])
+    else:
+        program = module
 
     def run(values: Values) -> Values:
         assert isinstance(values, np.ndarray)  # noqa: S101 - the signature has checked them
-        return answers_in_batches(in_parts if upscales else module, values, rows)
+        return answers_in_batches(program, values, rows)
 
     return run
 

@@ -16,8 +16,9 @@ OF_PROMETHEUS = {"pod", "namespace", "mlpipes_io_part", "le"}
 def figures() -> dict[str, set[str]]:
     """The series of a server, and their labels."""
     found: dict[str, set[str]] = {}
-    for collector in list(Metrics().registry._collector_to_names):
-        for name in collector.describe() if hasattr(collector, "describe") else ():
+    collectors: list[Any] = list(Metrics().registry._collector_to_names)
+    for collector in collectors:
+        for name in collector.describe():
             kinds = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}[name.type]
             found |= {name.name + kind: set(getattr(collector, "_labelnames", ())) for kind in kinds}
     return found
