@@ -45,6 +45,8 @@ class Guard:
     ) -> None:
         self.app, self.limits, self.metrics, self.routes, self.leaving = app, limits, metrics, routes, leaving
         self.in_flight = 0
+        self._coming = 0
+        """Bytes of bodies that are not whole yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -82,33 +84,53 @@ class Guard:
         if _length(headers) > limits.body_bytes:
             await self._too_large(send)
             return
+        # Once before the body is read, and once when it is there: what only sends slowly takes no place from those who ask.
         if self.in_flight >= limits.in_flight:
-            await _refuse(send, 429, "too many requests at once", {"retry-after": "1"})
+            await self._too_many(send)
+            return
+        body = await self._body(receive, send)
+        if body is None:
+            return
+        if self.in_flight >= limits.in_flight:
+            await self._too_many(send)
             return
         self.in_flight += 1
         self.metrics.in_flight.set(self.in_flight)
         try:
-            body = bytearray()
-            try:
-                async with asyncio.timeout(limits.body_seconds):
-                    while True:
-                        message = await receive()
-                        if message["type"] == "http.disconnect":
-                            return
-                        body += message.get("body", b"")
-                        if len(body) > limits.body_bytes:  # of chunks, whose sum no header says
-                            await self._too_large(send)
-                            return
-                        if not message.get("more_body"):
-                            break
-            except TimeoutError:
-                await _refuse(send, 408, f"the body took more than {limits.body_seconds:g} s", {"connection": "close"})
-                return
-            scope["body"] = bytes(body)
+            scope["body"] = body
             await self.app(scope, receive, send)
         finally:
             self.in_flight -= 1
             self.metrics.in_flight.set(self.in_flight)
+
+    async def _body(self, receive: Receive, send: Send) -> bytes | None:
+        """The whole body; None if it was refused, or its client has gone."""
+        limits, body = self.limits, bytearray()
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    body += part
+                    self._coming += len(part)
+                    if len(body) > limits.body_bytes:  # of chunks, whose sum no header says
+                        await self._too_large(send)
+                        return None
+                    if self._coming > limits.body_bytes * limits.in_flight:
+                        await self._too_many(send, {"connection": "close"})
+                        return None
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError:
+            await _refuse(send, 408, f"the body took more than {limits.body_seconds:g} s", {"connection": "close"})
+            return None
+        finally:
+            self._coming -= len(body)
+
+    async def _too_many(self, send: Send, headers: dict[str, str] | None = None) -> None:
+        await _refuse(send, 429, "too many requests at once", {"retry-after": "1"} | (headers or {}))
 
     async def _too_large(self, send: Send) -> None:
         await _refuse(send, 413, f"a body may have {self.limits.body_bytes:,} bytes", {"connection": "close"})
