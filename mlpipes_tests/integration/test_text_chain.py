@@ -3,20 +3,29 @@
 import json
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from mlpipes.cli.app import app
+from mlpipes.data.snapshot import open_snapshot
 from mlpipes.definitions import build_defs
+from mlpipes.evaluation.drift import Drift, DriftLimits
+from mlpipes.evaluation.monitor import drift_of_champion
 from mlpipes.scales import scales_of
+from mlpipes.serving.sampled import folder_of
 from mlpipes.store.layout import Store
 from mlpipes.store.references import ModelReference
+from mlpipes.tracking.models import SCALE, SNAPSHOT, WEIGHTS
+from mlpipes.tracking.runs import Tracker, default_uri
 from mlpipes.workloads.catalog import Entry
+from mlpipes_tests.serving.fakes import keep_served
 from mlpipes_tests.texts import FOLDER, WORDS
 
 SCALES = ["w1-b16-e12-g0", "w2-b16-e12-g0"]
@@ -64,8 +73,6 @@ def test_both_scales_end_in_the_same_model(chain: dict[str, ModelReference], ray
 def test_the_registered_model_takes_texts_and_gives_labels_and_probabilities(chain: dict[str, ModelReference]) -> None:
     import mlflow
 
-    from mlpipes.tracking.runs import default_uri
-
     mlflow.set_tracking_uri(default_uri())
     reference = chain[SCALES[0]]
     model = mlflow.pyfunc.load_model(f"models:/{reference.registered_model}/{reference.version}")
@@ -91,3 +98,38 @@ def test_predict_answers_new_texts(
     wrong = runner.invoke(app, ["predict", "words", SCALES[0], "x", "--pair", "y"])
     assert wrong.exit_code == 1
     assert not os.environ.get("MLPIPES_RAY_ADDRESS")
+
+
+def test_served_texts_that_look_otherwise_than_the_test_split_are_noticed(
+    chain: dict[str, ModelReference], ray_home: Path
+) -> None:
+    from mlpipes.serving.current import Registry, Wanted
+    from mlpipes.serving.model import fetched, load
+
+    store, tracker = Store(ray_home / "store"), Tracker(default_uri())
+    champion = Registry(lambda: tracker, Wanted("mlpipes-words"), store).wanted_now()
+    model = load(fetched(tracker, champion, store))
+    split = open_snapshot(store.snapshots / champion.tags[SNAPSHOT]).columns("test")
+    texts, generator = np.array(list(split["text"].texts()), dtype=object), np.random.default_rng(0)
+
+    def found(served: np.ndarray) -> Drift:
+        for path in folder_of(store, champion.name, champion.version, champion.tags[WEIGHTS]).glob("*"):
+            path.unlink()
+        keep_served(store, model, {"text": served})
+        since = datetime.now(UTC) - timedelta(hours=24)
+        drifted = drift_of_champion(store, tracker, "words", champion.tags[SCALE], since, DriftLimits(least_samples=40))
+        assert drifted
+        return drifted[1]
+
+    some = generator.choice(texts, 200)
+    usual = found(some)
+    assert (usual.evaluated, usual.served) == (len(texts), 200)
+    assert {"input text: words", "answer label", "answer confidence"} <= {each.name for each in usual.figures}
+    assert not usual.moved, str(usual)
+    for name, served in {
+        "input text: words": np.array([f"{text} and so on and on" for text in some], dtype=object),
+        "input text: beyond ASCII": np.array([f"«{text}»" for text in some], dtype=object),
+        "answer label": generator.choice(texts[[text.startswith("bark") for text in texts]], 200),
+    }.items():
+        moved = found(served)
+        assert name in {each.name for each in moved.moved}, str(moved)

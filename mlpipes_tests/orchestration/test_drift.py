@@ -1,6 +1,5 @@
 """The drift monitor on real digits: how seldom it is wrong, what it notices, and its check in Dagster; a random champion."""
 
-import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from mlpipes.evaluation.monitor import evaluated
 from mlpipes.orchestration.checks import SERVED_DRIFT
 from mlpipes.serving.current import Registry, Wanted
 from mlpipes.serving.model import ServedModel, fetched, load
-from mlpipes.serving.sampled import Sampler, folder_of
+from mlpipes.serving.sampled import folder_of
 from mlpipes.serving.summaries import LABEL, summarized
-from mlpipes.serving.traffic import Answered
 from mlpipes.store.layout import Store
 from mlpipes.tracking.models import SCALE, SNAPSHOT
 from mlpipes.workloads.catalog import CATALOG
+from mlpipes_tests.serving.fakes import keep_served
 from mlpipes_tests.serving.models import NAME, champion, registered, tracker_in
 
 SCALES = [scale.key for scale in CATALOG[0].scales]
@@ -55,17 +54,7 @@ class Place:
 
     def serve(self, images: np.ndarray) -> None:
         """Answer images, as a server does that keeps of them what it keeps."""
-
-        async def scenario() -> None:
-            dropped: list[int] = []
-            sampler = Sampler(self.store, 1000, lambda: dropped.append(1))
-            sampler.offer(Answered(self.model, images, self.model(images), 1))
-            while sampler._later._queue:
-                await asyncio.sleep(0)
-            await sampler.close()
-            assert not dropped
-
-        asyncio.run(scenario())
+        keep_served(self.store, self.model, images)
 
     def forget(self) -> None:
         """Nothing was served."""

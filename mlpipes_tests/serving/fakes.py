@@ -1,12 +1,16 @@
 """A registry and models that say what a test wants them to say: no MLflow, no torch; no test is in here."""
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mlpipes.serving.model import Registered, ServedModel
+from mlpipes.serving.sampled import Sampler
 from mlpipes.serving.signature import Column, Signature
+from mlpipes.serving.traffic import Answered
+from mlpipes.store.layout import Store
 from mlpipes.workloads.golden import Values
 
 SIGNATURE = Signature((Column("", "int64", (1,)),), (Column("", "int64", (1,)),), is_tensor=True, answers_tensor=True)
@@ -45,3 +49,18 @@ class Fake:
 
     def kept(self, why: OSError) -> ServedModel:
         return served("1")
+
+
+def keep_served(store: Store, model: ServedModel, values: Values) -> None:
+    """Answer samples as a server does, which keeps of them what it keeps."""
+
+    async def scenario() -> None:
+        dropped: list[int] = []
+        sampler = Sampler(store, 1000, lambda: dropped.append(1))
+        sampler.offer(Answered(model, values, model(values), 1))
+        while sampler._later._queue:
+            await asyncio.sleep(0)
+        await sampler.close()
+        assert not dropped
+
+    asyncio.run(scenario())
