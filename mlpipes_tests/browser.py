@@ -7,7 +7,7 @@ from typing import Any
 
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT
-from mlpipes_tests.waiting import LIMIT_SECONDS
+from mlpipes_tests.waiting import LIMIT_SECONDS, comes, until
 
 OUTPUT = CHECKOUT / "mlpipes_tests" / "output"
 _FLAGS = [
@@ -39,6 +39,35 @@ def browser_page(height: int) -> Iterator[Any]:
             yield page
         finally:
             browser.close()
+
+
+def see(page: Any, address: str, *shown: Any, click: Any = None) -> None:
+    """Open a page, click something if that is given, and see that locators show something.
+
+    On a busy machine a page takes back what was clicked while it still settled, or never gets what it asked for. Then a user
+    loads it again, and so does this.
+    """
+
+    def is_there(*locators: Any) -> bool:
+        return comes(lambda: all(each.first.is_visible() for each in locators))
+
+    def is_seen() -> bool:
+        page.goto(address)
+        if click is not None:
+            if not is_there(click):
+                return False
+            click.first.click()
+        return is_there(*shown)
+
+    until(is_seen, f"{address} shows {shown}", every=1)
+
+
+def see_picture(page: Any, address: str, alternative: str, entry: Any) -> None:
+    """Open a picture by a click on its entry in an asset's metadata, and see that it is one."""
+    image = page.locator(f"img[alt='{alternative}']")
+    see(page, address, image, click=entry)
+    # The element may be there before its picture is.
+    page.wait_for_function("image => image.naturalWidth > 200", arg=image.first.element_handle())
 
 
 def picture(page: Any, name: str) -> None:

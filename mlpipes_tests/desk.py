@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mlpipes.orchestration.backfill import DagsterUi
+from mlpipes_tests.browser import see
 from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import LOCATION, Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.waiting import comes, until
@@ -81,6 +82,10 @@ class Desk(Sandbox):
     def go(self, page: Any, path: str) -> None:
         """Open a page of the Dagster UI."""
         page.goto(f"{self.address}/{path}")
+
+    def see(self, page: Any, path: str, *shown: Any, click: Any = None) -> None:
+        """Open a page of the Dagster UI, and see that it shows something, after a click if one is given."""
+        see(page, f"{self.address}/{path}", *shown, click=click)
 
     def materialize(self, page: Any, workload: str, scales: Sequence[str]) -> None:
         """Launch a workload's chain for some scales, as a user does."""

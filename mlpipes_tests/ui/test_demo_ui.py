@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlpipes_tests.browser import OUTPUT, browser_page
+from mlpipes_tests.browser import OUTPUT, browser_page, see, see_picture
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, wait_for
 
@@ -35,20 +35,15 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
     with browser_page(1000) as page:
-        page.goto(f"{ui}/locations/mlpipes.definitions/asset-groups/digits")
-        for name in ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion", "scaling_report"):
-            page.get_by_text(name, exact=True).first.wait_for()
+        assets = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion", "scaling_report")
+        group = f"{ui}/locations/mlpipes.definitions/asset-groups/digits"
+        see(page, group, *(page.get_by_text(name, exact=True) for name in assets))
         page.screenshot(path=OUTPUT / "graph.png")
 
-        page.goto(f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0")
-        page.get_by_text("weights_digest", exact=True).wait_for()
-        page.get_by_text("[Show Markdown]").first.click()
-        picture = page.locator("img[alt='loss and validation curves']")
-        picture.wait_for()
-        # The element may be there before its picture is.
-        page.wait_for_function("image => image.naturalWidth > 300", arg=picture.element_handle())
+        partition = f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0"
+        see(page, partition, page.get_by_text("weights_digest", exact=True))
+        see_picture(page, partition, "loss and validation curves", page.get_by_text("[Show Markdown]"))
         page.screenshot(path=OUTPUT / "checkpoints.png")
 
-        page.goto(f"{ui}/assets/digits/scaling_report")
-        page.get_by_text("efficiency").first.wait_for()
+        see(page, f"{ui}/assets/digits/scaling_report", page.get_by_text("efficiency"))
         page.screenshot(path=OUTPUT / "scaling_report.png")

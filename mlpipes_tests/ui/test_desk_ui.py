@@ -65,9 +65,9 @@ def watched(page: Any, desk: Desk, materialized: None) -> tuple[str, str]:
     page.get_by_role("button", name="Plots").click()
     picture(page, "live")
 
-    desk.go(page, f"runs/{desk.run_of(LONG)}")
-    page.get_by_role("button", name=re.compile("Terminate$")).click()  # the name begins with that of its icon
-    page.get_by_role("button", name=re.compile("Terminate 1 run$")).click()  # in the dialog, which may come late
+    terminate, sure = (page.get_by_role("button", name=re.compile(f"Terminate{which}$")) for which in ("", " 1 run"))
+    desk.see(page, f"runs/{desk.run_of(LONG)}", sure, click=terminate)  # the name begins with that of its icon
+    sure.click()
     asked = desk.home / "store" / "trainings"
     until(lambda: list(asked.glob("*/jobs/a1.stop")), "the training is asked for a last checkpoint")
     desk.barriers.open()
@@ -101,12 +101,9 @@ def backfilled(page: Any, desk: Desk, watched: tuple[str, str]) -> None:
 
 # -- what then is so ---------------------------------------------------------------------------------------------------
 def test_the_checks_of_a_materialized_partition_are_seen(page: Any, desk: Desk, materialized: None) -> None:
-    desk.go(page, "assets/digits/eval_report?view=checks")
-    for name in ("floor", "regression", "calibration", "drift"):
-        page.get_by_text(name, exact=True).first.wait_for()
-    page.get_by_text("floor", exact=True).first.click()
-    page.get_by_text("This is a blocking asset check").wait_for()
-    page.get_by_text("Passed").first.wait_for()
+    names = [page.get_by_text(name, exact=True) for name in ("floor", "regression", "calibration", "drift")]
+    said = [page.get_by_text(text) for text in ("This is a blocking asset check", "Passed")]
+    desk.see(page, "assets/digits/eval_report?view=checks", *names, *said, click=names[0])
     picture(page, "checks")
 
 
@@ -147,17 +144,20 @@ def test_a_backfill_that_fails_says_so_and_where_to_look(desk: Desk) -> None:
 def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(
     page: Any, desk: Desk, backfilled: None
 ) -> None:
-    desk.go(page, "locations/mlpipes.definitions/schedules/digits_nightly")
+    nightly = "locations/mlpipes.definitions/schedules/digits_nightly"
     switch = page.locator("input[type=checkbox]").first
-    switch.wait_for(state="attached")
-    for wanted in (False, True):
-        if switch.is_checked() != wanted:
+
+    def is_switched(wanted: bool) -> bool:
+        desk.go(page, nightly)
+        if comes(switch.count) and switch.is_checked() != wanted:
             switch.locator("xpath=..").click()
-            until(lambda wanted=wanted: switch.is_checked() == wanted, "the switch has moved")
+        return comes(lambda: switch.count() and switch.is_checked() == wanted)
+
+    for wanted in (False, True):
+        until(lambda wanted=wanted: is_switched(wanted), "the switch has moved", every=1)
     until(lambda: all(desk.runs(key, "digits_evaluation") for key in SHORT), "a tick has judged each scale", every=1)
     desk.until_done(SHORT, "digits_evaluation")
-    page.reload()
-    page.get_by_text("requested").first.wait_for()
+    desk.see(page, nightly, page.get_by_text("requested"))
     picture(page, "nights")
     history = desk.run(f".venv/bin/mlpipes history digits {FIRST}")
     assert history.stdout.count("passed") >= 2

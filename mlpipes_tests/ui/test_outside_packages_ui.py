@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlpipes.orchestration.store_identity import CHAIN
-from mlpipes_tests.browser import browser_page, picture
+from mlpipes_tests.browser import browser_page, picture, see_picture
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.desk import Desk
 from mlpipes_tests.sandbox import CHECKOUT, LOCATION, graphql
@@ -115,20 +115,15 @@ def node_of(desk: Desk, workload: str, asset: str) -> dict[str, Any]:
     return graphql(desk.address, _MATERIALIZED, key={"path": [workload, asset]})["assetNodeOrError"]
 
 
-def look_at(page: Any, desk: Desk, workload: str, asset: str, scale: str, shown: str) -> None:
-    """Open a partition of an asset, and see that a text is in what is known of it."""
-    desk.go(page, f"assets/{workload}/{asset}?view=partitions&partition={scale}")
-    page.get_by_text(shown).first.wait_for()
+def partition_of(workload: str, asset: str, scale: str) -> str:
+    """The page of a partition of an asset."""
+    return f"assets/{workload}/{asset}?view=partitions&partition={scale}"
 
 
-def look_at_picture(page: Any, entry: str, alternative: str) -> None:
+def see_plot(page: Any, desk: Desk, path: str, entry: str, alternative: str) -> None:
     """Open a picture among an asset's metadata, and see that it is one."""
     row = page.locator("tr", has=page.get_by_text(entry, exact=True))
-    row.get_by_text("[Show Markdown]").first.click()
-    image = page.locator(f"img[alt='{alternative}']")
-    image.wait_for()
-    # The element may be there before its picture is.
-    page.wait_for_function("image => image.naturalWidth > 200", arg=image.element_handle())
+    see_picture(page, f"{desk.address}/{path}", alternative, row.get_by_text("[Show Markdown]"))
 
 
 def test_all_assets_of_both_are_materialized(desk: Desk) -> None:
@@ -141,26 +136,26 @@ def test_all_assets_of_both_are_materialized(desk: Desk) -> None:
 
 @pytest.mark.parametrize("workload", SCALES)
 def test_the_graph_shows_the_chain_as_materialized(page: Any, desk: Desk, workload: str) -> None:
-    desk.go(page, f"locations/{LOCATION}/asset-groups/{workload}")
-    for name in (*CHAIN, "scaling_report"):
-        page.get_by_text(name, exact=True).first.wait_for()
+    names = [page.get_by_text(name, exact=True) for name in (*CHAIN, "scaling_report")]
+    desk.see(page, f"locations/{LOCATION}/asset-groups/{workload}", *names)
     picture(page, f"outside_graph_{workload}")
 
 
 def test_the_regression_shows_its_error_with_an_interval_and_a_picture(page: Any, desk: Desk) -> None:
-    look_at(page, desk, "diabetes", "eval_report", BETTER, f"{METRIC}_95")
+    path = partition_of("diabetes", "eval_report", BETTER)
     (row,) = [row for row in report_of(desk, "diabetes")["rows"] if row["scale"] == BETTER]
     interval = f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}] (n={row['n']})"
-    page.get_by_text(interval).first.wait_for()
-    page.get_by_text("baseline", exact=True).first.wait_for()
+    entries = [page.get_by_text(text, exact=True) for text in (f"{METRIC}_95", "baseline")]
+    desk.see(page, path, *entries, page.get_by_text(interval))
     picture(page, "outside_eval_report")
-    look_at_picture(page, "predictions_plot", "predictions")
+    see_plot(page, desk, path, "predictions_plot", "predictions")
     picture(page, "outside_predictions")
 
 
 def test_the_images_show_their_mistakes(page: Any, desk: Desk) -> None:
-    look_at(page, desk, "flowers", "eval_report", IMAGES, "accuracy_95")
-    look_at_picture(page, "confusion_plot", "confusion")
+    path = partition_of("flowers", "eval_report", IMAGES)
+    desk.see(page, path, page.get_by_text("accuracy_95"))
+    see_plot(page, desk, path, "confusion_plot", "confusion")
     picture(page, "outside_confusion")
 
 
@@ -171,14 +166,13 @@ def test_the_lowest_error_is_champion_and_recommended(page: Any, desk: Desk) -> 
     assert next(row for row in report["rows"] if row["scale"] == BETTER)["pareto"], "nothing is better at any price"
     assert report["recommendation"].startswith(f"{BETTER} is the best by validation")
 
-    desk.go(page, "assets/diabetes/champion")
-    page.get_by_text(re.compile(rf"champion, version \d+ \({BETTER}\)")).first.wait_for()
+    said = re.compile(rf"champion, version \d+ \({BETTER}\)")
+    desk.see(page, "assets/diabetes/champion", page.get_by_text(said))
     picture(page, "outside_champion")
 
-    desk.go(page, "assets/diabetes/scaling_report")
-    page.get_by_text(f"{BETTER} is the best by validation").first.wait_for()
+    desk.see(page, path := "assets/diabetes/scaling_report", page.get_by_text(f"{BETTER} is the best by validation"))
     picture(page, "outside_scaling_report")
-    look_at_picture(page, "plot", "scaling")
+    see_plot(page, desk, path, "plot", "scaling")
     picture(page, "outside_scaling_plot")
 
 
