@@ -79,7 +79,8 @@ class RayScaleConfig(BaseModel):
         if match is None:
             raise ScaleError(
                 f"{shown(key)} is not a scale key. Write w<workers>-b<global batch>-e<epochs>-g<GPUs per worker>, "
-                "for example w2-b256-e3-g0; append -c<CPUs per worker> where that is not 1."
+                "for example w2-b256-e3-g0: small letters, numbers from 1 (GPUs from 0) without zeros in front; append "
+                "-c<CPUs per worker> where that is not 1."
             )
         workers, batch_size, epochs, gpus, cpus = match.groups()
         scale = _validated(

@@ -60,7 +60,10 @@ def run_demo(
     try:
         with quiet_instance(dagster_home()) as instance, ThreadPoolExecutor(2) as pool:
             check_store(instance, store)  # which the first asset does, too, but a Ray later
-            with console.status("Starting a private Ray on loopback, and MLflow's store …"):
+            starting = "Starting a private Ray on loopback, and MLflow's store …"
+            if not console.is_terminal:  # in which a status is not shown
+                console.print(starting)
+            with console.status(starting):
                 tracker = pool.submit(Tracker, uri)
                 if local:
                     pool.submit(ray.ensure, passing=True).result()

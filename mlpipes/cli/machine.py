@@ -35,7 +35,12 @@ def demo(
     scales = scale or [s.key for s in entry.scales][:3]
     for key in scales:
         entry.scale(key)
-    run_demo(console, entry, scales, default_store(), settings_of(entry, config, changes or (), seed=seed, fresh=fresh))
+    settings = settings_of(entry, config, changes or (), seed=seed, fresh=fresh)
+    try:
+        run_demo(console, entry, scales, default_store(), settings)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on where it was.")
+        raise typer.Exit(130) from None
 
 
 @app.command()

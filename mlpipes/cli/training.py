@@ -161,7 +161,9 @@ def backfill(
     ] = False,
     again: Annotated[bool, typer.Option(help="also scales that are fresh")] = False,
     detach: Annotated[bool, typer.Option(help="launch, and do not wait")] = False,
-    ui: Annotated[str | None, typer.Option(help="address of the Dagster UI; default: that of `mlpipes dev`")] = None,
+    ui: Annotated[
+        str | None, typer.Option(help="address of the Dagster UI; default: of this home's `mlpipes dev`")
+    ] = None,
     changes: Set = None,
     seed: Seed = None,
     fresh: Fresh = False,
@@ -177,7 +179,10 @@ def backfill(
     scales = [entry.scale(key) for key in scale] if scale else list(entry.scales)
     settings = settings_of(entry, config, changes or (), seed=seed, fresh=fresh)
     dagster = DagsterUi(ui)
-    with console.status(f"Waiting for Dagster at {dagster.address} …"):
+    waiting = f"Waiting for Dagster at {dagster.address} …"
+    if not console.is_terminal:  # in which a status is not shown
+        console.print(waiting, soft_wrap=True)
+    with console.status(waiting):
         dagster.wait_for(entry.name)
     if settings is not None:
         console.print(f"Settings: {described(settings)}", markup=False, soft_wrap=True)

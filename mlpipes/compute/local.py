@@ -27,7 +27,7 @@ from mlpipes.compute.ray_node import (
     start_environment,
     temporary_files,
 )
-from mlpipes.errors import ConfigError, CorruptionError, PreflightError
+from mlpipes.errors import ConfigError, CorruptionError, PreflightError, UserError
 from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_atomic, write_record
 from mlpipes.store.layout import home
@@ -37,6 +37,8 @@ _USED: dict[Path, int] = {}
 """Descriptors of the shared locks by which others see that this process uses a cluster, by the cluster's folder."""
 _PASSING: set[Path] = set()
 """Folders of the clusters that this process wants for itself alone."""
+_GIVEN_UP: set[Path] = set()
+"""Folders of the clusters that this process has released: what still runs in one of its threads is not to start another."""
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -51,12 +53,16 @@ class LocalRay:
         """The address of the running cluster; starts it if it does not run. Raises PreflightError if it cannot start.
 
         From now on this process uses it, until it ends or `release`s it. With `passing`, it is only for this process, and
-        whoever else asks for it in that way meanwhile; once anybody has asked for it to stay, it does.
+        whoever else asks for it in that way meanwhile; once anybody has asked for it to stay, it does. After a release, only
+        who asks with `passing` gets one again; for others, such as a thread that goes on while its process ends, UserError.
         """
-        self._use()
         if passing:
             _PASSING.add(self.folder)
-        with FileLock(str(self.folder / "lock"), timeout=2 * _START_SECONDS):
+            _GIVEN_UP.discard(self.folder)
+        self._check_wanted()
+        self._use()
+        with self._lock():
+            self._check_wanted()
             state = self._read()
             if self.folder not in _PASSING:
                 self._passing.unlink(missing_ok=True)
@@ -83,12 +89,15 @@ class LocalRay:
 
         Returns whether it was ended.
         """
+        _GIVEN_UP.add(self.folder)
         descriptor = self._use()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
         try:
+            with self._lock():
+                pass  # a thread of this process that was just starting one has ended it
             # Who wants it now waits in `ensure`, and starts another.
             state = self.status()
             if state is None or not self._passing.exists() or self._jobs(state) - set(mine):
@@ -101,13 +110,21 @@ class LocalRay:
     def stop(self) -> bool:
         """End the cluster and everything that runs in it; returns whether there was one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(self.folder / "lock"), timeout=2 * _START_SECONDS):
+        with self._lock():
             state = self._read()
             if state is None:
                 return False
             self._end(state)
             self._passing.unlink(missing_ok=True)
             return True
+
+    def _lock(self) -> FileLock:
+        """Whoever starts or ends the cluster holds it."""
+        return FileLock(str(self.folder / "lock"), timeout=2 * _START_SECONDS)
+
+    def _check_wanted(self) -> None:
+        if self.folder in _GIVEN_UP:
+            raise UserError("this command ends, and has given its private Ray up; give it again to go on")
 
     def _use(self) -> int:
         """Have others see that this process uses the cluster; returns the descriptor of the shared lock."""
@@ -146,25 +163,27 @@ class LocalRay:
         # Without the user's token, which is another cluster's, and which Ray would prefer to ours.
         environment = for_children("RAY_AUTH_TOKEN") | self._client_environment() | start_environment(mark, LOOPBACK)
         environment |= temporary_files(temporary)
+        state = {
+            "pid": 0,
+            "created": 0.0,
+            "mark": mark,
+            "dashboard": f"http://{LOOPBACK}:{dashboard}",
+            "temporary": str(temporary),
+        }
+        # Written before there is a process: if we die now, the next caller finds what there is of it, and ends that.
+        write_record(self._state, state)
         log = self.folder / "head.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
-        pid, created = _identity(psutil.Process(process.pid))
-        state = {
-            "pid": pid,
-            "created": created,
-            "mark": mark,
-            "dashboard": f"http://{LOOPBACK}:{dashboard}",
-            "temporary": str(temporary),
-        }
-        # Written before it answers: if we die now, the next caller finds the half-started head and ends it.
+        state["pid"], state["created"] = _identity(psutil.Process(process.pid))
         write_record(self._state, state)
         deadline = time.monotonic() + _START_SECONDS
         try:
             # The API answers a little before the node has registered; a preflight in between would see no CPU.
             while not (self._answers(state) and self._has_a_node(state)):
+                self._check_wanted()
                 if process.poll() is not None or time.monotonic() > deadline:
                     tail = log.read_text(errors="replace")[-2000:]
                     raise PreflightError(f"the local Ray did not start; its log {log} ends with:\n{tail}")
@@ -172,7 +191,7 @@ class LocalRay:
         except BaseException:
             self._end(state)
             raise
-        state["raylet"] = _raylet_of(pid)
+        state["raylet"] = _raylet_of(process.pid)
         write_record(self._state, state)
         return state
 

@@ -121,11 +121,13 @@ def short_folder(prefix: str) -> Path:
 
 
 def temporary_files(folder: Path) -> dict[str, str]:
-    """The variable that has a node's processes put temporary files into a folder, where `$TMPDIR` is too long for them.
+    """The variable that has a node's processes put temporary files into its folder, which is removed when they are killed.
 
-    Python's `multiprocessing` puts Unix sockets there as well.
+    Python's `multiprocessing` puts Unix sockets there, so that a long `$TMPDIR` is none for them. They stay where the folder
+    lies elsewhere than temporary files do: that may be a disk of another size, or memory.
     """
-    return {"TMPDIR": str(folder)} if len(tempfile.gettempdir()) > _TEMPORARY_CHARACTERS else {}
+    usual = tempfile.gettempdir()
+    return {"TMPDIR": str(folder)} if str(folder.parent) == usual or len(usual) > _TEMPORARY_CHARACTERS else {}
 
 
 def free_port() -> int:

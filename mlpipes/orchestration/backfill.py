@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import requests
 
-from mlpipes.errors import ConfigError
+from mlpipes.errors import ConfigError, CorruptionError
 from mlpipes.orchestration.launchpad import is_trained, run_config
 from mlpipes.orchestration.resources import STORE
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE, TrainingConfig
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.environment import value_of
+from mlpipes.store.files import read_record
 from mlpipes.store.identity import identity_of, is_empty
-from mlpipes.store.layout import Store
+from mlpipes.store.layout import Store, home
 from mlpipes.store.references import (
     CHAIN,
     REFERENCES,
@@ -25,12 +27,16 @@ from mlpipes.store.references import (
 )
 from mlpipes.workloads.catalog import Entry
 
+DEV_NOTE = "dev.json"
+"""The file in the home folder by which `mlpipes dev` says where it serves."""
 DEFAULT_UI = "http://127.0.0.1:3000"
 PATIENCE_SECONDS = 600.0
 """How long a Dagster that does not answer is asked again: it may be restarted while a backfill runs."""
 
 START_SECONDS = 30.0
-"""How long one that was just started is waited for."""
+"""How long a `mlpipes dev` of this home folder is waited for, which may just have been started."""
+_ELSEWHERE_SECONDS = 10.0
+"""How long any other Dagster is waited for."""
 
 _ASSET = "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode { id } } }"
 _FRESHNESS = """query($key: AssetKeyInput!, $scale: String!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
@@ -50,11 +56,21 @@ _RETRY_SECONDS = 300.0
 _OVER = ("COMPLETED", "COMPLETED_SUCCESS", "COMPLETED_FAILED", "CANCELED", "FAILED")
 
 
+def ui_of_dev() -> str | None:
+    """The address of the UI that `mlpipes dev` serves for this home folder; None if none is served."""
+    try:
+        note = read_record(home() / DEV_NOTE)
+    except (OSError, CorruptionError):
+        return None
+    return f"http://127.0.0.1:{note['port']}" if psutil.pid_exists(note["pid"]) else None  # it may have been killed
+
+
 class DagsterUi:
     """A Dagster webserver, asked over GraphQL."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = (address or value_of(DAGSTER_UI_VARIABLE) or DEFAULT_UI).rstrip("/")
+        self.of_dev = ui_of_dev()
+        self.address = (address or value_of(DAGSTER_UI_VARIABLE) or self.of_dev or DEFAULT_UI).rstrip("/")
         if not self.address.startswith(("http://", "https://")):
             raise ConfigError(f"--ui {address}: write the address of the Dagster UI, such as {DEFAULT_UI}")
 
@@ -75,14 +91,15 @@ class DagsterUi:
         """The same, but waits for a Dagster that is being restarted."""
         return _patiently(lambda: self.ask(query, **variables), PATIENCE_SECONDS)
 
-    def wait_for(self, workload: str, seconds: float = START_SECONDS) -> None:
+    def wait_for(self, workload: str, seconds: float | None = None) -> None:
         """Wait for a Dagster that has just been started. Raises ConfigError if it does not answer or lacks the workload."""
 
         def look() -> None:
             if not self.ask(_ASSET, key={"path": [workload, CHAIN[0]]})["assetNodeOrError"].get("id"):
                 raise ConfigError(f"Dagster at {self.address} has no asset {workload}/{CHAIN[0]}")
 
-        _patiently(look, seconds)
+        usual = START_SECONDS if self.of_dev == self.address else _ELSEWHERE_SECONDS
+        _patiently(look, usual if seconds is None else seconds)
 
     def is_fresh(self, workload: str, scale: str, store: Store) -> bool:
         """Whether every asset of a scale's chain is up to date, by Dagster's word, and there, in the store.

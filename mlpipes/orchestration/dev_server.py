@@ -20,6 +20,7 @@ from mlpipes.compute.local import LocalRay
 from mlpipes.compute.places import is_local
 from mlpipes.compute.ray_node import short_folder
 from mlpipes.errors import ConfigError, CorruptionError, UserError
+from mlpipes.orchestration.backfill import DEV_NOTE
 from mlpipes.orchestration.code_servers import code_servers, heal, is_loaded, option
 from mlpipes.orchestration.instance import check_run_launcher, dagster_home
 from mlpipes.orchestration.run_news import RunNews
@@ -71,7 +72,7 @@ def serve(console: Console, port: int, mlflow_port: int | None, verbose: bool = 
 def _only_one(port: int) -> Iterator[None]:
     """Two on one home would share its log, and their daemons would launch everything twice. Raises ConfigError."""
     home().mkdir(parents=True, exist_ok=True)
-    lock, note = FileLock(str(home() / "dev.lock"), blocking=False), home() / "dev.json"
+    lock, note = FileLock(str(home() / "dev.lock"), blocking=False), home() / DEV_NOTE
     try:
         lock.acquire()
     except Timeout:

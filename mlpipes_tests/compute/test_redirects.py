@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from mlpipes.compute.local import LocalRay
 from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.ray_node import short_folder, temporary_files
-from mlpipes.errors import ConfigError, PreflightError
+from mlpipes.errors import ConfigError, PreflightError, UserError
+from mlpipes_tests.waiting import until
 
 
 class Cluster:
@@ -180,6 +182,50 @@ def test_a_ray_that_somebody_wants_to_stay_stays(tmp_path: Path) -> None:
     assert ray.stop()
 
 
+def test_what_goes_on_in_a_command_that_ends_starts_no_ray_again(tmp_path: Path) -> None:
+    ray = Pretended(tmp_path)
+    ray.ensure(passing=True)
+    assert ray.release()
+    with pytest.raises(UserError, match="this command ends"):
+        ray.ensure()
+    assert ray.status() is None
+    ray.ensure(passing=True)
+    ray.ensure()
+    assert ray.release()
+
+
+class Slow(Pretended):
+    """One that is started for as long as it is wanted."""
+
+    def _start(self) -> dict[str, str]:
+        state = super()._start()
+        try:
+            while True:
+                self._check_wanted()
+                time.sleep(0.01)
+        except UserError:
+            self._end(state)
+            raise
+
+
+def test_a_ray_that_a_thread_is_starting_when_the_command_ends_is_ended(tmp_path: Path) -> None:
+    ray, ends = Slow(tmp_path), list[BaseException]()
+
+    def step() -> None:
+        try:
+            ray.ensure(passing=True)
+        except UserError as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    until(lambda: ray.status() is not None, "it is being started")
+    assert not ray.release()
+    assert ray.status() is None, "whoever releases it waits until it is gone"
+    thread.join()
+    assert "this command ends" in str(ends[0])
+
+
 # -- temporary folders ------------------------------------------------------------------------------------------------
 def test_a_long_tmpdir_is_passed_over_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / ("long" * 20)
@@ -190,7 +236,8 @@ def test_a_long_tmpdir_is_passed_over_for_sockets(tmp_path: Path, monkeypatch: p
         try:
             assert len(str(made)) <= 38
             assert stat.S_IMODE(made.stat().st_mode) == 0o700
-            assert temporary_files(made) == ({} if short else {"TMPDIR": str(made)})
+            assert temporary_files(made) == {"TMPDIR": str(made)}, "what is killed leaves nothing elsewhere"
+            assert temporary_files(Path("/dev/shm/made")) == ({} if short else {"TMPDIR": "/dev/shm/made"})
         finally:
             os.rmdir(made)  # noqa: PTH106
     assert not list(folder.iterdir())

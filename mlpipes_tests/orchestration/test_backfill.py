@@ -1,5 +1,7 @@
 """Backfills: what is launched, and waiting for it, where retries count and what Dagster calls failed too soon does not."""
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,10 @@ import pytest
 
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration import backfill
-from mlpipes.orchestration.backfill import Backfill, DagsterUi, launch
+from mlpipes.orchestration.backfill import DEFAULT_UI, DEV_NOTE, Backfill, DagsterUi, launch
 from mlpipes.orchestration.resources import STORE
 from mlpipes.scales import scales_of
+from mlpipes.store.files import write_record
 from mlpipes.store.identity import identify, identity_of
 from mlpipes.store.layout import Store
 from mlpipes.store.references import (
@@ -88,6 +91,19 @@ def test_a_crash_without_a_retry_is_final_after_a_while() -> None:
     statuses = watched(("COMPLETED_FAILED", [run("FAILURE")]))
     assert set(statuses) == {"FAILURE"}
     assert 145 < len(statuses) < 160  # a look takes two seconds
+
+
+def test_the_ui_of_a_running_dev_of_this_home_is_asked_unless_another_is_named(isolated_home: Path) -> None:
+    assert DagsterUi().address == DEFAULT_UI
+    write_record(isolated_home / DEV_NOTE, {"port": 3456, "pid": os.getpid()})
+    assert DagsterUi().address == "http://127.0.0.1:3456"
+    assert DagsterUi("http://other").address == "http://other"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    write_record(isolated_home / DEV_NOTE, {"port": 3456, "pid": gone.pid})
+    assert DagsterUi().address == DEFAULT_UI
+    (isolated_home / DEV_NOTE).write_text("torn")
+    assert DagsterUi().address == DEFAULT_UI
 
 
 def test_a_dagster_that_has_just_been_started_is_waited_for() -> None:
