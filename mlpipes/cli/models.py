@@ -122,7 +122,10 @@ def history(
             gates,
         )
     if not table.row_count:
-        raise ConfigError(f"{workload} {key} has not been evaluated yet; materialize {workload}/eval_report first")
+        raise ConfigError(
+            f"{workload} {key} has not been evaluated yet; materialize {workload}/eval_report first, in the UI or by "
+            f"`mlpipes backfill {workload} --scale {key}`"
+        )
     console.print(table)
 
 
@@ -170,7 +173,10 @@ def predict(
     key = scale_named(workload, scale)
     reference = default_store().read_reference(ModelReference, workload, key)
     if reference is None:
-        raise ConfigError(f"{workload} {key} has no model yet; materialize {workload}/model first")
+        raise ConfigError(
+            f"{workload} {key} has no model yet; materialize {workload}/model first, in the UI or by `mlpipes backfill "
+            f"{workload} --scale {key}`"
+        )
     snapshot = open_snapshot(default_store().snapshots / reference.snapshot)
     columns = snapshot.meta["columns"]
     if ("types" in columns or "text_pair" in columns) and pair is None:

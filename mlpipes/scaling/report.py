@@ -140,7 +140,9 @@ def make_report(
             stale.append(f"{scale.key} ({'; '.join(reasons)})")
     if not results:
         why = "; ".join(missing)
-        raise ConfigError(f"no scale of {entry.name} has been evaluated; materialize eval_report of one first. {why}")
+        raise ConfigError(
+            f"no scale of {entry.name} has been evaluated; `mlpipes backfill {entry.name}` does that. {why}"
+        )
     rows = scaling_rows(results, prices)
     return ScalingReport(
         str(metric),

@@ -203,7 +203,10 @@ def find_training(store: Store, workload: str, scale: str, run: str | None = Non
     if run is None:
         reference = store.read_reference(TrainingReference, workload, scale)
         if reference is None:
-            raise ConfigError(f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first")
+            raise ConfigError(
+                f"{workload} {scale} has not been trained yet; materialize {workload}/checkpoints first, in the UI or by "
+                f"`mlpipes backfill {workload} --scale {scale}`"
+            )
         return store.training(reference.fingerprint)
     found = []
     for path in sorted(store.root.glob("trainings/*/recipe.json")):
