@@ -70,6 +70,11 @@ def see_picture(page: Any, address: str, alternative: str, entry: Any) -> None:
     page.wait_for_function("image => image.naturalWidth > 200", arg=image.first.element_handle())
 
 
+def leave(page: Any) -> None:
+    """Look at nothing, while something is waited for: a page of Dagster's asks its server, and is drawn, all the time."""
+    page.goto("about:blank")
+
+
 def picture(page: Any, name: str) -> None:
     """Keep a screenshot of a page, on which there is something."""
     page.wait_for_timeout(_SETTLING_MS)

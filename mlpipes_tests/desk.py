@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mlpipes.orchestration.backfill import DagsterUi
-from mlpipes_tests.browser import see
+from mlpipes_tests.browser import leave, see
 from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import LOCATION, Sandbox, end, free_port, graphql, wait_for
 from mlpipes_tests.waiting import comes, until
@@ -115,6 +115,7 @@ class Desk(Sandbox):
         launch.click()
         # Who leaves the page sooner takes it back.
         until(lambda: self._launched(workload) > before, "the launch is known")
+        leave(page)
 
     def _launched(self, workload: str) -> int:
         """How many runs of the chain and backfills there are."""

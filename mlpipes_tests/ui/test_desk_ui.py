@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.browser import browser_page, picture
+from mlpipes_tests.browser import browser_page, leave, picture
 from mlpipes_tests.desk import Desk
 from mlpipes_tests.waiting import comes, until
 
@@ -155,6 +155,7 @@ def test_the_schedule_is_switched_on_and_its_tick_judges_each_scale_once(
 
     for wanted in (False, True):
         until(lambda wanted=wanted: is_switched(wanted), "the switch has moved", every=1)
+    leave(page)
     until(lambda: all(desk.runs(key, "digits_evaluation") for key in SHORT), "a tick has judged each scale", every=1)
     desk.until_done(SHORT, "digits_evaluation")
     desk.see(page, nightly, page.get_by_text("requested"))
