@@ -123,8 +123,8 @@ def short_folder(prefix: str) -> Path:
 def temporary_files(folder: Path) -> dict[str, str]:
     """The variable that has a node's processes put temporary files into its folder, which is removed when they are killed.
 
-    Python's `multiprocessing` puts Unix sockets there, so that a long `$TMPDIR` is none for them. They stay where the folder
-    lies elsewhere than temporary files do: that may be a disk of another size, or memory.
+    Python's `multiprocessing` puts Unix sockets there, for which a long `$TMPDIR` is too long. A short one stays where the
+    folder lies elsewhere than temporary files do: that may be a disk of another size, or memory.
     """
     usual = tempfile.gettempdir()
     return {"TMPDIR": str(folder)} if str(folder.parent) == usual or len(usual) > _TEMPORARY_CHARACTERS else {}
