@@ -7,11 +7,12 @@ import socket
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from mlpipes.compute.processes import with_variable
 from mlpipes.compute.ray_node import LOOPBACK, free_port, own_ip
 from mlpipes_tests import evidence
 from mlpipes_tests.conftest import missing
@@ -143,14 +144,10 @@ class SlurmCluster:
     def processes(self) -> list[psutil.Process]:
         """Processes that belong to this cluster or to its jobs, except its daemons."""
         found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SLURM_CONF") == str(self.configuration) and (
-                    "SLURM_JOB_ID" in process.environ() or process.name().startswith("slurmstepd")
-                ):
+        for process in with_variable("SLURM_CONF", str(self.configuration)):
+            with suppress(psutil.Error, OSError):
+                if "SLURM_JOB_ID" in process.environ() or process.name().startswith("slurmstepd"):
                     found.append(process)
-            except (psutil.Error, OSError):
-                continue
         return found
 
     def _pid(self, daemon: str) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from mlpipes.compute.processes import running
 from mlpipes.errors import PreflightError
 from mlpipes.store.environment import for_children
 
@@ -89,7 +90,7 @@ def end_marked(mark: str, session: int | None = None) -> None:
 
 def _marked(mark: str, session: int | None) -> list[psutil.Process]:
     found: set[psutil.Process] = set()
-    for process in psutil.process_iter():
+    for process in running():
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue

@@ -6,20 +6,15 @@ from pathlib import Path
 
 import psutil
 
+from mlpipes.compute.processes import with_variable
+
 FINGERPRINT_VARIABLE = "MLPIPES_FINGERPRINT"
 """Environment variable that every process of a training has, by which it is found."""
 
 
 def processes_of(fingerprint: str) -> list[psutil.Process]:
     """The processes of a training on this machine: driver, controller, workers."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(FINGERPRINT_VARIABLE) == fingerprint:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+    return with_variable(FINGERPRINT_VARIABLE, fingerprint)
 
 
 def keep_stacks(fingerprint: str, target: Path) -> Path:

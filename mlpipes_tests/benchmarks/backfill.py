@@ -6,10 +6,12 @@
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from mlpipes.compute.processes import with_variable
 from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.sandbox import Sandbox, end, free_port, wait_for
 
@@ -17,12 +19,9 @@ from mlpipes_tests.sandbox import Sandbox, end, free_port, wait_for
 def memory(sandbox: Sandbox) -> float:
     """MiB of proportional memory of all processes that work on the sandbox."""
     total, home = 0, str(sandbox.home)
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MLPIPES_HOME") == home:
-                total += process.memory_full_info().pss
-        except (psutil.Error, OSError):
-            continue
+    for process in with_variable("MLPIPES_HOME", home):
+        with suppress(psutil.Error, OSError):
+            total += process.memory_full_info().pss
     return total / 2**20
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import psutil
 
+from mlpipes.compute.processes import with_variable
 from mlpipes.compute.stacks import processes_of
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Message, read_messages
-from mlpipes_tests.chaos.processes import command_of, environment_of
+from mlpipes_tests.chaos.processes import command_of
 from mlpipes_tests.held import REFERENCE as IMPLEMENTATION
 from mlpipes_tests.prepared import mlflow_store
 from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
@@ -252,8 +253,7 @@ class Session:
 
     def of_the_sandbox(self) -> list[psutil.Process]:
         """All processes that work on the sandbox's state."""
-        home = str(self.sandbox.home)
-        return [p for p in psutil.process_iter() if environment_of(p).get("MLPIPES_HOME") == home]
+        return with_variable("MLPIPES_HOME", str(self.sandbox.home))
 
     # -- the training -------------------------------------------------------------------------------------------------
     def messages(self, folder: TrainingFolder) -> list[Message]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlpipes.compute.processes import running
 from mlpipes_tests.cluster import cgroups, software
 from mlpipes_tests.cluster.cluster import end_leftovers, kubernetes_cluster
 from mlpipes_tests.cluster.machines import host_interfaces, run
@@ -30,7 +31,7 @@ def traces(folder: Path, group: str, interface: str) -> list[str]:
     """What of a cluster is to be seen on this host."""
     mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
     interfaces = [name for name in host_interfaces() if name == interface]
-    processes = [p for p in map(_command, psutil.process_iter()) if str(folder) in p]
+    processes = [p for p in map(_command, running()) if str(folder) in p]
     return [name for name in cgroups.named(group) if group] + mounts + interfaces + processes
 
 

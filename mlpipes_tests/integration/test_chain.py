@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
+from mlpipes.compute.processes import with_variable
 from mlpipes.definitions import build_defs
 from mlpipes.evaluation.records import open_evaluation
 from mlpipes.scales import scales_of
@@ -268,13 +270,9 @@ def test_the_private_ray_listens_on_loopback_only_and_wants_its_token(home: Path
     assert state is not None
     mark = state["mark"]
     listening = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MLPIPES_RAY_HEAD") != mark:
-                continue
+    for process in with_variable("MLPIPES_RAY_HEAD", mark):
+        with suppress(psutil.Error):
             listening += [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        except psutil.Error:
-            continue
     assert len(listening) > 5
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
     assert requests.get(f"{state['dashboard']}/api/jobs/", timeout=10).status_code in (401, 403)

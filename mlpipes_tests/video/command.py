@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from mlpipes.compute.processes import with_variable
 from mlpipes_tests import evidence
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.video.made import QUICK
@@ -42,12 +44,9 @@ class Command:
     def processes(self) -> list[psutil.Process]:
         """All that live of this home: the command, Ray's, the driver, the workers."""
         found: set[psutil.Process] = set()
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("MLPIPES_HOME") == str(self.home):
-                    found |= {process, *process.children(recursive=True)}
-            except psutil.Error:
-                continue
+        for process in with_variable("MLPIPES_HOME", str(self.home)):
+            with suppress(psutil.Error):
+                found |= {process, *process.children(recursive=True)}
         return sorted((p for p in found if p.is_running()), key=lambda p: p.pid)
 
     def driver(self) -> int:

@@ -54,7 +54,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path: Path, command: Command) -> No
     first = command.start(*arguments, "--workers", "2", log=log)
     at_gate = someone_else(reached, "", first)
     for victim in ("worker", "driver", "agent"):
-        kill({"worker": lambda: int(reached.read_text()), "driver": command.driver, "agent": command.agent}[victim]())
+        kill({"worker": lambda here=at_gate: int(here), "driver": command.driver, "agent": command.agent}[victim]())
         at_gate = someone_else(reached, at_gate, first)
         assert first.poll() is None
         assert not out.exists()

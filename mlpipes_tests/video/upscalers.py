@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
 from mlpipes.video.models import Bicubic
 from mlpipes_tests.video.made import number_in
@@ -19,9 +20,16 @@ class Gated(Bicubic):
         folder = home() / "gate"
         for number in map(number_in, frames):
             while (folder / str(number)).exists():
-                (folder / f"{number}.reached").write_text(str(os.getpid()))
+                _tell(folder / f"{number}.reached")
                 time.sleep(0.02)
         return super().__call__(frames)
+
+
+def _tell(path: Path) -> None:
+    """Write this process's number into a file, if it is not there yet, so that nobody reads half of it."""
+    mine = str(os.getpid())
+    if not path.exists() or path.read_text() != mine:
+        write_atomic(path, mine.encode())
 
 
 class Slow(Bicubic):
