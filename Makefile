@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types bench chaos cluster cluster-down cluster-programs images hashes clean
+.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types bench bench-page chaos cluster cluster-down cluster-programs images hashes clean
 install: .venv/.installed
 
 demo: install
@@ -66,6 +66,10 @@ format: install
 # All benchmarks, or PARTS="vision text"; with AGAINST=<commit>, in turns with that one's.
 bench: install
 	$(BIN)/python -m mlpipes_tests.benchmarks $(PARTS) $(if $(AGAINST),--against $(AGAINST)) --rounds $(or $(ROUNDS),1)
+
+# docs/benchmarks.md and its pictures, from what `make bench` found.
+bench-page: install
+	$(BIN)/python -m mlpipes_tests.benchmarks.page benchmarks.json
 
 chaos: install
 	$(BIN)/python -m mlpipes_tests.chaos $(or $(N),1)

@@ -4,12 +4,13 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from mlpipes_tests.benchmarks import __main__ as bench
-from mlpipes_tests.benchmarks import figures
+from mlpipes_tests.benchmarks import figures, page
 
 TINY = """
 from mlpipes.speed import speed
@@ -98,3 +99,44 @@ def test_a_ratio_has_its_interval() -> None:
     assert middle == pytest.approx(5.5 / 10.5)
     assert 5 / 11 <= low < middle < high <= 6 / 10
     assert slow.low < slow.median < slow.high
+
+
+def run_of(part: str, begun: float, value: float, name: str = "a figure", unit: str = "s") -> dict[str, Any]:
+    """What `make bench` writes about a part."""
+    measured = [vars(bench.summary(part, name, unit, side, [value, value + 1])) for side in (bench.NOW, "0" * 40)]
+    machine = {"cpu": "a CPU", "capability": "AVX2", "cores": 2, "memory_gib": 23.5, "torch": "2"}
+    load = [[0.5, 0, 0], [1.5, 0, 0]]
+    missing = {"text, now": "no data", "vision, now": "no data"}
+    fields = {"commit": "1" * 40, "against": "0" * 40, "begun": begun, "missing": missing, "figures": measured}
+    return fields | {"machine": machine, "load_before_and_after": load, "seconds": 1.0}
+
+
+def test_a_page_has_the_newest_run_of_each_part(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number, made in enumerate(
+        [
+            [run_of("text", 100.0, 3.0), run_of("vision", 100.0, 4.0)],
+            [run_of("text", 200.0, 5.0), run_of("growth", 200.0, 6.0, "trainings, 10", "CPU-seconds")],
+            [run_of("vision", 50.0, 7.0)],
+        ]
+    ):
+        files = [tmp_path / f"{number}-{place}.json" for place in range(len(made))]
+        for path, content in zip(files, made, strict=True):
+            path.write_text(json.dumps(content))
+        page.main(files, docs=tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## vision", "## text", "## growth"]
+    assert "| text | a figure | s | 2 | 5.5 (5–6) | 5.5 (5–6) | 1.00 (" in text
+    assert "| vision | a figure | s | 2 | 4.5 (4–5) |" in text, "an older run replaces nothing"
+    assert "load 0.5 before and 1.5 after" in text
+    assert text.count("Not measured: text, now: no data.") == 1
+    for part in ("vision", "text", "growth"):
+        assert (tmp_path / "images" / page.picture_of(part)).read_bytes().startswith(b"\x89PNG")
+    kept = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert len(kept) == 3, "a run whose parts were measured again is gone"
+
+
+def test_the_page_says_what_its_file_has() -> None:
+    runs = json.loads((page.DOCS / "benchmarks.json").read_text())
+    assert (page.DOCS / "benchmarks.md").read_text() == page.page(runs), "run make bench-page"
+    assert all((page.DOCS / "images" / name).is_file() for name, _ in page.pictures(runs))

@@ -89,8 +89,8 @@ class LocalRay:
 
         Returns whether it was ended.
         """
-        _GIVEN_UP.add(self.folder)
         descriptor = self._use()
+        _GIVEN_UP.add(self.folder)  # where a folder can be made: what never was is not given up
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

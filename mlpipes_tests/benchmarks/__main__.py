@@ -42,6 +42,7 @@ PARTS = {
     "text": Part("text", (), 8),
     "serving": Part("serving", ("4",), 2),
     "backfill": Part("backfill", ("10",), 6),
+    "growth": Part("growth", (), 4),
 }
 
 
