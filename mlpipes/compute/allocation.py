@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlpipes.compute.jobs import ask_for_last_checkpoint
-from mlpipes.compute.ray_node import LOOPBACK, binding, came_up_file, free_port, listens, own_ip, short_folder
+from mlpipes.compute.ray_node import LOOPBACK, binding, came_up_file, free_ports, listens, own_ip, short_folder
 from mlpipes.store.environment import for_children
 from mlpipes.store.messages import Allocated, ClusterUp, MessageWriter, Notify, Warned
 from mlpipes.store.training_job import TrainingJob
@@ -115,7 +115,7 @@ def ray_cluster() -> Iterator[Cluster]:
         ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], check=True, capture_output=True, text=True
     )
     _, *others = listed.stdout.split()
-    ip, port = _head_ip(others), free_port()
+    ip, (port,) = _head_ip(others), free_ports(1)
     environment = {
         "RAY_ADDRESS": f"{ip}:{port}",
         "RAY_AUTH_MODE": "token",  # said explicitly: a stray ~/.ray/auth_token would switch tokens on for one side only

@@ -21,7 +21,7 @@ from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_node import (
     LOOPBACK,
     end_marked,
-    free_port,
+    free_ports,
     short_folder,
     start_command,
     start_environment,
@@ -156,8 +156,8 @@ class LocalRay:
             write_atomic(token, secrets.token_hex(32).encode(), mode=0o600)
         token.chmod(0o600)
         temporary = short_folder("mlpipes-ray-")  # the home folder could be too deep
-        dashboard, mark = free_port(), secrets.token_hex(8)
-        role = ["--head", f"--node-ip-address={LOOPBACK}", f"--port={free_port()}", f"--temp-dir={temporary}"]
+        (port, dashboard), mark = free_ports(2), secrets.token_hex(8)
+        role = ["--head", f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--temp-dir={temporary}"]
         role += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
         command = start_command(role, os.cpu_count() or 1, head=True)
         # Without the user's token, which is another cluster's, and which Ray would prefer to ours.

@@ -15,12 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 
-from mlpipes.compute.processes import running
+from mlpipes.compute.processes import kill, running
 from mlpipes.errors import PreflightError
 from mlpipes.store.environment import for_children
 
@@ -28,10 +28,11 @@ MARK = "MLPIPES_RAY_HEAD"
 """Environment variable that every process of a node inherits, so that exactly these can be found and ended."""
 LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
-_HEAD_SECONDS = 180
+_HEAD_SECONDS, _ECHO_SECONDS = 180, 30
 _STARTS, _STARTED = 3, "Ray runtime started"
 """How often a node is started, and what Ray says once it has registered: it gives up on that after 30 s, which cannot be
 set, and which a busy machine may need."""
+_END_SECONDS, _LOOKS = 2.0, 5
 _FOLDER_CHARACTERS, _RANDOM_CHARACTERS, _TEMPORARY_CHARACTERS = 38, 8, 60
 
 
@@ -44,9 +45,10 @@ def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
         "metrics-export-port",
     ]
     names += ["ray-client-server-port"] * head
+    ports = zip(names, free_ports(len(names)), strict=True)
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", "--disable-usage-stats"),
-        *(f"--{name}={free_port()}" for name in names),
+        *(f"--{name}={port}" for name, port in ports),
         *("--min-worker-port=0", "--max-worker-port=0"),
         *(f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
     ]
@@ -77,15 +79,14 @@ def end_marked(mark: str, session: int | None = None) -> None:
     overwrite their environment with their title, and their mark with it, and may outlive their raylet for half an hour; they
     are found as its children or, when it is dead, by the `session` that the node's processes have for themselves.
     """
-    for number, seconds in ((signal.SIGTERM, 2.0), *((signal.SIGKILL, 2.0),) * 5):
+    for process in (processes := _marked(mark, session)):
+        with suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(processes, timeout=_END_SECONDS)
+    for _ in range(_LOOKS):
         if not (processes := _marked(mark, session)):
             return
-        for process in processes:
-            try:
-                process.send_signal(number)
-            except psutil.Error:
-                continue
-        psutil.wait_procs(processes, timeout=seconds)
+        kill(processes)
 
 
 def _marked(mark: str, session: int | None) -> list[psutil.Process]:
@@ -131,11 +132,13 @@ def temporary_files(folder: Path) -> dict[str, str]:
     return {"TMPDIR": str(folder)} if str(folder.parent) == usual or len(usual) > _TEMPORARY_CHARACTERS else {}
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nobody listens on; the system may give one twice that was let go."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def own_ip(towards: str) -> str:
@@ -207,6 +210,8 @@ def _hold(command: Sequence[str], environment: Mapping[str, str], mark: str, up:
         echo.start()
         code = node.wait()
         echo.join(1)
+        if not came_up.is_set():
+            echo.join(_ECHO_SECONDS)  # a busy machine may be late to read what was said
         if came_up.is_set() or not left:
             return code
         print("Ray did not start on this node; trying again", flush=True)

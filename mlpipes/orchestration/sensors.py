@@ -117,7 +117,8 @@ def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest
             **own,
             **kept,
             "dagster/parent_run_id": run.run_id,
-            "dagster/root_run_id": run.tags.get("dagster/root_run_id", run.run_id),
+            # Of a run that was executed again by hand, the first one: a fresh training is known by it, and goes on.
+            "dagster/root_run_id": run.tags.get("dagster/root_run_id") or run.root_run_id or run.run_id,
             "dagster/retry_number": str(int(run.tags.get("dagster/retry_number", "0")) + 1),
         },
     )

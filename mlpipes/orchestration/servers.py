@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from mlpipes.compute.processes import kill, running
 from mlpipes.errors import ConfigError, UserError
 
 QUICK_SECONDS, QUICK_ENDS = 30.0, 3
@@ -117,9 +120,17 @@ class Server:
         self.interrupt()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(15)
+        kill([process for process in running() if _group_of(process) == self.process.pid])
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)  # what was just being started
         self.process.wait()
+
+
+def _group_of(process: psutil.Process) -> int:
+    try:
+        return os.getpgid(process.pid)
+    except OSError:
+        return 0
 
 
 def _end_with_parent() -> None:

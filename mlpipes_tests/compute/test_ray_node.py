@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from mlpipes.compute.local import _raylet_of
-from mlpipes.compute.ray_node import MARK, _hold, end_marked
+from mlpipes.compute.ray_node import MARK, end_marked
+from mlpipes_tests.sandbox import CHECKOUT
 
 _NODE = """import subprocess, sys, time
 for title in ("ray::Agent", "somebody"):
@@ -90,7 +91,11 @@ if len(tries.read_text()) < {comes_up_at}:
 print("Ray runtime started.")
 sys.exit(7)"""
     up = tmp_path / "up"
-    assert _hold([sys.executable, "-c", program], {}, "a mark", up) == code
+    hold = "import sys; from pathlib import Path; from mlpipes.compute.ray_node import _hold; "
+    hold += "sys.exit(_hold([sys.executable, '-c', sys.argv[1]], {}, 'a mark', Path(sys.argv[2])))"
+    # In a session of its own: between tries it ends what is called as Ray's processes are in its session, here the user's.
+    held = subprocess.run([sys.executable, "-c", hold, program, str(up)], start_new_session=True, cwd=CHECKOUT)
+    assert held.returncode == code
     assert len(tries.read_text()) == starts
     assert up.exists() == (code == 7), "whoever waits for it to come up"
 

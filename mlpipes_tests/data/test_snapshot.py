@@ -294,3 +294,23 @@ def test_real_cifar10(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dataset.counts == {"train": 5170, "test": 1017}
     assert dataset.facts["class_names"][0] == "airplane"
     assert "subset" in dataset.provenance.fidelity
+
+
+def test_how_it_was_prepared_and_each_byte_of_its_files_count_in_the_digest(tmp_path: Path) -> None:
+    """Two preparations that give equal columns here may give others elsewhere; a vocabulary is data like any column."""
+
+    class WithFiles(TinyWorkload):
+        def __init__(self, how: str, vocabulary: str) -> None:
+            super().__init__(tiny_dataset())
+            self.preparation, self.vocabulary = {"how": how}, vocabulary
+
+        def prepare(self, splits: Any, facts: Any, scratch: Path) -> Prepared:
+            (scratch / "words").write_text(self.vocabulary)
+            return Prepared(splits, facts, {"words": scratch / "words"})
+
+    def made(how: str, vocabulary: str) -> str:
+        # In a store of its own each: the request would name another snapshot already.
+        root = tmp_path / f"{how} {vocabulary}"
+        return snapshot_of(Store(root), tiny_dataset().digest(), WithFiles(how, vocabulary))[0].digest
+
+    assert len({made("once", "a b"), made("twice", "a b"), made("once", "a c")}) == 3

@@ -37,8 +37,8 @@ def test_what_is_no_workspace_is_an_error(tmp_path: Path) -> None:
         code_servers(tmp_path / "workspace.yaml", tmp_path)
 
 
-def test_one_that_does_not_listen_has_not_loaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert not is_loaded(str(tmp_path / "0.sock"))
+def test_one_that_does_not_listen_has_not_loaded(short: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert not is_loaded(str(short / "0.sock"))
     captured = capfd.readouterr()
     assert captured.out + captured.err == "", "asked five times a second: it must be quiet"
 

@@ -222,3 +222,19 @@ def test_a_cancelled_run_submits_nothing_more_if_its_job_does_not_end(
     with pytest.raises(KeyboardInterrupt):
         follow(place, job)
     assert len(place.submitted) == 1
+
+
+def test_a_job_that_is_put_back_again_and_again_and_gets_no_further_is_given_up(job: TrainingJob) -> None:
+    """As when the time limit of a batch job is shorter than the start of a training."""
+
+    def script() -> Answers:
+        for attempt in range(1, 100):
+            job.folder.messages(attempt).parent.mkdir(exist_ok=True)
+            yield RUNNING
+            yield JobStatus(JobState.REQUEUED, "TIMEOUT", attempt + 1)
+
+    place = Place(script)
+    with pytest.raises(TrainingFailedError, match=r"5 jobs in a row .*is the time limit of a job too short\?"):
+        follow(place, job)
+    assert [handle.attempt for handle in place.stopped] == [MAX_JOBS + 1]
+    assert len(place.submitted) == 1

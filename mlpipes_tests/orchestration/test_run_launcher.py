@@ -33,14 +33,14 @@ def test_a_worker_whose_code_server_is_gone_is_dead_after_the_grace(monkeypatch:
 
 
 def test_a_code_server_that_is_busy_has_not_lost_its_runs_and_one_that_is_gone_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine under load, runs that went on were marked as failed."""
     monkeypatch.setattr(run_launcher, "GRACE_SECONDS", 0.0)
     monkeypatch.setattr(run_launcher, "ANSWER_SECONDS", 1)
     clock = [100.0]
     monkeypatch.setattr(run_launcher.time, "monotonic", lambda: clock[0])
-    path = str(tmp_path / "code.sock")
+    path = str(short / "code.sock")
     with dg.DagsterInstance.ephemeral() as instance, socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()  # and never answers
@@ -56,6 +56,7 @@ def test_a_code_server_that_is_busy_has_not_lost_its_runs_and_one_that_is_gone_h
         assert launcher.check_run_worker_health(run).status == WorkerStatus.FAILED, "nobody is busy for so long"
         clock[0] = 100.0
         listening.close()
+        monkeypatch.setattr(run_launcher, "ANSWER_SECONDS", 300)  # nobody listens: told at once
         assert launcher.check_run_worker_health(run).status == WorkerStatus.FAILED
 
 

@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from mlpipes.orchestration import sensors
-from mlpipes.orchestration.sensors import lost_retries
+from mlpipes.orchestration.sensors import lost_retries, retry_of
 
 
 @dg.asset(key=["mine", "fails"], group_name="mine", partitions_def=dg.StaticPartitionsDefinition(["a", "b"]))
@@ -39,12 +39,13 @@ def requests(instance: dg.DagsterInstance, definitions: dg.Definitions = DEFINIT
 
 
 def test_a_retry_that_was_promised_and_never_made_is_requested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "_SETTLED_SECONDS", 1200.0)  # however long this machine takes until it looks
     with dg.DagsterInstance.ephemeral() as instance:
         lost = failed_run(instance, monkeypatch, **{"dagster/will_retry": "true", "team": "mine"})
         failed_run(instance, monkeypatch)  # nobody promised anything
         assert requests(instance) == [], "it may still be on its way"
         real = time.time
-        monkeypatch.setattr(sensors.time, "time", lambda: real() + 60)
+        monkeypatch.setattr(sensors.time, "time", lambda: real() + 1260)
         (request,) = requests(instance)
         assert request.job_name == "__ASSET_JOB"
         assert requests(instance, OTHERS) == [], "another code location leaves it alone"
@@ -71,3 +72,11 @@ def test_a_retry_that_could_not_be_launched_is_requested(monkeypatch: pytest.Mon
             assert request.run_key == f"retry-{given_up}"
         monkeypatch.setattr(sensors.time, "time", lambda: real() + 7200)
         assert requests(instance) == [], "long ago"
+
+
+def test_the_retry_of_a_run_that_was_executed_again_by_hand_belongs_to_the_first_one() -> None:
+    """Such a run names its root in no tag. By its root a fresh training is known: else the retry would begin another."""
+    again = dg.DagsterRun(job_name="chain", run_id="again", root_run_id="first", parent_run_id="first")
+    request = retry_of(again, [dg.AssetKey("x")])
+    assert request.tags["dagster/root_run_id"] == "first"
+    assert request.tags["dagster/parent_run_id"] == "again"

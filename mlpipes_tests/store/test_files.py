@@ -142,3 +142,30 @@ def test_quarantine_never_overwrites(tmp_path: Path) -> None:
         (tmp_path / "f").write_text(str(number))
         assert quarantine(tmp_path / "f").name == f"f.corrupt-{number}"
     assert (tmp_path / "f.corrupt-1").read_text() == "1"
+
+
+def test_what_appears_under_its_final_name_is_on_the_disk_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that loses power could come back with a name whose bytes never were written."""
+    done: list[str] = []
+    forced, renamed = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        forced(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        done.append("renamed")
+        return renamed(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with publishing(tmp_path / "here" / "thing", kind="thing", version=1) as draft:
+        (draft.path / "below").mkdir()
+        (draft.path / "below" / "part").write_text("bytes")
+        temporary = draft.path.name
+    moment = done.index("renamed")
+    assert {"part", "below", temporary} <= set(done[:moment])
+    assert any(name.startswith(f".tmp-{MANIFEST}") for name in done[:moment]), "the manifest, too"
+    assert done[moment + 1 :] == ["here"], "and then the name itself"

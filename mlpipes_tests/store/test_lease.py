@@ -2,13 +2,17 @@ import multiprocessing as mp
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlpipes.errors import LeaseLostError
+from mlpipes.store import lease as module
 from mlpipes.store.lease import Lease
+from mlpipes_tests.waiting import until
 
 
 def test_the_latest_taker_holds_the_lease(tmp_path: Path) -> None:
@@ -59,11 +63,12 @@ def test_a_paused_holder_that_wakes_up_late_cannot_write(tmp_path: Path) -> None
     assert sleeper.pid is not None
     try:
         assert ready.wait(300)
-        # Pause it between two writes: with the lock in its hands it would hold everybody up, which is tested by time-out.
+        # Pause it between two writes: with the lock in its hands it would hold everybody up.
         from filelock import FileLock
 
         with FileLock(str(tmp_path / "lease.json.lock")):
             os.kill(sleeper.pid, signal.SIGSTOP)
+            until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_STOPPED, "it is paused")
         lease = Lease.take(tmp_path, "awake")
         with lease.guarded():
             (tmp_path / "target").write_text("awake")
@@ -82,3 +87,18 @@ def test_a_corrupt_lease_stops_older_holders(tmp_path: Path) -> None:
         lease.check()
     assert (tmp_path / "lease.json.corrupt-1").read_text() == "{torn"
     Lease.take(tmp_path, "new").check()
+
+
+def test_nobody_takes_the_lease_while_its_holder_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what was checked may be lost by the time that it is written."""
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
+    lease = Lease.take(tmp_path, "the first")
+    with lease.guarded():
+        with (
+            ThreadPoolExecutor(1) as another,
+            pytest.raises(LeaseLostError, match=r"held for over 0\.1 s by a process that"),
+        ):
+            another.submit(Lease.take, tmp_path, "the second").result()
+        lease.check()
+    Lease.take(tmp_path, "the second")
+    assert lease.is_lost()

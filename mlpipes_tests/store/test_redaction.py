@@ -219,3 +219,9 @@ def test_a_planted_password_is_in_nothing_that_was_written(
     assert hits == [job(store.root).folder.handover(1)]
     assert stat.S_IMODE(hits[0].stat().st_mode) == 0o600
     assert read_record(hits[0])["uri"] == URI
+
+
+def test_of_a_secret_that_begins_like_another_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", PLANTED)
+    monkeypatch.setenv("B_TOKEN", f"{PLANTED}/and-more")
+    assert redact(f"say {PLANTED}/and-more, {PLANTED}") == "say ***, ***"

@@ -2,7 +2,8 @@
 
 import multiprocessing as mp
 import os
-import socket
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlpipes.training.parallel import DistributedWorkers, SingleWorker
 from mlpipes.training.worker import train
 from mlpipes.workloads.base import DataInfo
 from mlpipes.workloads.catalog import load_workload
+from mlpipes_tests.waiting import LIMIT_SECONDS
 
 DIGITS = "mlpipes.workloads.image_classification:digits"
 PRELOADED = [
@@ -89,11 +91,11 @@ def _crash_within(step: int) -> None:
 
 
 def worker_process(
-    rank: int, size: int, port: int, job: str, crash: int | None, torn: bool, discard: bool, device: str
+    rank: int, size: int, meeting: str, job: str, crash: int | None, torn: bool, discard: bool, device: str
 ) -> None:
     """One rank's process."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     if crash is not None:
         (_crash_within if torn else _crash_at)(crash)
     train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device(device))
@@ -115,24 +117,34 @@ def run(
     are there, and {} is returned; if also `torn`, the only worker's ends while it writes the checkpoint of that step.
     """
     size = workers or job.recipe.scale.workers
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     path, context = job.write(), mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    arguments = [(rank, size, port, str(path), crash, torn, discard, device) for rank in range(size)]
-    processes = [context.Process(target=worker_process, args=a) for a in arguments]
+    # They meet in a file: a port that was free may be somebody else's by then.
+    with tempfile.TemporaryDirectory() as folder:
+        codes = _ended(
+            [
+                context.Process(
+                    target=worker_process,
+                    args=(rank, size, f"{folder}/meeting", str(path), crash, torn, discard, device),
+                )
+                for rank in range(size)
+            ]
+        )
+    assert codes == [9 if crash is not None else 0] * size
+    return {} if crash is not None else read_record(job.folder.result)
+
+
+def _ended(processes: Sequence[Any]) -> list[int | None]:
+    """Start processes and wait for their end; returns their exit codes."""
     try:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(600)
-        codes = [process.exitcode for process in processes]
+            process.join(LIMIT_SECONDS)
+        return [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert codes == [9 if crash is not None else 0] * size
-    return {} if crash is not None else read_record(job.folder.result)
 
 
 def trainer_on(

@@ -88,3 +88,24 @@ def test_if_the_latest_and_best_is_corrupt_the_one_before_still_has_its_own_best
     assert found is not None
     assert found.step == 3
     assert "quarantined" in messages[0]
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "renamed"
+    shutil.copytree(written, folder)
+    Checkpoints(folder).path(STEP).rename(Checkpoints(folder).path(STEP + 1))
+    with pytest.raises(CorruptionError, match=rf"says that it is of step {STEP}: it was renamed"):
+        Checkpoints(folder).load(STEP + 1)
+
+
+def test_a_checkpoint_whose_best_one_is_corrupt_is_passed_over(tmp_path: Path) -> None:
+    """What is exported in the end is the best one: a training that went on from there could not give it."""
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        state = {"weight": torch.full((2,), float(step))}
+        checkpoints.save(state, [], Progress(step=step, best=Best(step=best, epoch=best, metrics={})))
+    (checkpoints.path(2) / "optimizers.pt").write_bytes(b"x")
+    found, messages = checkpoints.latest()
+    assert found is not None
+    assert found.step == 1
+    assert "step 3 is passed over, because its best checkpoint is unusable" in messages[0]

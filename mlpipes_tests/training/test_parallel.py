@@ -2,7 +2,8 @@
 
 import multiprocessing as mp
 import os
-import socket
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -114,10 +115,10 @@ def all_digests(workers: Workers) -> dict[str, str]:
     }
 
 
-def _process(rank: int, size: int, port: int, task: Callable[[Workers], Any], results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+def _process(rank: int, size: int, meeting: str, task: Callable[[Workers], Any], results: Any) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     results.put((rank, task(DistributedWorkers())))
     dist.barrier()
     dist.destroy_process_group()
@@ -125,13 +126,12 @@ def _process(rank: int, size: int, port: int, task: Callable[[Workers], Any], re
 
 def together(size: int, task: Callable[[Workers], Any]) -> list[Any]:
     """What each of so many workers, in processes of their own, finds; by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["mlpipes.training.gradient"])
     results = context.Queue()
-    processes = [context.Process(target=_process, args=(r, size, port, task, results)) for r in range(size)]
+    folder = tempfile.mkdtemp()
+    arguments = [(rank, size, f"{folder}/meeting", task, results) for rank in range(size)]
+    processes = [context.Process(target=_process, args=given) for given in arguments]
     try:
         for process in processes:
             process.start()
@@ -141,6 +141,7 @@ def together(size: int, task: Callable[[Workers], Any]) -> list[Any]:
     finally:
         for process in processes:
             process.kill()
+        shutil.rmtree(folder)
     return [found[rank] for rank in range(size)]
 
 

@@ -14,6 +14,7 @@ from mlpipes.errors import LeaseLostError, TrainingFailedError
 from mlpipes.store.lease import Lease
 from mlpipes.training import worker
 from mlpipes.training.determinism import prepare_process
+from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import SingleWorker
 from mlpipes.training.worker import FENCED, end_when_fenced, explained, train
 from mlpipes_tests.training.harness import make_job, run_here
@@ -90,3 +91,26 @@ def test_a_fenced_worker_that_is_started_again_says_why_and_does_not_train(tmp_p
     with pytest.raises(LeaseLostError, match="taken over"):
         train(job, SingleWorker(), torch.device("cpu"), lost)
     assert not job.folder.checkpoints.exists()
+
+
+def test_a_worker_that_is_fenced_while_it_trains_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a checkpoint nor a result: whoever took over writes there now."""
+    job = make_job(tmp_path, "w1-b512-e1-g0", every_steps=1)
+    lease, folder = Lease.take(job.folder.path, "the first"), job.folder.checkpoints
+    step, seen = Trainer._step, list[str]()
+
+    def step_and_lose(trainer: Trainer) -> None:
+        step(trainer)
+        if trainer.progress.step == 2:
+            trainer.writer.wait()
+            seen[:] = sorted(path.name for path in folder.iterdir())
+            Lease.take(job.folder.path, "another job")
+
+    monkeypatch.setattr(Trainer, "_step", step_and_lose)
+    with pytest.raises(LeaseLostError, match="taken over"):
+        train(job, SingleWorker(), torch.device("cpu"), lease)
+    assert seen
+    assert sorted(path.name for path in folder.iterdir()) == seen
+    assert not job.folder.result.exists()
