@@ -1,9 +1,9 @@
 """Fixtures: an isolated home, a tiny workload's data, real data where they are, one private Ray for the session."""
 
 import os
+import shutil
 import signal
 import sys
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -19,7 +19,8 @@ NO_SKIPS = "MLPIPES_NO_SKIPS"
 _LONG = ("chaos", "integration", "ui")
 _SWITCHES = (REAL_DATA, NO_SKIPS, HASTE)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy", "grpc_proxy", "no_grpc_proxy")
+_TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 
 
 def _settings(*prefixes: str) -> list[str]:
@@ -30,10 +31,13 @@ def _settings(*prefixes: str) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     """Forget the user's settings, and have leftovers looked for; then end on SIGTERM as on Ctrl-C, so that fixtures do."""
     for name in [
-        *_settings("MLPIPES_", "RAY_", "MLFLOW_", "DAGSTER_"),
-        *(n for n in os.environ if n.lower() in _PROXIES),
+        *_settings(
+            "MLPIPES_", "RAY_", "MLFLOW_", "DAGSTER_", "GIT_"
+        ),  # of a hook of git, which would be this checkout's
+        *(n for n in os.environ if n.lower() in _PROXIES or n in _TERMINAL),
     ]:
         del os.environ[name]
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     leftovers.watch(config)
     # Also SIGINT: in a background job of a shell it is ignored, and would be in all that the tests start.
     for number in _SIGNALS:
@@ -52,7 +56,7 @@ def pytest_runtest_makereport(
     """A failing test's report has the logs of what it ran."""
     report = yield
     if report.failed:
-        report.sections += evidence.sections(since=call.start if call.when == "call" else time.time() - 900)
+        report.sections += evidence.sections()
     return report
 
 
@@ -66,15 +70,18 @@ def missing(what: str) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_of_other_modules() -> None:
     """A module's own fixtures are made before `isolated_home`, and MLflow keeps where it was sent in a variable."""
+    evidence.begin()
     for name in _settings("MLPIPES_", "MLFLOW_", "DAGSTER_"):
         del os.environ[name]
 
 
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has a home folder of its own, and nothing that the one before has left: MLflow sets variables and remembers
-    an experiment, and programs that a test calls in this process set how signals are dealt with.
+    """Every test has a home folder of its own, and nothing that the one before has left: MLflow sets variables, remembers an
+    experiment and where its registry is, and programs that a test calls in this process set how signals are dealt with.
     """
+    if registry := sys.modules.get("mlflow.tracking._model_registry.utils"):
+        registry._registry_uri = None  # type: ignore[attr-defined]
     if fluent := sys.modules.get("mlflow.tracking.fluent"):
         fluent._active_experiment_id = None  # type: ignore[attr-defined] - there is no other way back
     for number in _SIGNALS:
@@ -83,6 +90,16 @@ def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLPIPES_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A temporary folder whose path is short enough for Unix sockets, whatever the user's is."""
+    from mlpipes.compute.ray_node import short_folder
+
+    folder = short_folder("s-")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """A folder like a user's checkout, with state of its own, in which tests run the real programs."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ class Sandbox:
 
 def end(server: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
     """End a server by interrupt; if it does not, kill it and all that it started."""
-    descendants = _descendants(server.pid)
+    started = descendants(server.pid)
     if server.poll() is None:
         server.send_signal(signal.SIGINT)
     try:
@@ -84,27 +86,37 @@ def end(server: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
-    for process in descendants:
+    for process in started:
         try:
             process.wait(5)
         except psutil.TimeoutExpired:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         except FileNotFoundError:  # what gVisor's kernel says of one that is just ending
             continue
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def descendants(pid: int) -> list[psutil.Process]:
+    """What a process has started, and that in turn; nothing if it is gone."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that the system says is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A free port that nobody gets unasked: not of the range that the system gives to connections and to port 0."""
+    chosen = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = chosen.randrange(10_000, 32_000)
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:  # to somebody who has not begun to listen
+                _given.add(port)
+                return port
 
 
 def answers(address: str) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -12,10 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from mlpipes.compute.processes import with_variable
-from mlpipes.compute.ray_node import LOOPBACK, free_port, own_ip
+from mlpipes.compute.processes import kill, with_variable
+from mlpipes.compute.ray_node import LOOPBACK, own_ip, short_folder
 from mlpipes_tests import evidence
 from mlpipes_tests.conftest import missing
+from mlpipes_tests.sandbox import free_port
 from mlpipes_tests.waiting import until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "srun")
@@ -26,7 +26,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+AuthInfo=socket={socket}
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -45,7 +45,7 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=3
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=600
 ReturnToService=2
 KillWait=10
 MinJobAge=300
@@ -63,11 +63,13 @@ class SlurmCluster:
         self.folder, self.nodes, self.cpus = folder, [f"n{number}" for number in range(1, nodes + 1)], cpus
         self.configuration = folder / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.configuration)}
+        self.socket = short_folder("munge-") / "socket"
 
     def start(self) -> None:
         """Start all daemons and wait until every node is idle."""
         (self.folder / "state").mkdir(parents=True)
-        self.folder.chmod(0o755)  # munge refuses a socket that not everybody can reach
+        self.folder.chmod(0o755)
+        self.socket.parent.chmod(0o755)  # munge refuses a socket that not everybody can reach
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -81,7 +83,14 @@ class SlurmCluster:
             for node in self.nodes
         )
         self.configuration.write_text(
-            _CONFIGURATION.format(host=socket.gethostname(), ip=ip, port=free_port(), folder=self.folder, nodes=lines)
+            _CONFIGURATION.format(
+                host=socket.gethostname(),
+                ip=ip,
+                port=free_port(),
+                folder=self.folder,
+                socket=self.socket,
+                nodes=lines,
+            )
         )
         devices = [self.folder / f"gpu{number}" for number in range(2)]
         for device in devices:
@@ -90,7 +99,7 @@ class SlurmCluster:
             f"NodeName={','.join(self.nodes)} Name=gpu File={self.folder}/gpu[0-1]\n"
         )
         files = [f"--{name}={self.folder}/munge{suffix}" for name, suffix in _MUNGE.items()]
-        self._run("munged", "--force", "--num-threads=2", *files)
+        self._run("munged", "--force", "--num-threads=2", f"--socket={self.socket}", *files)
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
@@ -133,13 +142,16 @@ class SlurmCluster:
                 process = psutil.Process(self._pid(daemon))
             except (OSError, ValueError, psutil.NoSuchProcess):
                 continue
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            except psutil.TimeoutExpired:
-                process.kill()
-        for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                if process.name() != daemon.partition("-")[0]:
+                    continue  # its number is another's by now
+                process.terminate()
+                try:
+                    process.wait(10)
+                except psutil.TimeoutExpired:
+                    process.kill()
+        kill(self.processes())
+        shutil.rmtree(self.socket.parent, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
         """Processes that belong to this cluster or to its jobs, except its daemons."""
@@ -160,7 +172,6 @@ class SlurmCluster:
 
 _MUNGE = {
     "key-file": ".key",
-    "socket": ".sock",
     "pid-file": "d.pid",
     "log-file": "d.log",
     "seed-file": "d.seed",

@@ -29,7 +29,8 @@ def leave_process():
     code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'],"
     code += " stdin=-3, stdout=-3, stderr=-3, env={}, start_new_session=True).pid)"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    Path("pid").write_text(made.stdout)
+    Path("made").write_text(made.stdout)
+    Path("made").rename("pid")
 """
 
 
@@ -66,7 +67,7 @@ def test_also_after_ctrl_c(tmp_path: Path) -> None:
     run = start(tmp_path, "\ndef test_it():\n    leave_process()\n    time.sleep(1000)\n")
     until((tmp_path / "pid").is_file, "the process is there", vain=lambda: "it ended" if run.poll() is not None else "")
     for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children()]:  # the terminal's whole group
-        if process.pid != int((tmp_path / "pid").read_text() or 0):
+        if process.pid != int((tmp_path / "pid").read_text()):
             process.send_signal(signal.SIGINT)
     said, _ = run.communicate()
     assert run.returncode == 2, said

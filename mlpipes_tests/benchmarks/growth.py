@@ -51,6 +51,7 @@ def _trainings(size: int, root: Path, checkpoints: int = 0) -> None:
     started = Started(step=0, total_steps=10, precision="fp32", workers=1).model_dump_json()
     saved = CheckpointSaved(step=5, path="step-00000005").model_dump_json()
     scale = {"workers": 1, "batch_size": 128, "epochs": 1}
+    first = Store(root).training(f"{0:064x}").recipe
     for number in range(size):
         folder = Store(root).training(f"{number:064x}")
         path = folder.messages(1)
@@ -58,8 +59,7 @@ def _trainings(size: int, root: Path, checkpoints: int = 0) -> None:
         path.write_text("\n".join([started, *[saved] * checkpoints, ""]))
         folder.recipe.parent.mkdir(parents=True, exist_ok=True)
         if number == 0:
-            write_record(folder.recipe, {"workload": WORKLOAD, "scale": scale, "seed": 0})
-            first = folder.recipe
+            write_record(first, {"workload": WORKLOAD, "scale": scale, "seed": 0})
         else:
             shutil.copy(first, folder.recipe)
 

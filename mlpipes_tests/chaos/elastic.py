@@ -14,12 +14,12 @@ from pathlib import Path
 
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.preflight import nodes_of
-from mlpipes.compute.ray_node import end_marked, free_port, own_ip, start_command, start_environment
+from mlpipes.compute.ray_node import end_marked, own_ip, start_command, start_environment
 from mlpipes.errors import PreflightError
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import Started
 from mlpipes_tests.chaos.session import Session
-from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.sandbox import CHECKOUT, free_port
 
 EPOCHS = 500
 SCALE, REFERENCE = f"w4-b128-e{EPOCHS}-g0", f"w1-b128-e{EPOCHS}-g0"

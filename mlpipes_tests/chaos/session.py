@@ -8,16 +8,16 @@ from typing import Any
 
 import psutil
 
-from mlpipes.compute.processes import with_variable
+from mlpipes.compute.processes import kill, with_variable
 from mlpipes.compute.stacks import processes_of
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Message, read_messages
 from mlpipes_tests.chaos.processes import command_of
 from mlpipes_tests.held import REFERENCE as IMPLEMENTATION
 from mlpipes_tests.prepared import mlflow_store
-from mlpipes_tests.sandbox import Sandbox, end, free_port, graphql, wait_for
+from mlpipes_tests.sandbox import Sandbox, descendants, end, free_port, graphql, wait_for
 from mlpipes_tests.training.harness import make_job, run_here
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 DISK_BYTES = 1300 * 2**20
 """Size of the store's disk where it is to run full: what the preflight asks for, and some."""
@@ -71,8 +71,7 @@ class Session:
         if self.dev is not None:
             end(self.dev)
         self.sandbox.run(".venv/bin/mlpipes ray down")
-        for process in self.of_the_sandbox():
-            process.kill()
+        kill(self.of_the_sandbox())
         for folder in self.temporary:
             shutil.rmtree(folder, ignore_errors=True)
         if self.own_disk:
@@ -98,7 +97,7 @@ class Session:
     def mlflow_processes(self) -> list[psutil.Process]:
         """The processes of the MLflow server."""
         found = [p for p in self.of_the_sandbox() if "--backend-store-uri" in command_of(p)]
-        return [q for p in found for q in [p, *p.children(recursive=True)]]
+        return [q for p in found for q in [p, *descendants(p.pid)]]
 
     def up(self) -> None:
         """Start `mlpipes dev`, as the user would after a crash; a half-dead one is ended first."""
@@ -139,7 +138,7 @@ class Session:
         logged = [row[2] for row in outcome["history"] if row[0] == "train/loss"]  # of a long training, not every step
         if (tracked := self.tracked_steps(folder)) != logged:
             wrong.append(f"MLflow's curve ({len(tracked)} points instead of {len(logged)})")
-        _, left = psutil.wait_procs(self.training_processes(folder), timeout=60)
+        _, left = psutil.wait_procs(self.training_processes(folder), timeout=LIMIT_SECONDS)
         if left:
             wrong.append(f"{len(left)} processes left behind")
         return f"differs in {', '.join(wrong)}" if wrong else ""

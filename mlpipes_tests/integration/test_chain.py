@@ -23,6 +23,7 @@ from mlpipes.store.layout import Store
 from mlpipes.store.references import EvaluationReference, ModelReference, TrainingReference
 from mlpipes.tracking.runs import Tracker, default_uri
 from mlpipes.workloads.catalog import CATALOG, Entry
+from mlpipes_tests.waiting import LIMIT_SECONDS
 
 SCALES = ["w1-b128-e3-g0", "w2-b128-e3-g0"]
 
@@ -275,7 +276,7 @@ def test_the_private_ray_listens_on_loopback_only_and_wants_its_token(home: Path
             listening += [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert len(listening) > 5
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
-    assert requests.get(f"{state['dashboard']}/api/jobs/", timeout=10).status_code in (401, 403)
+    assert requests.get(f"{state['dashboard']}/api/jobs/", timeout=LIMIT_SECONDS).status_code in (401, 403)
     assert (ray.folder / "token").stat().st_mode & 0o077 == 0
     assert isinstance(ray.ensure(), RayAddress)
     assert ray.ensure().dashboard == state["dashboard"]

@@ -269,6 +269,13 @@ def test_bad_tensors_are_told_too(server: Serving, changes: dict[str, Any], fiel
     assert (answer.status_code, answer.json().get("field")) == (400, field), answer.text
 
 
+def _connected(stack: ExitStack, port: int, rest: bytes) -> socket.socket:
+    """A connection that has sent the beginning of a request: the time for its headers runs from when it is open."""
+    opened = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    opened.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\n" + rest)
+    return opened
+
+
 def test_what_is_too_large_or_too_slow_is_refused_and_others_are_answered(server: Serving) -> None:
     port = int(server.address.rpartition(":")[2])
     big = requests.post(f"{server.address}/invocations", data=b" " * (3 << 20), timeout=LIMIT_SECONDS)
@@ -283,10 +290,10 @@ def test_what_is_too_large_or_too_slow_is_refused_and_others_are_answered(server
             wide.sendall(b"GET /ping HTTP/1.1\r\nx-wide: " + b"x" * (1 << 20))
     with ExitStack() as stack:
         # More than may be answered at once: who only sends slowly takes no place from those who ask.
-        slow, *halves = (stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(141))
-        slow.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\nx-never:")
-        for half in halves:
-            half.sendall(b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        slow, *halves = (
+            _connected(stack, port, request)
+            for request in (b"x-never:", *(b"content-length: 50\r\n\r\n{" for _ in range(140)))
+        )
         assert server.ask([0]).status_code == 200
         for connection in (slow, *halves):
             connection.settimeout(LIMIT_SECONDS)
@@ -419,7 +426,7 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
     files = ["-keyout", str(key), "-out", str(certificate)]
     subprocess.run(["openssl", *made, "subjectAltName=DNS:localhost", *files], check=True, capture_output=True)
-    options = ("--host", "0.0.0.0", "--tls-cert", str(certificate), "--tls-key", str(key), "--drain", "20")  # noqa: S104
+    options = ("--host", "0.0.0.0", "--tls-cert", str(certificate), "--tls-key", str(key), "--drain", "1000")  # noqa: S104
     another.start(*options, MLPIPES_SERVE_TOKEN=TOKEN, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "serving what was served last" in another.log
     another.address = f"https://localhost:{another.address.rpartition(':')[2]}"
@@ -443,6 +450,7 @@ def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     answer = another.ask([0], headers=bearing, **trust)
     assert answer.status_code == 200, "requests are still answered"
     assert answer.headers["connection"] == "close", "and the next one goes to another server"
+    another.process.send_signal(signal.SIGTERM)  # who asks twice does not wait for the time to drain
     assert another.process.wait(LIMIT_SECONDS) == 0
     another.process = None
     kept = [read_record(path) for path in sampled_in(another) - before]

@@ -1,15 +1,18 @@
 """The pool: which of its workers hangs, with a part in hand or while it loads the model."""
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
+from mlpipes.video import pool
 from mlpipes.video.job import Plan
 from mlpipes.video.pool import ENCODE, UPSCALE, Pool, Todo
 from mlpipes_tests.video.made import job_of, write_video
+
+NOW = 10_000.0
 
 
 @pytest.mark.parametrize(
@@ -30,11 +33,12 @@ def test_a_worker_that_holds_its_part_for_too_long_is_ended_once(
 ) -> None:
     ended: list[Any] = []
     monkeypatch.setattr(ray, "kill", ended.append)
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: NOW))
     warnings: list[str] = []
     job = job_of(write_video(tmp_path / "x.mp4", 8), tmp_path / "store")
     made = Pool(job, tmp_path / "a1.json", Plan(frames=8, chunk=4, mended=0), warnings.append)
     made._busy = {"old": ("hanging", (UPSCALE, 0)), "new": ("busy", (UPSCALE, 1)), "start": ("starting", None)}
-    made._began = {"old": time.monotonic() - held, "new": time.monotonic()}
+    made._began = {"old": NOW - held, "new": NOW}
     made._slowest = slowest
     made._end_what_hangs()
     made._end_what_hangs()  # until Ray tells that it has ended
@@ -48,11 +52,12 @@ def test_a_worker_that_loads_the_model_for_too_long_is_ended_and_one_that_waits_
 ) -> None:
     ended: list[Any] = []
     monkeypatch.setattr(ray, "kill", ended.append)
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: NOW))
     warnings: list[str] = []
     job = job_of(write_video(tmp_path / "x.mp4", 8), tmp_path / "store")
     made = Pool(job, tmp_path / "a1.json", Plan(frames=8, chunk=4, mended=0), warnings.append)
     made._busy, made._placing = {"place": ("waiting", None), "load": ("loading", None)}, {"place"}
-    made._began = {"load": time.monotonic() - 3700}
+    made._began = {"load": NOW - 3700}
     made._end_what_hangs()
     assert ended == ["loading"]
     assert "it was loading the model for 3700 s" in warnings[0]
