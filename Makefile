@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test test-all test-cluster test-docker test-gpu checks definitions format lint types bench bench-page chaos cluster cluster-down cluster-programs images hashes clean
+.PHONY: install demo dev test quick test-all test-cluster test-docker test-gpu checks definitions format lint types bench bench-page chaos cluster cluster-down cluster-programs images hashes clean
 install: .venv/.installed
 
 demo: install
@@ -25,9 +25,13 @@ dev: install
 # A module's tests share fixtures, so they stay together; the longest modules go first.
 PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
-# What a change of code can break. Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
-test: checks
-	$(PYTEST) -n 4 -m "not slurm and not browser and not chaos and not documents and not cluster and not docker and not gpu"
+# What a change of code can break. Format and lint first, which take a second; types and definitions beside the tests.
+test: lint
+	$(MAKE) --jobs types definitions quick
+
+# Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
+quick: install
+	$(PYTEST) -n 4 -m "not (long or slurm or browser or chaos or documents or cluster or docker or gpu)"
 
 # All but the Kubernetes cluster, Docker and a GPU; what a program is missing for is skipped, and says so.
 test-all: checks

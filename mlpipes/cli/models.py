@@ -225,7 +225,17 @@ def _predict_file(
             found += 0 if computed else rows
             progress.advance(task, rows)
 
-        rows = job.run(result, workers, done)
+        try:
+            rows = job.run(result, workers, done)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print("Stopped. The same command goes on where it was.")
+            raise typer.Exit(130) from None
+    if job.beyond:
+        maximum = job.model.about["pixel_maximum"]
+        text = f"Pixels of {source.name} are greater than {maximum}, the greatest that the model was trained on. Its "
+        text += "answers mean nothing unless the pictures have that scale: bring them to it, and ask again."
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
     there = f", of which {found:,} were answered before" if found else ""
     console.print(f"{rows:,} answers are in {result}{there}.", markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ import typer
 
 from mlpipes.cli.common import console, friendly
 from mlpipes.errors import ConfigError
+from mlpipes.store.files import check_writable
 from mlpipes.store.layout import default_store
 from mlpipes.store.redaction import redact
 from mlpipes.workloads.catalog import entry_named
@@ -108,6 +109,7 @@ def export(
     wanted, output = _wanted(workload, version, alias), output.expanduser().absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} is there already; name another folder")
+    check_writable(next(place for place in (output, *output.parents) if place.is_dir()))
     tracker = Tracker(existing_uri())
     registered = Registry(lambda: tracker, wanted, default_store()).wanted_now()
     write_out(tracker, registered, output)
@@ -135,7 +137,7 @@ def _source(workload: str | None, model: Path | None, version: int | None, alias
     from mlpipes.tracking.runs import Tracker, existing_uri
 
     if (workload is None) == (model is None):
-        raise ConfigError("name a workload, or a folder with --model")
+        raise ConfigError(f"name a workload, or a folder with --model{', not both' if workload else ''}")
     if model is not None:
         if version is not None or alias != "champion":
             raise ConfigError("a folder of --model has one version; --version and --alias are of a workload")

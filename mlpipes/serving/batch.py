@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from mlpipes.serving.model import ServedModel, load
 from mlpipes.serving.pictures import decoder_for, pictures
 from mlpipes.serving.signature import rows_of
 from mlpipes.serving.tables import Chunk, check_kind, chunks
-from mlpipes.store.files import digest_of, open_published, publishing, quarantine, sha256_file
+from mlpipes.store.files import check_writable, digest_of, open_published, publishing, quarantine, sha256_file
 from mlpipes.store.layout import Store
 from mlpipes.workloads.golden import Values
 
@@ -52,6 +52,8 @@ class Job:
     """Where its chunks are published."""
     files: tuple[str, ...] = ()
     """Of the pictures that are its samples, if they are those of a folder."""
+    beyond: set[int] = field(default_factory=set)
+    """Numbers of the chunks with values that the training data cannot have."""
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Job:
             raise ConfigError(f"the result is a file that ends with .parquet or .csv, not {target.name}")
         if not target.parent.is_dir():
             raise ConfigError(f"the folder {target.parent} is not there; make it first")
+        check_writable(target.parent)
         self.place.mkdir(parents=True, exist_ok=True)
         with FileLock(self.place / ".lock"):  # who else has the same to do finds it done
             self._compute(workers, done)
@@ -116,6 +119,8 @@ class Job:
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(self.folder,)) as pool:
             try:
                 for chunk in chunks(self.source, self.model.signature, ROWS):
+                    if exceeds(chunk.values, self.model):
+                        self.beyond.add(chunk.number)
                     if self._is_done(chunk.number):
                         done(rows_of(chunk.values), False)
                         continue
@@ -181,6 +186,12 @@ class Job:
             for name, value in (("model", f"{self.model.name}/{self.model.version}"), ("weights", self.model.weights)):
                 columns[f"{name}_of_prediction"] = pa.array([value] * count)
             yield pa.table(columns)
+
+
+def exceeds(values: Values, model: ServedModel) -> bool:
+    """Whether pixels are greater than any of those that a model was trained on can be, as where they have another scale."""
+    maximum = model.about.get("pixel_maximum")
+    return maximum is not None and isinstance(values, np.ndarray) and bool((values > maximum).any())
 
 
 _MODEL: list[ServedModel] = []

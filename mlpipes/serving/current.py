@@ -13,6 +13,7 @@ from mlpipes.errors import ConfigError, CorruptionError, UserError
 from mlpipes.serving.model import RefusedError, Registered, ServedModel, fetched, load, opened
 from mlpipes.store.files import MANIFEST, quarantine, read_record, write_record
 from mlpipes.store.layout import Store
+from mlpipes.tracking.models import registered_name
 from mlpipes.tracking.runs import Tracker
 
 _OF_REGISTRY = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
@@ -37,6 +38,17 @@ class Wanted:
         if self.folder is not None:
             return f"{self.name} in {self.folder}"
         return f"models:/{self.name}/{self.version}" if self.version else f"models:/{self.name}@{self.alias}"
+
+
+def _remedy(wanted: Wanted) -> str:
+    """What to do where a version or an alias is not there."""
+    if wanted.version is None and wanted.alias != "champion":
+        return (
+            "Give a version that alias: client.set_registered_model_alias(name, alias, version) of mlflow.MlflowClient(), "
+            "or MLflow's UI (`mlpipes dev --mlflow`)"
+        )
+    train = f"`mlpipes demo --workload {wanted.name.removeprefix(registered_name(''))}`"
+    return f"Train one first ({train}), or name another --version or --alias"
 
 
 class Source(Protocol):
@@ -122,10 +134,7 @@ class Registry:
                 found = client.get_model_version_by_alias(wanted.name, wanted.alias)
         except MlflowException as error:
             if error.error_code in _OF_REGISTRY:
-                raise ConfigError(
-                    f"{wanted} is not registered in MLflow. Materialize the workload's chain first (`mlpipes demo`), or "
-                    "name another --version or --alias"
-                ) from error
+                raise ConfigError(f"{wanted} is not registered in MLflow. {_remedy(wanted)}") from error
             raise OSError(f"MLflow does not answer: {error}") from error
         return Registered(wanted.name, str(found.version), str(found.source), dict(found.tags))
 

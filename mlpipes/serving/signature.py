@@ -1,7 +1,7 @@
 """What a model takes and gives, and strict checks of what it is sent: nothing is cast, cut or filled in silently."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,15 @@ _TYPES = {
     "double": "float64",
 }
 """MLflow's column types that are served, and what they are in NumPy."""
+_NUMBERS = {int, float}
+_IN_JSON = {
+    type(None): "null",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    **dict.fromkeys(_NUMBERS, "a number"),
+}
 
 
 class BadRequestError(UserError):
@@ -147,23 +156,30 @@ def _checked(given: Any, column: Column, field: str) -> np.ndarray:
         raise BadRequestError(field, f"nothing is in samples of the shape {raw.shape[1:]}")
     if column.dtype == "str":
         return _texts(raw, field)
-    if isinstance(given, list) and column.shape and (strange := kinds_of(raw, given) - {int, float}):
-        # NumPy takes `[true, 2]` for numbers.
-        raise BadRequestError(field, f"numbers are wanted, not {sorted(kind.__name__ for kind in strange)[0]}")
+    if isinstance(given, list) and column.shape:  # NumPy takes `[true, 2]` for numbers
+        check_kinds(given, raw.ndim, field)
     return _numbers(raw, np.dtype(column.dtype), field)
 
 
-def kinds_of(array: np.ndarray, nested: list[Any]) -> set[type]:
-    """Python's types of the values in lists, as deep as the array that was made of them."""
-    for _ in range(array.ndim - 1):
-        nested = [value for inner in nested for value in inner]
-    return set(map(type, nested))
+def check_kinds(nested: Any, depth: int, field: str) -> None:
+    """Raises BadRequestError with the place of the first value in lists, so deep, that is no number of JSON."""
+    if depth > 1:
+        for place, inner in enumerate(nested):
+            check_kinds(inner, depth - 1, f"{field}[{place}]")
+    elif set(map(type, nested)) - _NUMBERS:
+        place = next(place for place, value in enumerate(nested) if type(value) not in _NUMBERS)
+        raise BadRequestError(f"{field}[{place}]", f"a number is wanted, not {in_json(nested[place])}")
+
+
+def in_json(value: Any) -> str:
+    """What a value is called in JSON."""
+    return _IN_JSON.get(type(value), type(value).__name__)
 
 
 def _texts(raw: np.ndarray, field: str) -> np.ndarray:
     for number, value in enumerate(raw.tolist()):
         if not isinstance(value, str):
-            raise BadRequestError(f"{field}[{number}]", f"a text is wanted, not {type(value).__name__}")
+            raise BadRequestError(f"{field}[{number}]", f"a text is wanted, not {in_json(value)}")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -174,16 +190,16 @@ def _texts(raw: np.ndarray, field: str) -> np.ndarray:
 def _numbers(raw: np.ndarray, dtype: np.dtype, field: str) -> np.ndarray:
     if raw.dtype == object:  # a column, or numbers that no machine type holds
         kinds = {type(value) for value in raw.ravel().tolist()}
-        wanted: set[type] = {bool} if dtype.kind == "b" else {int, float}
-        if strange := kinds - wanted:
-            name = sorted(kind.__name__ for kind in strange)[0]
-            raise BadRequestError(
-                field, f"{'true or false' if dtype.kind == 'b' else 'numbers'} are wanted, not {name}"
-            )
+        wanted: set[type] = {bool} if dtype.kind == "b" else _NUMBERS
+        if kinds - wanted:
+            at, value = next((at, value) for at, value in np.ndenumerate(raw) if type(value) not in wanted)
+            said = "true or false" if dtype.kind == "b" else "a number"
+            raise BadRequestError(f"{field}{_address(at)}", f"{said} is wanted, not {in_json(value)}")
         try:
             raw = raw.astype(bool if dtype.kind == "b" else np.float64 if float in kinds else np.int64)
         except OverflowError:
-            raise BadRequestError(field, f"a number is too large for {dtype}") from None
+            at = next(at for at, value in np.ndenumerate(raw) if abs(value) > np.iinfo(np.int64).max)
+            raise BadRequestError(f"{field}{_address(at)}", f"this number is too large for {dtype}") from None
     if dtype.kind == "b":
         if raw.dtype.kind != "b":
             raise BadRequestError(field, f"true or false are wanted, not {raw.dtype}")
@@ -203,13 +219,16 @@ def _numbers(raw: np.ndarray, dtype: np.dtype, field: str) -> np.ndarray:
             )
         )
         if bad.any():
-            at = "".join(f"[{place}]" for place in np.argwhere(bad)[0])
             rule = f"{raw[bad][0]} is no whole number from {limits.min} to {limits.max} ({dtype})"
-            raise BadRequestError(f"{field}{at}", rule)
+            raise BadRequestError(f"{field}{_address(np.argwhere(bad)[0])}", rule)
         return raw.astype(dtype)
     if np.abs(raw).max() > np.finfo(dtype).max:
         raise BadRequestError(field, f"a number is too large for {dtype}")
     return raw.astype(dtype)
+
+
+def _address(place: Iterable[int]) -> str:
+    return "".join(f"[{number}]" for number in place)
 
 
 def is_finite(values: Values) -> bool:

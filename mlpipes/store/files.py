@@ -8,13 +8,14 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlpipes.errors import CorruptionError, FormatError
+from mlpipes.errors import ConfigError, CorruptionError, FormatError
 
 MANIFEST = "MANIFEST.json"
 _CHUNK = 1 << 20
@@ -46,6 +47,16 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError if no file can be made in a folder that is there: to be asked before hours of work for it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written to ({error.strerror}); name another place, or give yourself the right to"
+        ) from error
 
 
 def _temporary_beside(path: Path) -> Path:

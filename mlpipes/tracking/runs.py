@@ -81,7 +81,8 @@ def existing_uri() -> str:
     uri = answering_uri()
     if (path := _sqlite_file(uri)) is not None and not path.is_file():
         raise ConfigError(
-            f"no model is registered yet: there is no {path}. Materialize `model` first, or set {URI_VARIABLE}"
+            f"no model is registered yet: there is no {path}. Materialize `model` first (`mlpipes demo` does), or set "
+            f"{URI_VARIABLE}"
         )
     return uri
 

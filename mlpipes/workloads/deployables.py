@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,6 +43,12 @@ class TorchProgram:
 
     def log(self, extra_files: Sequence[Path]) -> Any:
         """See `Deployable.log`."""
+        with warnings.catch_warnings():
+            # Torch's of its own archive, of weights that share memory; they are compared right after.
+            warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+            return self._logged(extra_files)
+
+    def _logged(self, extra_files: Sequence[Path]) -> Any:
         import mlflow
         from mlflow.models import Model
 

@@ -156,7 +156,9 @@ class ImageClassification(Classification):
 
     def deployable(self, model: nn.Module, hp: ImageHyperparameters, info: DataInfo, columns: Columns) -> TorchProgram:
         """Raw pixels uint8 (B, C, H, W) in, logits (B, classes) out."""
-        about = {"class_names": list(map(str, info.facts["class_names"]))}
+        about: dict[str, Any] = {"class_names": list(map(str, info.facts["class_names"]))}
+        if (maximum := info.facts.get("pixel_maximum")) is not None:
+            about["pixel_maximum"] = int(maximum)
         example, order = np.array(columns["image"][:4]), torch.channels_last
         return TorchProgram(_Serving(model, hp.flip), example, about=about, memory_format=order)
 

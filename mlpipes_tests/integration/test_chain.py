@@ -282,6 +282,7 @@ def test_the_private_ray_listens_on_loopback_only_and_wants_its_token(home: Path
     assert ray.ensure().dashboard == state["dashboard"]
 
 
+@pytest.mark.long
 def test_cifar10_on_real_data_at_one_and_two_workers(
     home: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def training(**hyperparameters: Any) -> dict[str, Any]:
     return {"ops": {"nights__checkpoints": {"config": {"hyperparameters": hyperparameters}}}}
 
 
+@pytest.mark.long
 def test_a_week_with_one_bad_model(home: Path) -> None:
     desk = Desk(home)
     assert desk.tick(FIRST) == []  # nothing is trained: skipped, with a reason

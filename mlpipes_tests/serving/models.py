@@ -41,7 +41,7 @@ def registered(
     task: Any = ImageClassification(None, None)  # type: ignore[arg-type]
     hp = BuiltInHyperparameters(network="digits")
     columns = {"image": IMAGES, "label": np.zeros(ROWS, dtype=np.int64)}
-    info = DataInfo({"class_names": [str(n) for n in range(classes)]}, task.statistics(columns))
+    info = DataInfo({"class_names": [str(n) for n in range(classes)], "pixel_maximum": 16}, task.statistics(columns))
     torch.manual_seed(seed)
     model = task.build_model(hp, info).eval()
     with torch.no_grad():

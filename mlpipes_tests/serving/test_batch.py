@@ -15,7 +15,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from mlpipes.cli.app import app
 from mlpipes.data.image_file import Decoder
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.serving import batch
@@ -124,6 +126,31 @@ def _dies(*_: Any) -> int:
     return 0
 
 
+def test_pixels_of_another_scale_than_the_training_datas_are_told(
+    home: Path, expected: np.ndarray, tmp_path: Path
+) -> None:
+    """Pictures of the usual 0 to 255, asked of digits, whose pixels are 0 to 16: it calls nearly all of them a one."""
+    for name, factor in (("same", 1), ("other", 15)):
+        np.save(tmp_path / f"{name}.npy", IMAGES * np.uint8(factor))
+        words = ("--input", str(tmp_path / f"{name}.npy"), "--output", str(tmp_path / f"{name}.csv"), "--workers", "1")
+        environment = {"MLPIPES_HOME": str(home), "COLUMNS": "400"}
+        done = CliRunner(env=environment).invoke(app, ["predict", "digits", *words])
+        assert done.exit_code == 0, done.output
+        assert (f"Pixels of {name}.npy are greater than 16" in done.output) == (name == "other")
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    home: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "run", interrupted)
+    words = ("--input", str(home / "images.npy"), "--output", str(tmp_path / "x.csv"))
+    done = CliRunner(env={"MLPIPES_HOME": str(home)}).invoke(app, ["predict", "digits", *words])
+    assert (done.exit_code, "The same command goes on where it was." in done.output) == (130, True)
+
+
 def job_of(home: Path, source: Path, store: Path) -> Job:
     tracker = tracker_in(home)
     registered = Registry(lambda: tracker, Wanted(NAME, "1"), Store(store)).wanted_now()
@@ -153,6 +180,9 @@ def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndar
     good = job_of(home, home / "images.npy", tmp_path)
     with pytest.raises(ConfigError, match=r"ends with \.parquet or \.csv"):
         good.run(tmp_path / "x.xlsx", 1)
+    with pytest.raises(ConfigError, match="/proc cannot be written to"):
+        good.run(Path("/proc/x.csv"), 1)
+    assert not good.place.exists(), "before anything is computed"
     with pytest.raises(ConfigError, match="is not there; make it first"):
         good.run(tmp_path / "no" / "x.csv", 1)
 

@@ -97,6 +97,12 @@ def test_what_cannot_be_written_out_is_told_in_a_line(
         (["digits", "--output", str(tmp_path / "file")], "is there already"),
         (["digits", "--output", str(tmp_path / "new"), "--version", "9"], "is not registered"),
         (["digits", "--output", str(tmp_path / "new"), "--version", "1", "--alias", "other"], "not both"),
+        (["digits", "--output", "/proc/new"], "/proc cannot be written to"),
+        (
+            ["digits", "--output", str(tmp_path / "new"), "--alias", "other"],
+            "set_registered_model_alias(name, alias, version)",
+        ),
+        (["digits", "--output", str(tmp_path / "new"), "--version", "9"], "`mlpipes demo --workload digits`"),
         (["nothing", "--output", str(tmp_path / "new")], "nothing"),
     ):
         assert says in said("export", *arguments, code=1)

@@ -37,6 +37,7 @@ def test_kernels_and_precision_are_those_of_the_cpu_that_was_asked_for() -> None
         assert resolve_precision("auto", torch.device("cpu")) == "fp32"
 
 
+@pytest.mark.long
 def test_exactness_as_on_a_cpu_without_avx512(tmp_path: Path) -> None:
     if "ATEN_CPU_CAPABILITY" in os.environ:
         pytest.fail("these tests run as on an older CPU already; unset ATEN_CPU_CAPABILITY")
