@@ -25,9 +25,9 @@ dev: install
 # A module's tests share fixtures, so they stay together; the longest modules go first.
 PYTEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder --durations 15
 
-# What a change of code can break. Format and lint first, which take a second; types and definitions beside the tests.
-test: lint
-	$(MAKE) --jobs types definitions quick
+# What a change of code can break. What takes seconds first; types, which take a minute of one core, beside the tests.
+test: lint definitions
+	$(MAKE) --jobs types quick
 
 # Four processes for two cores, for Ray and Dagster wait a lot; browsers do not.
 quick: install

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlpipes.errors import ConfigError, DataError
 from mlpipes.serving import batch
 from mlpipes.serving.batch import Job
 from mlpipes.serving.current import Registry, Wanted
-from mlpipes.serving.model import ServedModel, fetched
+from mlpipes.serving.model import ServedModel, fetched, load
 from mlpipes.serving.pictures import decoder_for
 from mlpipes.serving.signature import Column, Signature
 from mlpipes.serving.tables import chunks
@@ -127,9 +128,10 @@ def _dies(*_: Any) -> int:
 
 
 def test_pixels_of_another_scale_than_the_training_datas_are_told(
-    home: Path, expected: np.ndarray, tmp_path: Path
+    home: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures of the usual 0 to 255, asked of digits, whose pixels are 0 to 16: it calls nearly all of them a one."""
+    monkeypatch.setattr(batch, "ProcessPoolExecutor", Here)
     for name, factor in (("same", 1), ("other", 15)):
         np.save(tmp_path / f"{name}.npy", IMAGES * np.uint8(factor))
         words = ("--input", str(tmp_path / f"{name}.npy"), "--output", str(tmp_path / f"{name}.csv"), "--workers", "1")
@@ -137,6 +139,25 @@ def test_pixels_of_another_scale_than_the_training_datas_are_told(
         done = CliRunner(env=environment).invoke(app, ["predict", "digits", *words])
         assert done.exit_code == 0, done.output
         assert (f"Pixels of {name}.npy are greater than 16" in done.output) == (name == "other")
+
+
+class Here:
+    """Computes in this process, which has imported all that it takes."""
+
+    def __init__(self, workers: int, context: Any, initializer: Any, initargs: tuple[Path]) -> None:
+        self.model = load(*initargs)
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, answer: Any, chunk: Any, place: Path) -> "Future[int]":
+        batch._MODEL[:] = [self.model]
+        done: Future[int] = Future()
+        done.set_result(answer(chunk, place))
+        batch._MODEL.clear()
+        return done
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(
