@@ -9,6 +9,7 @@ import pytest
 from mlpipes.serving import limits as module
 from mlpipes.serving.limits import Guard, GuardedProtocol, Limits
 from mlpipes.serving.metrics import Metrics
+from mlpipes_tests.waiting import LIMIT_SECONDS
 
 SCOPE = {"type": "http", "method": "POST", "path": "/invocations", "headers": []}
 
@@ -44,7 +45,7 @@ def scenario(limits: Limits, play: Callable[[Guard, asyncio.Event], Coroutine[An
 
         await play(Guard(application, limits, Metrics(), frozenset({"/invocations"})), free)
 
-    asyncio.run(whole())
+    asyncio.run(asyncio.wait_for(whole(), LIMIT_SECONDS))
 
 
 async def asking(guard: Guard, client: Client) -> "asyncio.Task[None]":
