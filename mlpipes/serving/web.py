@@ -259,7 +259,9 @@ def _add_protocol(app: FastAPI, state: State) -> None:
             return serving
         about = {"scale": serving.scale, "weights": serving.weights, "fingerprint": serving.fingerprint}
         about |= {"exact": str(serving.exact).lower(), "caveat": serving.caveat}
-        about |= {name: serving.about[name] for name in ("class_names", "pixel_maximum") if name in serving.about}
+        # The protocol's parameters are texts and numbers: a list goes as JSON.
+        known = {name: serving.about[name] for name in ("class_names", "pixel_maximum") if name in serving.about}
+        about |= {name: json.dumps(value) if isinstance(value, list) else value for name, value in known.items()}
         versions = [each.version for each in state.traffic.versions]
         content = {"name": serving.name, "versions": versions, "platform": "pytorch", "parameters": about}
         return JSONResponse(content | described(serving.signature))
