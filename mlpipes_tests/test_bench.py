@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mlpipes.store.messages import Progressed, Started
 from mlpipes_tests.benchmarks import __main__ as bench
-from mlpipes_tests.benchmarks import figures, page
+from mlpipes_tests.benchmarks import ettr, figures, page
 
 TINY = """
 from mlpipes.speed import speed
@@ -140,3 +141,26 @@ def test_the_page_says_what_its_file_has() -> None:
     runs = json.loads((page.DOCS / "benchmarks.json").read_text())
     assert (page.DOCS / "benchmarks.md").read_text() == page.page(runs), "run make bench-page"
     assert all((page.DOCS / "images" / name).is_file() for name, _ in page.pictures(runs))
+
+
+def test_effective_training_time_counts_a_step_once() -> None:
+    """Steps of a second each, begun after ten; a fault at 100 s: 30 s of nothing, and 19 steps again."""
+
+    def told(at: float, step: int) -> Progressed:
+        return Progressed(
+            time=at, step=step, total_steps=999, epoch=step / 50, loss=1.0, samples_per_second=64.0, eta_seconds=1.0
+        )
+
+    before = [told(10.0 + step, step) for step in range(1, 91)]
+    again = Started(time=130.0, step=70, total_steps=999, precision="fp32", workers=2)
+    after = [told(130.0 + n, 70 + n) for n in range(1, 71)]
+    found = ettr.measured([*after, again, *before], launched=0.0, faults=[100.0], victims=["worker"], ended=200.0)
+    assert found.ratio == pytest.approx(140 / 200)
+    assert found.undisturbed == pytest.approx(1.0)
+    assert found.downs == [30.0]
+    assert found.lost == [pytest.approx(50.0)], "20 s repeated, 30 s of nothing"
+    assert found.ratio_at(500.0) == pytest.approx(0.9)
+    assert found.epoch_seconds == pytest.approx(50.0)
+    # At the fault, 89 s of steps are done, of which an epoch of 50 s is kept; 70 s of steps follow.
+    assert ettr.ratio_of_epochs(found, 50.0) == pytest.approx((50 + 70) / 200)
+    assert ettr.ratio_of_epochs(found, 1000.0) == pytest.approx(70 / 200)

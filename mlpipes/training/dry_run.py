@@ -144,18 +144,8 @@ class DryRun:
         optimizers = workload.optimizers(model, hp)
         if not optimizers or not all(isinstance(each, torch.optim.Optimizer) for each in optimizers):
             raise self._wrong("optimizers", f"gives {optimizers!r}; it must give a sequence of torch's optimizers")
-        with autocast(self.device, trainer.progress.precision):
-            with autocast(self.device, "fp32"):
-                batch = workload.batch(trainer.train_columns, parts[0][:TRAINED], hp, augment=True)
-            loss, weight = workload.loss(model, batch, hp), workload.weight(batch, hp)
-        for method, found in (("loss", loss), ("weight", weight)):
-            if found is not None and (not isinstance(found, Tensor) or found.numel() != 1):
-                shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-                raise self._wrong(method, f"gives {shape}; it must give one number, summed over the batch's samples")
-        if not loss.requires_grad:
-            raise self._wrong("loss", "does not depend on any weight that is trained")
-        loss.backward()
         for progress in (0.0, LATEST):
+            self._backward(model, parts[0][:TRAINED], progress)
             factor = workload.learning_rate_factor(progress, hp)
             if not isinstance(factor, float | int) or not math.isfinite(factor):
                 raise self._wrong("learning_rate_factor", f"gives {factor!r} at {progress}; it must give a number")
@@ -164,6 +154,26 @@ class DryRun:
             raise self._wrong("gradient_clip", f"gives {limit!r}; it must give a number above 0, or None")
         for optimizer in optimizers:
             optimizer.load_state_dict(optimizer.state_dict())
+
+    def _backward(self, model: nn.Module, rows: Tensor, progress: float) -> None:
+        """Batch, loss and gradient as they are at a fraction of the steps."""
+        workload, trainer = self.workload, self.trainer
+        hp = workload.stage(progress, self.hp)
+        if type(hp) is not type(self.hp):
+            raise self._wrong("stage", f"gives {type(hp).__name__}; it must give a {type(self.hp).__name__}")
+        if progress and hp == workload.stage(0.0, self.hp):
+            return  # nothing that has not been tried
+        with autocast(self.device, trainer.progress.precision):
+            with autocast(self.device, "fp32"):
+                batch = workload.batch(trainer.train_columns, rows, hp, augment=True)
+            loss, weight = workload.loss(model, batch, hp), workload.weight(batch, hp)
+        for method, found in (("loss", loss), ("weight", weight)):
+            if found is not None and (not isinstance(found, Tensor) or found.numel() != 1):
+                shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                raise self._wrong(method, f"gives {shape}; it must give one number, summed over the batch's samples")
+        if not loss.requires_grad:
+            raise self._wrong("loss", "does not depend on any weight that is trained")
+        loss.backward()
 
     def _evaluate(self, model: nn.Module, count: int) -> Calibration | None:
         """What the workload's `calibrate` gives."""

@@ -232,10 +232,11 @@ class Trainer:
     def _shard_losses(self, shard: int, rows: Tensor) -> Iterator[tuple[Tensor, Tensor | float]]:
         # Augmentation and dropout draw from generators that only the position determines.
         seed_random_numbers(mixed_seed(self.progress.seed, "shard", self.progress.step, shard))
-        for part in self.workload.micro_batches(self.train_columns, rows, self.hp):
+        hp = self.workload.stage(self.progress.step / self.total_steps, self.hp)
+        for part in self.workload.micro_batches(self.train_columns, rows, hp):
             with autocast(self.device, "fp32"):
-                batch = self.workload.batch(self.train_columns, part, self.hp, augment=True)
-            loss, weight = self.workload.loss(self.model, batch, self.hp), self.workload.weight(batch, self.hp)
+                batch = self.workload.batch(self.train_columns, part, hp, augment=True)
+            loss, weight = self.workload.loss(self.model, batch, hp), self.workload.weight(batch, hp)
             if loss.ndim:
                 raise TrainingFailedError(
                     f"`loss` is of shape {tuple(loss.shape)}; it must be the sum over the batch's samples, a scalar"

@@ -30,6 +30,7 @@ def check_model(recipe: Recipe, snapshot: Snapshot) -> None:
         model = workload.build_model(hp, DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files))
         ShardedGradient(model, SingleWorker(), shards, hp.reduction)
         workload.optimizers(model, hp)
+        hp = workload.stage(0.0, hp)
         try:
             batch = DataOrder(rows, recipe.scale.batch_size, recipe.seed, workload.lengths(columns)).batch(0, 0)
             moved = on_device(columns, torch.device("cpu"))

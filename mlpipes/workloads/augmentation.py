@@ -25,6 +25,12 @@ def crop_and_flip(images: Tensor, rows: Tensor, padding: int, flip: bool) -> Ten
     return images[where[0], :, where[1], where[2]].permute(0, 3, 1, 2)
 
 
+def shrunk(images: Tensor, factor: float) -> Tensor:
+    """Images (B, C, H, W) of any type as float32, in sides of `factor` times as many pixels (rounded), antialiased."""
+    size = [max(1, round(side * factor)) for side in images.shape[2:]]
+    return F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def _reflected(index: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - index.abs()).abs()
 

@@ -154,6 +154,13 @@ class Workload(ABC):
     def learning_rate_factor(self, progress: float, hp: Any) -> float:
         """Factor on the peak learning rate at a fraction of all steps (0 ≤ progress < 1): a pure function, so no state."""
 
+    def stage(self, progress: float, hp: Any) -> Any:
+        """The hyperparameters of batch and loss at a fraction of all steps: a pure function; by default, they stay.
+
+        For what changes on the way, such as the size of the images. Model, optimizers and evaluation know `hp` itself.
+        """
+        return hp
+
     def gradient_clip(self, hp: Any) -> float | None:
         """The greatest norm of the global batch's gradient; None: unlimited."""
         return None

@@ -16,7 +16,7 @@ from mlpipes.data.splits import SplitPlan
 from mlpipes.errors import ConfigError
 from mlpipes.reporting import figures
 from mlpipes.workloads import networks
-from mlpipes.workloads.augmentation import affine, crop_and_flip
+from mlpipes.workloads.augmentation import affine, crop_and_flip, shrunk
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import TorchProgram
@@ -39,6 +39,10 @@ class ImageHyperparameters(Hyperparameters):
     crop_padding: int = Field(default=0, ge=0, description="pixels of random translation")
     flip: bool = Field(default=False, description="random horizontal flips, and their average at prediction")
     affine: bool = Field(default=False, description="small random rotation, scaling, shear and translation")
+    shrink: float | None = Field(
+        default=None, gt=0, lt=1, description="factor on the sides of the images in the first part of the training"
+    )
+    shrink_until: float = Field(default=0.5, gt=0, lt=1, description="share of the steps that train on shrunk images")
 
 
 class BuiltInHyperparameters(ImageHyperparameters):
@@ -106,7 +110,10 @@ class ImageClassification(Classification):
                 raise ConfigError(
                     f"crop_padding is {hp.crop_padding}, but the images are {shape[1]}×{shape[2]} pixels; it must be less"
                 )
-            _try(model, shape, getattr(hp, "network", "this network"))
+            name = getattr(hp, "network", "this network")
+            _try(model, torch.zeros(1, *shape), name)
+            if hp.shrink is not None:
+                _try(model, shrunk(torch.zeros(1, *shape), hp.shrink), f"with `shrink` {hp.shrink}, {name}")
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def initialize(self, model: nn.Module, hp: ImageHyperparameters, train: Columns) -> None:
@@ -128,6 +135,12 @@ class ImageClassification(Classification):
         """Linear warm-up, then linear decay to zero."""
         return trapezoid(progress, hp.warmup)
 
+    def stage(self, progress: float, hp: ImageHyperparameters) -> ImageHyperparameters:
+        """Shrunk images first, whose steps cost less, then whole ones (progressive resizing, Howard et al. 2018)."""
+        if hp.shrink is None or progress < hp.shrink_until:
+            return hp
+        return hp.model_copy(update={"shrink": None})
+
     def batch(self, columns: Mapping[str, Any], rows: Tensor, hp: ImageHyperparameters, *, augment: bool) -> Batch:
         """`image` (B, C, H, W) raw pixels and `label` (B,)."""
         labels = columns["label"][rows.to(columns["label"].device)]
@@ -138,6 +151,8 @@ class ImageClassification(Classification):
         picked = crop_and_flip(images, rows, hp.crop_padding, hp.flip)
         if hp.affine:
             picked = affine(picked.float(), degrees=10, scale=0.1, shear=0.1, shift=0.12)
+        if hp.shrink is not None:
+            picked = shrunk(picked, hp.shrink)
         return {"image": picked, "label": labels}
 
     def loss(self, model: nn.Module, batch: Batch, hp: ImageHyperparameters) -> Tensor:
@@ -163,14 +178,15 @@ class ImageClassification(Classification):
         return TorchProgram(_Serving(model, hp.flip), example, about=about, memory_format=order)
 
 
-def _try(model: nn.Module, shape: Sequence[int], name: str) -> None:
-    """Raises ConfigError if the model cannot read an image of a shape (C, H, W)."""
+def _try(model: nn.Module, image: Tensor, name: str) -> None:
+    """Raises ConfigError if the model cannot read such an image (1, C, H, W)."""
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *shape))
+            model.eval()(image)
     except RuntimeError as error:
+        height, width = image.shape[2:]
         raise ConfigError(
-            f"{name} cannot read images of {shape[1]}×{shape[2]} pixels ({error}). Choose another `network` (resnet18 "
+            f"{name} cannot read images of {height}×{width} pixels ({error}). Choose another `network` (resnet18 "
             "takes 8 to 224 pixels), or another size of the images."
         ) from error
     model.train()

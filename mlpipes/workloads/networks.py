@@ -104,11 +104,11 @@ class AirNetwork(nn.Module):
             layers += [MatrixConv2d(inputs, width), nn.MaxPool2d(2), _norm(width), nn.GELU()]
             layers += [MatrixConv2d(width, width), _norm(width), nn.GELU()]
             inputs = width
-        self.body = nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten())
+        self.body = nn.Sequential(*layers, GlobalMax(), nn.Flatten())
         self.head = nn.Linear(inputs, classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized images (B, C, 32, 32) to logits (B, classes)."""
+        """Normalized images (B, C, H, W) of at least 12 pixels a side to logits (B, classes)."""
         return self.head(self.body(F.gelu(self.whiten(images)))) / 9
 
 

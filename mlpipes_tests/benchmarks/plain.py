@@ -15,7 +15,7 @@ def plain_steps(trainer: Trainer) -> Iterator[None]:
     while True:
         for number in range(order.steps_per_epoch):
             rows = order.batch(epoch, number)
-            batch = workload.batch(trainer.train_columns, rows, hp, augment=True)
+            batch = workload.batch(trainer.train_columns, rows, workload.stage(0.0, hp), augment=True)
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad()
             with autocast(trainer.device, trainer.progress.precision):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,31 @@ _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection
 
 
 class Session:
-    """A sandbox with `mlpipes dev` in it and the outcome of an uninterrupted training to compare with."""
+    """A sandbox with `mlpipes dev` in it and the outcome of an uninterrupted training to compare with.
+
+    Without the scale of a `reference` there is nothing to compare with, and trainings wait for nobody.
+    """
 
     def __init__(
-        self, path: Path, *, scale: str = SCALE, reference: str = REFERENCE, disk_can_be_full: bool = False
+        self,
+        path: Path,
+        *,
+        workload: str = "digits",
+        scale: str = SCALE,
+        reference: str | None = REFERENCE,
+        disk_can_be_full: bool = False,
     ) -> None:
-        self.scale = scale
-        self.sandbox = Sandbox(path, held=True)
+        self.workload, self.scale = workload, scale
+        self.sandbox = Sandbox(path, held=reference is not None)
         self.store = Store(self.sandbox.home / "store")
         self.own_disk = disk_can_be_full
         if disk_can_be_full:
             small_disk(self.store.root)
-        (path / "scales.yaml").write_text(f"digits: [{scale}]\n")
+        (path / "scales.yaml").write_text(f"{workload}: [{scale}]\n")
         self.sandbox.environment["MLPIPES_SCALES"] = str(path / "scales.yaml")
         self.mlflow_port = free_port()
         self.sandbox.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.mlflow_port}"
-        self.expected = run_here(make_job(path / "reference", reference, IMPLEMENTATION))
+        self.expected = run_here(make_job(path / "reference", reference, IMPLEMENTATION)) if reference else {}
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.dev = None
@@ -111,7 +121,7 @@ class Session:
     def is_ready(self) -> bool:
         """Whether the webserver knows the jobs: what an earlier trial broke is mended."""
         try:
-            return "digits_chain" in str(graphql(self.address, _JOBS))
+            return f"{self.workload}_chain" in str(graphql(self.address, _JOBS))
         except (OSError, RuntimeError, ValueError):
             return False
 
@@ -161,24 +171,25 @@ class Session:
         from mlpipes.tracking.runs import FINGERPRINT_TAG, Tracker
 
         client = Tracker(self.sandbox.environment["MLFLOW_TRACKING_URI"]).client
-        experiment = client.get_experiment_by_name("mlpipes/digits")
+        experiment = client.get_experiment_by_name(f"mlpipes/{self.workload}")
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id], f"tags.`{FINGERPRINT_TAG}` = '{folder.fingerprint}'")
         assert len(runs) == 1, "one MLflow run per training"
         return client, runs[0]
 
     # -- Dagster ------------------------------------------------------------------------------------------------------
-    def launch(self, parent: str | None = None, **settings: Any) -> str:
+    def launch(self, parent: str | None = None, tags: Mapping[str, str] | None = None, **settings: Any) -> str:
         """Launch the chain, up to a fresh training, or go on with that of a parent run; returns the run's id."""
-        config = {"ops": {"digits__checkpoints": {"config": {"fresh": True, **settings}}}}
-        metadata: dict[str, Any] = {"tags": [{"key": "dagster/partition", "value": self.scale}]}
+        config = {"ops": {f"{self.workload}__checkpoints": {"config": {"fresh": True, **settings}}}}
+        tags = {"dagster/partition": self.scale, **(tags or {})}
+        metadata: dict[str, Any] = {"tags": [{"key": key, "value": value} for key, value in tags.items()]}
         if parent is not None:  # as the UI's button "re-execute" does
             metadata |= {"parentRunId": parent, "rootRunId": parent}
         selector = {"repositoryLocationName": "mlpipes.definitions", "repositoryName": "__repository__"}
         # Up to the training, which all faults are aimed at; what follows it would only lengthen a trial.
-        assets = [{"path": ["digits", name]} for name in ("dataset", "snapshot", "checkpoints")]
+        assets = [{"path": [self.workload, name]} for name in ("dataset", "snapshot", "checkpoints")]
         parameters = {
-            "selector": {**selector, "jobName": "digits_chain", "assetSelection": assets},
+            "selector": {**selector, "jobName": f"{self.workload}_chain", "assetSelection": assets},
             "runConfigData": json.dumps(config),
             "executionMetadata": metadata,
         }

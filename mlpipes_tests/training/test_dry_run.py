@@ -32,6 +32,7 @@ METHODS = (
         "load_state",
         "optimizers",
         "learning_rate_factor",
+        "stage",
         "gradient_clip",
     ),
     *(
@@ -117,6 +118,8 @@ class _Branching(nn.Module):
         ("loss", lambda *_: 1.0, "`loss` gives float"),
         ("weight", lambda self, batch, hp: batch["label"], r"`weight` gives shape \(3,\)"),
         ("learning_rate_factor", lambda *_: None, "`learning_rate_factor` gives None at 0.0"),
+        ("stage", lambda *_: None, "`stage` gives NoneType; it must give a Hyperparameters"),
+        ("stage", lambda self, progress, hp: hp if progress < 0.9 else {}, "`stage` gives dict"),
         ("gradient_clip", lambda *_: 0.0, "`gradient_clip` gives 0.0"),
         ("micro_batches", lambda self, columns, rows, hp: [rows[:1]], "`micro_batches` does not give the rows"),
         ("optimizers", lambda *_: [], r"`optimizers` gives \[\]"),

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mlpipes.data.sources import DigitsSource
 from mlpipes.data.splits import SplitPlan
 from mlpipes.errors import ConfigError
 from mlpipes.workloads import image_classification
+from mlpipes.workloads.augmentation import shrunk
 from mlpipes.workloads.base import DataInfo
-from mlpipes.workloads.image_classification import ImageClassification, digits
+from mlpipes.workloads.image_classification import Cifar10Hyperparameters, ImageClassification, cifar10, digits
 
 
 def test_mean_and_deviation_are_exact_however_the_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +65,41 @@ def test_memory_mapped_images_are_never_whole_in_memory(monkeypatch: pytest.Monk
     assert digits.statistics({"image": images})["mean"] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("pixels", [16, 64])
-def test_a_network_that_cannot_read_the_images_says_so(pixels: int) -> None:
-    info = DataInfo({"class_names": ["a", "b"]}, {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": [3, pixels, pixels]})
+def test_a_network_that_cannot_read_the_images_says_so() -> None:
+    def info(pixels: int) -> DataInfo:
+        shape = [3, pixels, pixels]
+        return DataInfo({"class_names": ["a", "b"]}, {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": shape})
+
     workload = ImageClassification(DigitsSource(), SplitPlan())
-    with pytest.raises(ConfigError, match=rf"airbench cannot read images of {pixels}×{pixels} pixels .*resnet18"):
-        workload.build_model(workload.hyperparameters(), info)
-    workload.build_model(workload.hyperparameters(network="resnet18"), info)
+    with pytest.raises(ConfigError, match=r"airbench cannot read images of 8×8 pixels .*resnet18"):
+        workload.build_model(workload.hyperparameters(), info(8))
+    workload.build_model(workload.hyperparameters(network="resnet18"), info(8))
+    for pixels in (16, 64):
+        workload.build_model(workload.hyperparameters(), info(pixels))
+
+
+def test_images_are_shrunk_in_the_first_part_of_the_training_and_never_where_it_is_judged() -> None:
+    hp = Cifar10Hyperparameters(shrink=0.625, shrink_until=0.5)
+    columns, rows = {"image": torch.zeros(4, 3, 32, 48, dtype=torch.uint8), "label": torch.zeros(4)}, torch.arange(3)
+
+    def shape(progress: float, augment: bool) -> list[int]:
+        return list(cifar10.batch(columns, rows, cifar10.stage(progress, hp), augment=augment)["image"].shape)
+
+    assert shape(0.0, True) == shape(0.4999, True) == [3, 3, 20, 30]
+    assert shape(0.5, True) == shape(1.0, True) == [3, 3, 32, 48]
+    assert shape(0.0, False) == [3, 3, 32, 48]
+    assert cifar10.stage(0.0, Cifar10Hyperparameters(shrink=None)).shrink is None
+
+
+def test_shrunk_images_keep_their_brightness_and_have_no_alias() -> None:
+    stripes = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    stripes[..., ::2] = 200
+    found = shrunk(stripes, 0.5)
+    assert found.shape == (1, 1, 4, 4)
+    torch.testing.assert_close(found[..., 1:3], torch.full((1, 1, 4, 2), 100.0), atol=1e-4, rtol=0)
+
+
+def test_images_that_are_shrunk_too_far_are_refused_before_anything_starts() -> None:
+    info = DataInfo({"class_names": ["a", "b"]}, {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": [3, 32, 32]})
+    with pytest.raises(ConfigError, match=r"with `shrink` 0\.2, airbench cannot read images of 6×6 pixels"):
+        cifar10.build_model(Cifar10Hyperparameters(shrink=0.2), info)
