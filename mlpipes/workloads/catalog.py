@@ -27,7 +27,7 @@ CATALOG = (
         "cifar10",
         "CIFAR-10 photographs (32×32 pixels, 10 classes), airbench-style network with Muon",
         "mlpipes.workloads.image_classification:cifar10",
-        ["w1-b256-e16-g0", "w2-b256-e16-g0", "w4-b256-e16-g0", "w1-b2048-e11-g1", "w4-b2048-e11-g1"],
+        ["w1-b256-e12-g0", "w2-b256-e12-g0", "w4-b256-e12-g0", "w1-b2048-e8-g1", "w4-b2048-e8-g1"],
     ),
     entry(
         "docstrings",

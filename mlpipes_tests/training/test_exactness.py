@@ -85,9 +85,9 @@ def test_cifar10_crashed_in_mid_epoch_and_resumed_equals_uninterrupted(
     labels = [n % 10 for n in range(60)]
     batches = {name: {b"data": noise.integers(0, 256, (60, 3072), np.uint8), b"labels": labels} for name in names}
     monkeypatch.setenv("MLPIPES_CIFAR10", str(write_cifar(tmp_path / "data", **batches)))
-    whole = run_here(make_job(tmp_path / "whole", "w1-b64-e2-g0", CIFAR10))
+    whole = run_here(make_job(tmp_path / "whole", "w1-b64-e2-g0", CIFAR10, shrink=0.625))
     for workers, crash in ((1, 3), (2, 6)):
-        job = make_job(tmp_path / f"crashed{workers}", f"w{workers}-b64-e2-g0", CIFAR10, every_steps=1)
+        job = make_job(tmp_path / f"crashed{workers}", f"w{workers}-b64-e2-g0", CIFAR10, every_steps=1, shrink=0.625)
         run(job, crash=crash)
         outcome = run(job)
         assert outcome["resumed_from_step"] == crash

@@ -131,7 +131,7 @@ def test_a_backfill_from_the_command_line_goes_on_where_the_cancelled_run_stoppe
 
 
 def test_a_backfill_that_fails_says_so_and_where_to_look(desk: Desk) -> None:
-    key = "w1-b256-e16-g0"
+    key = "w1-b256-e12-g0"
     done = desk.run(f".venv/bin/mlpipes backfill cifar10 --scale {key}")  # whose data are not there
     assert done.returncode == 1, done.stdout + done.stderr
     status, why, where = done.stdout.splitlines()[-3:]
