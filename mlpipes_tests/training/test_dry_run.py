@@ -240,3 +240,23 @@ def test_what_was_not_passed_is_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(odd.Plain, "validate", lambda *_: None)
     for _ in range(2):
         assert "`validate` gives NoneType" in said_of(tmp_path)
+
+
+def test_each_step_trains_with_the_hyperparameters_of_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, batch = set[int](), odd.Plain.batch
+
+    def noted(self: Any, columns: Any, rows: Any, hp: Any, *, augment: bool) -> Any:
+        if augment:
+            trained.add(hp.micro_batch)
+        return batch(self, columns, rows, hp, augment=augment)
+
+    monkeypatch.setattr(
+        odd.Plain, "stage", lambda self, progress, hp: hp.model_copy(update={"micro_batch": 100 + int(progress * 1000)})
+    )
+    monkeypatch.setattr(odd.Plain, "batch", noted)
+    steps = run_here(make_job(tmp_path, SCALE, PLAIN))["steps"]
+    places = {100 + int(step / steps * 1000) for step in range(steps)}
+    assert len(places) == steps > 4
+    assert trained == places | {100 + 999}, "and the dry run's last"
