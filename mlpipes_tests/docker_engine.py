@@ -16,7 +16,7 @@ from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 PROGRAMS = ("dockerd", "docker", "docker-compose", "debootstrap")
-BASE, POSTGRES = "debian-python:test", "debian-postgres:test"
+BASE, POSTGRES, PROMETHEUS = "debian-python:test", "debian-postgres:test", "debian-prometheus:test"
 NETWORK = "tests"
 """The one of containers whose ports this machine reaches."""
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
@@ -86,18 +86,27 @@ class Engine:
 
     def make_postgres(self) -> None:
         """An image that takes what the official one of PostgreSQL takes."""
-        context = self.folder / "postgres"
-        context.mkdir()
-        (context / "entry").write_text(_ENTRY_OF_POSTGRES)
-        (context / "entry").chmod(0o755)
-        (context / "Dockerfile").write_text(
-            f"FROM {BASE}\n"
-            "RUN apt-get update && apt-get install -y --no-install-recommends postgresql\n"
+        self._make_service(
+            POSTGRES,
+            "postgresql",
             "RUN ln -s /usr/lib/postgresql/*/bin/pg_isready /usr/local/bin/ || true\n"
             "RUN install -d -o postgres /var/lib/postgresql/data\n"
-            'COPY entry /\nUSER postgres\nENTRYPOINT ["/entry"]\n'
+            'COPY entry /\nUSER postgres\nENTRYPOINT ["/entry"]\n',
+            _ENTRY_OF_POSTGRES,
         )
-        self.docker("build", "--network=host", "--tag", POSTGRES, str(context))
+
+    def make_prometheus(self) -> None:
+        """An image that takes what the official one of Prometheus takes."""
+        self._make_service(PROMETHEUS, "prometheus", "RUN install -d -o prometheus /prometheus\nUSER prometheus\n")
+
+    def _make_service(self, name: str, package: str, more: str, entry: str = "") -> None:
+        context = self.folder / package
+        context.mkdir()
+        (context / "entry").write_text(entry)
+        (context / "entry").chmod(0o755)
+        install = f"RUN apt-get update && apt-get install -y --no-install-recommends {package}\n"
+        (context / "Dockerfile").write_text(f"FROM {BASE}\n{install}{more}")
+        self.docker("build", "--network=host", "--tag", name, str(context))
 
     def make_image(self, target: str) -> str:
         """What `make images` builds; returns its name."""

@@ -16,7 +16,7 @@ import requests
 from typer.testing import CliRunner
 
 from mlpipes.cli.app import app
-from mlpipes_tests.docker_engine import NETWORK, POSTGRES, Engine, engine
+from mlpipes_tests.docker_engine import NETWORK, POSTGRES, PROMETHEUS, Engine, engine
 from mlpipes_tests.sandbox import CHECKOUT, free_port, wait_for
 from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
@@ -210,22 +210,35 @@ class Desk:
         """Where a part is reached."""
         return f"http://127.0.0.1:{self.settings[f'{part}_PORT']}"
 
+    def measured(self, query: str) -> float | None:
+        """What Prometheus has last found, or None."""
+        answer = requests.get(
+            f"{self.address('PROMETHEUS')}/api/v1/query", params={"query": query}, timeout=LIMIT_SECONDS
+        )
+        found = answer.json()["data"]["result"]
+        return float(found[0]["value"][1]) if found else None
+
 
 @pytest.fixture
 def desk(docker: Engine, images: dict[str, str]) -> Iterator[Desk]:
     docker.make_postgres()
+    docker.make_prometheus()
     settings = {"POSTGRES_PASSWORD": "of-a-test", "MLPIPES_SERVE_TOKEN": TOKEN, "POSTGRES_IMAGE": POSTGRES}
-    settings |= {"MLPIPES_IMAGE": images["desk"], "MLPIPES_SERVE_IMAGE": images["serve"]}
-    settings |= {f"{part}_PORT": str(free_port()) for part in ("WEBSERVER", "MLFLOW", "SERVE")}
+    settings |= {
+        "MLPIPES_IMAGE": images["desk"],
+        "MLPIPES_SERVE_IMAGE": images["serve"],
+        "PROMETHEUS_IMAGE": PROMETHEUS,
+    }
+    settings |= {f"{part}_PORT": str(free_port()) for part in ("WEBSERVER", "MLFLOW", "SERVE", "PROMETHEUS")}
     made = Desk(docker, settings)
     try:
         yield made
     finally:
-        made.compose("down", "--volumes")
+        made.compose("--profile=metrics", "down", "--volumes")
 
 
 def test_a_desk_trains_and_its_endpoint_answers(desk: Desk) -> None:
-    desk.compose("up", "--detach")
+    desk.compose("--profile=metrics", "up", "--detach")
     wait_for(f"{desk.address('WEBSERVER')}/server_info")
     said = desk.compose(
         "exec", "-T", "code", "mlpipes", "backfill", "digits", "--scale", SCALE, "--ui", "http://webserver:3000"
@@ -237,8 +250,9 @@ def test_a_desk_trains_and_its_endpoint_answers(desk: Desk) -> None:
     assert np.array(answer.json()["predictions"]).shape == (3, 10)
     assert answer.headers["x-model-exact"] == "true"
     assert requests.get(f"{desk.address('MLFLOW')}/health", timeout=LIMIT_SECONDS).ok
-    names = desk.compose("ps", "--quiet").split()
-    assert len(names) == 6
+    until(lambda: desk.measured('mlpipes_serve_requests_total{route="/invocations",code="200"}') == 1, "it is counted")
+    names = desk.compose("--profile=metrics", "ps", "--quiet").split()
+    assert len(names) == 7
     for name in names:
         found = desk.docker.inspect(name)
         bound = [place["HostIp"] for places in found["NetworkSettings"]["Ports"].values() for place in places or ()]

@@ -136,6 +136,10 @@ def test_formats_headers_and_the_bits_of_the_evaluation(server: Serving) -> None
 
     metadata = requests.get(f"{server.address}/v2/models/{NAME}", timeout=LIMIT_SECONDS).json()
     assert metadata["inputs"] == [{"name": "input-0", "datatype": "UINT8", "shape": [-1, 1, 8, 8]}]
+    parameters = metadata["parameters"]  # texts and numbers only, as the protocol has it
+    assert json.loads(parameters["class_names"]) == [str(digit) for digit in range(10)]
+    assert parameters["pixel_maximum"] == 16
+    assert all(isinstance(value, (str, int, float)) for value in parameters.values())
     tensor = {"name": "input-0", "shape": [2, 1, 8, 8], "datatype": "UINT8", "data": IMAGES[:2].ravel().tolist()}
     reply = requests.post(
         f"{server.address}/v2/models/{NAME}/infer", json={"id": "7", "inputs": [tensor]}, timeout=60
