@@ -147,3 +147,12 @@ def engine(folder: Path) -> Iterator[Engine]:
         subprocess.run(with_containers, env=made.environment, capture_output=True)
         process.terminate()
         process.wait(LIMIT_SECONDS)
+        _unmount(folder)
+
+
+def _unmount(folder: Path) -> None:
+    """What a daemon leaves mounted below a folder, such as the network of containers that had the machine's."""
+    for line in reversed(Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()):
+        place = Path(line.split()[1])
+        if place.is_relative_to(folder):
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
