@@ -26,6 +26,7 @@ from mlpipes.compute.kubernetes_manifest import (
 )
 from mlpipes.compute.kubernetes_reasons import DELETED, Look, silent_nodes, standing, terminating
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
+from mlpipes.compute.kubernetes_watch import Watched
 from mlpipes.errors import PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import claimed
@@ -33,8 +34,6 @@ from mlpipes.store.layout import JobFolder
 from mlpipes.store.redaction import redact
 from mlpipes.store.training_job import TrainingJob
 
-_QUIET_SECONDS = 60.0
-"""How long a training that gets further is not asked about at the API server: its messages tell enough."""
 _LATE_SECONDS = 10.0
 """What a kubelet gets beyond a pod's grace to say that the pod is gone."""
 _REFUSAL_SECONDS = 10.0
@@ -57,7 +56,7 @@ class KubernetesJobs(Jobs):
         self.api, self.python = KubernetesApi(self.settings, patience_seconds), self.settings.python
         self.poll_seconds = min(self.settings.poll_seconds, 1.0)  # of the store; the API server is asked less often
         self._folders: dict[str, JobFolder] = {}
-        self._asked: dict[str, tuple[float, int, JobStatus]] = {}
+        self._watched: dict[str, Watched] = {}
         self._refused: dict[str, float] = {}
         self._leaving: dict[str, float] = {}
         self._grown: set[str] = set()
@@ -135,25 +134,30 @@ class KubernetesJobs(Jobs):
     def status(self, handle: JobHandle) -> JobStatus:
         """How a job stands; REQUEUED if its entry point has claimed another attempt than the handle's.
 
-        While its messages grow, the API server is asked once a minute only.
+        The API server is asked when something has happened to its pods, and seldom otherwise.
         """
-        now, known, grown = time.monotonic(), self._asked.get(handle.id), self._messages_bytes(handle)
+        now, watched, grown = time.monotonic(), self._watched.get(handle.id), self._messages_bytes(handle)
         if (folder := self._folders.get(handle.id)) and (current := claimed(folder, handle.id)) > handle.attempt:
-            self._asked.pop(handle.id, None)
+            self._unwatch(handle)
             return JobStatus(JobState.REQUEUED, "its entry point runs again", current)
-        if known is not None:
-            asked, before, status = known
-            is_quiet = status == JobStatus(JobState.RUNNING) and grown > before and now - asked < _QUIET_SECONDS
-            if is_quiet or now - asked < self.settings.poll_seconds:
-                self._asked[handle.id] = (asked, grown, status)
-                return status
+        if watched is not None:
+            if not watched.is_due(now, grown, self.api, handle.id, urgent=bool(self._leaving or self._refused)):
+                return watched.status
+            watched.about_to_ask()
         job = self.api.find(self.api.ray_jobs(handle.id))
         if job and folder is None:
             self._folders[handle.id] = _folder(job)
             return self.status(handle)
         status = self._standing(handle, job) if job else self._gone()
-        self._asked[handle.id] = (now, grown, status)
+        if watched is None:
+            self._watched[handle.id] = Watched(self.settings.poll_seconds, now, status, grown)
+        else:
+            watched.learned(now, status, grown)
         return status
+
+    def _unwatch(self, handle: JobHandle) -> None:
+        if watched := self._watched.pop(handle.id, None):
+            watched.end()
 
     def _standing(self, handle: JobHandle, job: dict[str, Any]) -> JobStatus:
         status = standing(self._look(job))
@@ -184,7 +188,7 @@ class KubernetesJobs(Jobs):
             pods = self.api.items(self.api.core("pods"), labels=f"ray.io/cluster={cluster}")
             look = replace(look, pods=pods, dead=list(silent_nodes(pods)))
             self._bury(pods)
-        if standing(look).state in (JobState.PENDING, JobState.REFUSED):
+        if look.workload is None and standing(look).state in (JobState.PENDING, JobState.REFUSED):
             about = [job["metadata"]["name"], cluster, *(pod["metadata"]["name"] for pod in look.pods)]
             look = replace(look, events=self._warnings({name for name in about if name}), nodes=self._nodes(look))
         return look
@@ -254,7 +258,7 @@ class KubernetesJobs(Jobs):
             job = self.api.find(self.api.ray_jobs(handle.id))
             pods = self.api.items(self.api.core("pods"), labels=f"{PREFIX}/job={handle.id}")
             if job is None and not pods:
-                self._asked.pop(handle.id, None)
+                self._unwatch(handle)
                 return
             self._bury(pods)
             if time.monotonic() > deadline:
@@ -264,6 +268,7 @@ class KubernetesJobs(Jobs):
 
     def forget(self, handle: JobHandle, folder: JobFolder) -> None:
         """Delete a RayJob that has ended; its operator does the rest."""
+        self._unwatch(handle)
         self.ask_to_stop(handle)
 
     def logs(self, handle: JobHandle, folder: JobFolder) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,13 +141,37 @@ class KubernetesApi:
         except ApiException as error:
             raise self._translated(error, f"exec in {pod}") from error
 
+    def stream(self, path: str, labels: str, seconds: int) -> Iterator[bytes]:
+        """Nothing as soon as it listens, then something whenever things of a kind with such labels change.
+
+        It ends after so many seconds. Unlike all others it does not ask again while the API server is away.
+        """
+        from urllib3.exceptions import HTTPError
+
+        query = {"watch": "1", "labelSelector": labels, "timeoutSeconds": str(seconds)}
+        answer = self._call("GET", path, query, None, "application/json", (_TIMEOUTS[0], seconds + _TIMEOUTS[1]))
+        try:
+            yield b""
+            yield from answer.stream()
+        except (HTTPError, OSError) as error:
+            raise ConnectionError(f"the API server does not answer any more: {error}") from error
+        finally:
+            answer.close()
+
     def _request(self, method: str, path: str, query: Mapping[str, str], body: Any, content: str) -> Any:
+        answer = self._call(method, path, query, body, content, _TIMEOUTS)
+        text = answer.data.decode(errors="replace")
+        return json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
+
+    def _call(
+        self, method: str, path: str, query: Mapping[str, str], body: Any, content: str, timeouts: tuple[int, int]
+    ) -> Any:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
         client: Any = self._connected()
         try:
-            answer = client.call_api(
+            return client.call_api(
                 path,
                 method,
                 query_params=list(query.items()),
@@ -156,14 +180,12 @@ class KubernetesApi:
                 auth_settings=["BearerToken"],
                 _preload_content=False,
                 _return_http_data_only=True,
-                _request_timeout=_TIMEOUTS,
+                _request_timeout=timeouts,
             )
         except HTTPError as error:
             raise ConnectionError(f"the API server {client.configuration.host} does not answer: {error}") from error
         except ApiException as error:
             raise self._translated(error, f"{method} {path}") from error
-        text = answer.data.decode(errors="replace")
-        return json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
 
     def _translated(self, error: Any, what: str) -> Exception:
         said = _message(error)
