@@ -151,7 +151,9 @@ class KubernetesSettings(_Strict):
     shared_memory: Quantity = Field(default="1Gi", description="size of /dev/shm, part of a pod's memory")
     save_seconds: int = Field(default=40, ge=5, le=3600, description="what a last checkpoint may take")
     node_lost_seconds: int = Field(default=20, ge=0, le=3600, description="after which pods of a silent node go")
-    poll_seconds: float = Field(default=5.0, gt=0, le=600, description="how often a training asks the API server")
+    poll_seconds: float = Field(
+        default=5.0, gt=0, le=600, description="how often the API server is asked where something is waited for"
+    )
     resubmit_deleted: bool = Field(default=False, description="submit again what somebody has deleted")
     head_pod: dict[str, Any] = Field(default_factory=dict, description="merged into the head's pod template")
     worker_pod: dict[str, Any] = Field(default_factory=dict, description="merged into the workers' pod template")

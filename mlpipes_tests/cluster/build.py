@@ -24,6 +24,7 @@ RELEASED = {
     "kueue": "sigs.k8s.io/kueue/cmd/kueue@v0.17.0",
     "metrics-server": "sigs.k8s.io/metrics-server/cmd/metrics-server@v0.9.0",
     "helm": "helm.sh/helm/v3/cmd/helm@v3.22.0",
+    "kwok": "sigs.k8s.io/kwok/cmd/kwok@v0.8.0",
 }
 _CONFIGURATIONS = {
     "ray-operator": (RELEASED["ray-operator"], "config/default"),

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -151,6 +152,19 @@ class Cluster:
     def heal_network(self, node: str) -> None:
         """Mend a cut network."""
         self.switch.heal(node)
+
+    def remembered(self, addresses: Collection[str]) -> list[int]:
+        """Ports of this host whose connections to a Service the control node still takes for open ones to one of these pods.
+
+        kube-proxy leaves that to the kernel: whoever connects from the same port is sent after that pod, be it long gone.
+        What nobody answered is forgotten after two minutes, what was established after days.
+        """
+        lines = self.nodes[CONTROL].machine.run("cat", "/proc/net/nf_conntrack").splitlines()
+        found = re.compile(
+            rf" (?:SYN_SENT|ESTABLISHED) src={re.escape(self.switch.network.host)} dst=\S+ sport=(\d+) .*? src=(\S+) "
+        )
+        pairs = [match.groups() for line in lines if (match := found.search(line))]
+        return [int(port) for port, pod in pairs if pod in addresses]
 
     def kill_operator(self, operator: str) -> None:
         """Delete the pods of an operator without grace; its Deployment makes new ones."""
