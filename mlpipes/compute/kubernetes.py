@@ -24,6 +24,7 @@ from mlpipes.compute.kubernetes_manifest import (
     training,
     training_name,
 )
+from mlpipes.compute.kubernetes_queue import ahead, workload_of
 from mlpipes.compute.kubernetes_reasons import DELETED, Look, silent_nodes, standing, terminating
 from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
 from mlpipes.compute.kubernetes_watch import Watched
@@ -136,24 +137,32 @@ class KubernetesJobs(Jobs):
 
         The API server is asked when something has happened to its pods, and seldom otherwise.
         """
+        if requeued := self._requeued(handle):
+            return requeued
         now, watched, grown = time.monotonic(), self._watched.get(handle.id), self._messages_bytes(handle)
-        if (folder := self._folders.get(handle.id)) and (current := claimed(folder, handle.id)) > handle.attempt:
-            self._unwatch(handle)
-            return JobStatus(JobState.REQUEUED, "its entry point runs again", current)
         if watched is not None:
             if not watched.is_due(now, grown, self.api, handle.id, urgent=bool(self._leaving or self._refused)):
                 return watched.status
             watched.about_to_ask()
         job = self.api.find(self.api.ray_jobs(handle.id))
-        if job and folder is None:
+        if job and handle.id not in self._folders:
             self._folders[handle.id] = _folder(job)
-            return self.status(handle)
+            if requeued := self._requeued(handle):
+                return requeued
         status = self._standing(handle, job) if job else self._gone()
         if watched is None:
             self._watched[handle.id] = Watched(self.settings.poll_seconds, now, status, grown)
         else:
             watched.learned(now, status, grown)
         return status
+
+    def _requeued(self, handle: JobHandle) -> JobStatus | None:
+        """That another attempt was claimed, as far as it is known where that is written."""
+        folder = self._folders.get(handle.id)
+        if folder is None or (current := claimed(folder, handle.id)) <= handle.attempt:
+            return None
+        self._unwatch(handle)
+        return JobStatus(JobState.REQUEUED, "its entry point runs again", current)
 
     def _unwatch(self, handle: JobHandle) -> None:
         if watched := self._watched.pop(handle.id, None):
@@ -180,10 +189,8 @@ class KubernetesJobs(Jobs):
             (job.get("status") or {}).get("rayClusterName"),
             Look(job, gpu_resource=self.settings.gpu_resource),
         )
-        if job["spec"].get("suspend") and (path := self.api.kueue("workloads")):
-            queued = self.api.items(path)
-            mine = [w for w in queued if _owned_by(w, job)]
-            look = replace(look, workload=mine[0] if mine else None, queued=queued)
+        if job["spec"].get("suspend") and (workload := workload_of(self.api, job)):
+            look = replace(look, workload=workload, ahead=ahead(self.api, workload))
         if cluster:
             pods = self.api.items(self.api.core("pods"), labels=f"ray.io/cluster={cluster}")
             look = replace(look, pods=pods, dead=list(silent_nodes(pods)))
@@ -320,10 +327,6 @@ def _first_attempt(job: Mapping[str, Any]) -> int:
 
 def _folder(job: Mapping[str, Any]) -> JobFolder:
     return JobFolder(Path(job["metadata"]["annotations"][FOLDER_ANNOTATION]))
-
-
-def _owned_by(workload: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
-    return any(o["uid"] == job["metadata"]["uid"] for o in workload["metadata"].get("ownerReferences", []))
 
 
 def _is_unplaced(pod: Mapping[str, Any]) -> bool:

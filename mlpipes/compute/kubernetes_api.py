@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
 KUEUE = "kueue.x-k8s.io"
+_VISIBLE = "visibility.kueue.x-k8s.io"
 _TIMEOUTS = (5, 30)
 """Seconds to connect, and to answer."""
 _EXECUTE_SECONDS = 120
@@ -59,6 +60,14 @@ class KubernetesApi:
         spaces = f"namespaces/{self.settings.namespace}" if plural in ("localqueues", "workloads") else ""
         return version and "/".join(filter(None, (f"/apis/{KUEUE}", version, spaces, plural, name)))
 
+    def visible_queue(self, name: str) -> str | None:
+        """The path at which Kueue tells who waits in a LocalQueue; None where it does not."""
+        if self._versions.get(_VISIBLE) is None:  # it may only have been away
+            found = self.glimpse(f"/apis/{_VISIBLE}")
+            self._versions[_VISIBLE] = found["preferredVersion"]["version"] if found else None
+        version, space = self._versions[_VISIBLE], self.settings.namespace
+        return version and f"/apis/{_VISIBLE}/{version}/namespaces/{space}/localqueues/{name}/pendingworkloads"
+
     def version_of(self, group: str) -> str | None:
         """The preferred version of a group of kinds; None if the cluster does not know the group."""
         if group not in self._versions:
@@ -75,6 +84,13 @@ class KubernetesApi:
             if error.status == 404:
                 return None
             raise
+
+    def glimpse(self, path: str, **query: str) -> dict[str, Any] | None:
+        """What is at a path, for what one can do without; None if it is not to be had at once."""
+        try:
+            return self._request("GET", path, query, None, "application/json")
+        except (RefusedError, ConnectionError):
+            return None
 
     def items(self, path: str, labels: str = "", fields: str = "") -> list[dict[str, Any]]:
         """All things of a kind, or those with such labels and fields."""

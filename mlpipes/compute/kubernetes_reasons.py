@@ -28,8 +28,8 @@ class Look:
     pods: Sequence[Thing] = ()
     workload: Thing | None = None
     """Kueue's."""
-    queued: Sequence[Thing] = ()
-    """All workloads of the namespace."""
+    ahead: int | None = None
+    """How many of its queue are to be admitted before it, where that is known."""
     nodes: Sequence[Thing] = ()
     """Empty where we may not see them."""
     events: Sequence[Thing] = ()
@@ -70,7 +70,7 @@ def queueing(look: Look) -> JobStatus:
     if look.workload is None:
         said = _last(look.events)
         return JobStatus(JobState.PENDING, f"waits for Kueue to queue it in {queue}{f': {said}' if said else ''}")
-    conditions = _conditions(look.workload)
+    conditions = conditions_of(look.workload)
     if look.workload["spec"].get("active") is False:
         why = conditions.get("DeactivationTarget") or conditions.get("Evicted") or {}
         return JobStatus(JobState.REFUSED, f"Kueue has deactivated it: {why.get('message', 'by somebody')}")
@@ -86,24 +86,8 @@ def queueing(look: Look) -> JobStatus:
     more = f" ({said})" if said else ""
     return JobStatus(
         JobState.PENDING,
-        f"{before}waits for quota in queue {queue}: {ahead(look.workload, look.queued)} ahead{more}",
+        f"{before}waits for quota in queue {queue}{'' if look.ahead is None else f': {look.ahead} ahead'}{more}",
     )
-
-
-def ahead(workload: Thing, queued: Sequence[Thing]) -> int:
-    """How many workloads of the same queue would be admitted before one: of higher priority, or as high and older."""
-
-    def rank(thing: Thing) -> tuple[int, str, str]:
-        made = thing["metadata"].get("creationTimestamp", "")
-        return -int(thing["spec"].get("priority") or 0), made, thing["metadata"].get("uid", "")
-
-    def waits(thing: Thing) -> bool:
-        conditions = _conditions(thing)
-        done = any(conditions.get(name, {}).get("status") == "True" for name in ("QuotaReserved", "Finished"))
-        return not done and thing["spec"].get("active") is not False
-
-    same = [thing for thing in queued if thing["spec"].get("queueName") == workload["spec"].get("queueName")]
-    return sum(waits(thing) and rank(thing) < rank(workload) for thing in same)
 
 
 # -- pods ----------------------------------------------------------------------------------------------------------
@@ -146,7 +130,7 @@ def blocked(look: Look) -> Iterator[JobStatus]:
                 )
                 yield JobStatus(JobState.PENDING, f"{pod['metadata']['name']} ends again and again: {cause.strip()}")
     for pod in look.pods:
-        condition = _conditions(pod).get("PodScheduled", {})
+        condition = conditions_of(pod).get("PodScheduled", {})
         if condition.get("status") == "False" and condition.get("reason") == "Unschedulable":
             yield JobStatus(JobState.PENDING, unplaced(pod, look, str(condition.get("message", ""))))
     head = [pod for pod in look.pods if _role(pod) == "head"]
@@ -200,7 +184,7 @@ def silent_nodes(pods: Sequence[Thing]) -> Iterator[str]:
     The node's controller has taken their readiness from them, and the kubelet has not said that a container is not ready.
     """
     for pod in pods:
-        ready, containers = (_conditions(pod).get(name, {}).get("status") for name in ("Ready", "ContainersReady"))
+        ready, containers = (conditions_of(pod).get(name, {}).get("status") for name in ("Ready", "ContainersReady"))
         if pod["metadata"].get("deletionTimestamp") and (
             ready == "Unknown" or (ready, containers) == ("False", "True")
         ):
@@ -244,7 +228,7 @@ def _role(pod: Thing) -> str:
 
 
 def _is_ready(pod: Thing) -> bool:
-    return _conditions(pod).get("Ready", {}).get("status") == "True" and not pod["metadata"].get("deletionTimestamp")
+    return conditions_of(pod).get("Ready", {}).get("status") == "True" and not pod["metadata"].get("deletionTimestamp")
 
 
 def _containers(pod: Thing) -> list[Thing]:
@@ -259,7 +243,8 @@ def _limit(pod: Thing, container: str) -> str:
     return "its limit"
 
 
-def _conditions(thing: Thing) -> dict[str, Thing]:
+def conditions_of(thing: Thing) -> dict[str, Thing]:
+    """The conditions of a thing, by their type."""
     return {condition["type"]: condition for condition in (thing.get("status") or {}).get("conditions", [])}
 
 

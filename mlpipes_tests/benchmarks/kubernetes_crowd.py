@@ -52,6 +52,18 @@ def _node(number: int) -> Manifest:
     }
 
 
+def _player(cluster: Cluster) -> list[str]:
+    stages = build.configuration("kwok")
+    files = ["node/fast/node-initialize", "node/heartbeat-with-lease/node-heartbeat-with-lease", "pod/fast/pod-ready"]
+    return [
+        str(build.program("kwok")),
+        f"--kubeconfig={cluster.kubeconfig}",
+        "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+        "--node-lease-duration-seconds=40",
+        *(f"--config={stages / file}.yaml" for file in [*files, "pod/fast/pod-delete"]),
+    ]
+
+
 class Requests:
     """Counts what this process asks the API server, by the minute."""
 
@@ -103,7 +115,7 @@ def _timed(what: str, function: Any) -> float:
     return took
 
 
-def crowd(cluster: Cluster, home: Path, minutes: int) -> None:
+def crowd(cluster: Cluster, player: "subprocess.Popen[bytes]", home: Path, minutes: int) -> None:
     """Fill a cluster, follow, and print what it takes."""
     cluster.kubectl.apply(software.namespace(NAMESPACE, home))
     cluster.kubectl.apply(queues.queue(NAMESPACE, {"cpu": f"{ADMITTED * 0.7:g}", "memory": "10Ti"}))
@@ -122,7 +134,10 @@ def crowd(cluster: Cluster, home: Path, minutes: int) -> None:
         pods = cluster.kubectl.objects("pods", NAMESPACE, selector="ray.io/node-type=head")
         return sum(pod["status"].get("phase") == "Running" for pod in pods) >= ADMITTED
 
-    until(placed, f"{ADMITTED} heads are played", vain=cluster.died, every=5)
+    def vain() -> str:
+        return "the player has ended" if player.poll() is not None else cluster.died()
+
+    until(placed, f"{ADMITTED} heads are played", vain=vain, every=5)
     requests, ended = Requests(), threading.Event()
     threads = [
         threading.Thread(target=_followed, args=(KubernetesJobs(settings, scale), *handles[number], ended))
@@ -158,17 +173,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, kubernetes_cluster(Path(folder) / "k8s") as cluster:
         home = Path(folder) / "home"
         os.environ |= {"KUBECONFIG": str(cluster.kubeconfig)}
-        player = subprocess.Popen(
-            [
-                str(build.program("kwok")),
-                f"--kubeconfig={cluster.kubeconfig}",
-                "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=(Path(folder) / "kwok.log").open("wb"),
-        )
+        with (Path(folder) / "kwok.log").open("wb") as log:
+            player = subprocess.Popen(_player(cluster), stdout=log, stderr=log)
         try:
-            crowd(cluster, home, minutes)
+            crowd(cluster, player, home, minutes)
         finally:
             player.kill()
             player.wait()

@@ -30,8 +30,9 @@ _CONFIGURATIONS = {
     "ray-operator": (RELEASED["ray-operator"], "config/default"),
     "kueue": ("sigs.k8s.io/kueue@v0.17.0", "config/default"),
     "metrics-server": ("sigs.k8s.io/metrics-server@v0.9.0", "manifests/base"),
+    "kwok": ("sigs.k8s.io/kwok@v0.8.0", "kustomize/stage"),
 }
-"""The modules of operators, and the folder in each that installs it."""
+"""The modules of operators, and the folder in each that installs it, or has its settings."""
 _STATIC = {"CGO_ENABLED": "0"}
 _FLAGS = ["-trimpath", "-ldflags"]
 

@@ -372,7 +372,11 @@ def workload(number: int = 0, reserved: dict[str, Any] | None = None, **changes:
     condition = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "1 more needed"}
     more = changes.pop("conditions", [])
     return {
-        "metadata": {"uid": str(number), "creationTimestamp": f"2026-01-01T00:00:{number:02}Z"},
+        "metadata": {
+            "name": f"w{number}",
+            "uid": str(number),
+            "creationTimestamp": f"2026-01-01T00:00:{number:02}Z",
+        },
         "spec": {"queueName": "training", "priority": 0, **changes},
         "status": {"conditions": [condition | (reserved or {}), *more]},
     }
@@ -393,7 +397,6 @@ UNPLACED = {
 NODES = [{"status": {"allocatable": {"nvidia.com/gpu": "2", "memory": "64Gi"}}}]
 OOM = {"lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
 BACK = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "Preempted to accommodate a workload"}
-QUEUED = [workload(1), workload(2), workload(3, priority=5), workload(4, queueName="other"), workload(5), workload(9)]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +492,7 @@ QUEUED = [workload(1), workload(2), workload(3, priority=5), workload(4, queueNa
         # Queues.
         (Look(job(suspend=True)), JobState.PENDING, "waits for Kueue to queue it in training"),
         (
-            Look(job(suspend=True), workload=workload(5), queued=QUEUED),
+            Look(job(suspend=True), workload=workload(5), ahead=3),
             JobState.PENDING,
             r"^waits for quota in queue training: 3 ahead \(1 more needed\)$",
         ),
