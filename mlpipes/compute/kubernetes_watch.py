@@ -16,7 +16,7 @@ QUIET_SECONDS = 120.0
 """How long a job is not asked about while nothing happens to its pods."""
 _GROWING_SECONDS = 60.0
 """How long, without a watch, a training that gets further is not asked about: its messages tell enough."""
-_GROWTH = 1.5
+_GROWTH = 2.0
 """What has not changed for some time is asked about again when it has not for so many times as long."""
 _AGAIN_SECONDS = 5.0
 _STREAM_SECONDS = 300

@@ -80,11 +80,11 @@ class Asking:
 def test_what_waits_is_asked_about_more_and_more_seldom() -> None:
     asking = Asking(Streams(), WAITS)
     asked = asking.wait(3600)
-    assert asked[:3] == [1, 6, 11]  # what the watch began with, then at the settings' pace
+    assert asked[:3] == [1, 6, 12]  # what the watch began with, then at the settings' pace
     gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == QUIET_SECONDS
-    assert len(asked) < 40
+    assert len(asked) < 36
 
 
 @pytest.mark.parametrize("growing", [True, False])
@@ -107,7 +107,7 @@ def test_what_changes_is_asked_about_soon_again() -> None:
     asking = Asking(Streams(), WAITS)
     asking.wait(3600)
     asking.watched.learned(asking.now, JobStatus(JobState.PENDING, "0 of 3 pods are ready"), 0)
-    assert asking.wait(15) == [5, 10, 15]
+    assert asking.wait(20) == [5, 10, 20]
 
 
 def test_what_is_waited_for_is_asked_about_at_the_pace_of_the_settings() -> None:
