@@ -5,6 +5,7 @@ asks now and then all the same. Two hundred trainings that are followed cost the
 """
 
 import threading
+import zlib
 
 from mlpipes.compute.jobs import ALIVE, JobState, JobStatus
 from mlpipes.compute.kubernetes_api import KubernetesApi, RefusedError
@@ -19,8 +20,8 @@ _GROWING_SECONDS = 60.0
 _GROWTH = 2.0
 """What has not changed for some time is asked about again when it has not for so many times as long."""
 _AGAIN_SECONDS = 5.0
-_STREAM_SECONDS = 300
-"""When a watch begins anew: a connection that broke without a word lasts no longer."""
+_STREAM_SECONDS = (900, 1800)
+"""When a watch begins anew, by which all is looked at once: those of different jobs not at the same time."""
 
 
 class PodWatch:
@@ -51,9 +52,10 @@ class PodWatch:
 
     def _listen(self) -> None:
         path, labels = self._api.core("pods"), f"{PREFIX}/job={self._job}"
+        seconds = _STREAM_SECONDS[0] + zlib.crc32(self._job.encode()) % (_STREAM_SECONDS[1] - _STREAM_SECONDS[0])
         while not self._ended.is_set():
             try:
-                for _ in self._api.stream(path, labels, _STREAM_SECONDS):
+                for _ in self._api.stream(path, labels, seconds):
                     self._up.set()
                     self._stirred.set()  # at its begin too: who knows what happened before
                     if self._ended.is_set():

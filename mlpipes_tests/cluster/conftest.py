@@ -9,6 +9,7 @@ import pytest
 
 from mlpipes_tests.cluster import software
 from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
+from mlpipes_tests.cluster.kubectl import in_phase
 
 _numbers = itertools.count()
 
@@ -34,6 +35,11 @@ def namespace(cluster: Cluster, tmp_path: Path) -> Iterator[Namespace]:
     made = Namespace(f"t{next(_numbers)}", tmp_path / "store")
     manifests = software.namespace(made.name, made.store)
     cluster.kubectl.apply(manifests)
+    for manifest in manifests:
+        if manifest["kind"] == "PersistentVolumeClaim":
+            claim = manifest["metadata"]["name"]
+            bound = in_phase("Bound")
+            cluster.kubectl.wait_for("pvc", claim, bound, "is bound", namespace=made.name, vain=cluster.died)
     yield made
     volumes = [m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolume"]
     cluster.kubectl("delete", "namespace", made.name, "--wait=true", "--timeout=180s")

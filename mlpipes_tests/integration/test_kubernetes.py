@@ -123,7 +123,9 @@ class Training:
         """Why waiting for anything is in vain; empty if it is not."""
         if died := self.cluster.died():
             return died
-        return self.log()[-3000:] if "Traceback" in self.log() and "Interrupted" not in self.log() else ""
+        said = self.log()
+        refused = "Nothing was started." in said or ("Traceback" in said and "Interrupted" not in said)
+        return said[-3000:] if refused else ""
 
     def until(self, condition: Any, what: str) -> None:
         """Wait for something to be so."""
