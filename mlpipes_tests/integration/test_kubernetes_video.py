@@ -11,6 +11,7 @@ from mlpipes.store.files import sha256_file
 from mlpipes_tests.cluster import conftest
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
+from mlpipes_tests.cluster.kubectl import has_condition
 from mlpipes_tests.integration.test_kubernetes import Training, as_user
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.video.made import QUICK, upscale_here, write_video
@@ -60,14 +61,18 @@ def test_whatever_is_killed_it_ends_in_the_bytes_of_the_local_run(
     run = made.start(source, result)
     made.until(reached.exists, "a worker is at the gate")
 
+    def others_are_ready() -> bool:
+        return len({p["metadata"]["name"] for p in made.pods("worker") if has_condition("Ready")(p)} - gone) == 2
+
+    # A worker tells again and again that it is at the gate; the file is removed when those that are gone can no longer.
     gone = made.delete("worker")
-    reached.unlink()
-    made.until(lambda: len({p["metadata"]["name"] for p in made.pods("worker")} - gone) == 2, "others are made")
+    made.until(others_are_ready, "others are ready")
+    reached.unlink(missing_ok=True)
     made.until(reached.exists, "another worker is at the gate")
 
     made.delete("head")
-    reached.unlink()
     made.until(lambda: list(made.store.root.glob("videos/*/jobs/a2.claim")), "the entry point runs again")
+    reached.unlink(missing_ok=True)
     made.until(reached.exists, "a worker of the second attempt is at the gate")
 
     run.send_signal(signal.SIGINT)
