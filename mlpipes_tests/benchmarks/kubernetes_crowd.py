@@ -78,7 +78,8 @@ class Requests:
                 kind[int((time.monotonic() - self.began) / 60)] += 1
             return original(api, method, path, query, *more)
 
-        KubernetesApi._call = counting
+        changed: Any = KubernetesApi
+        changed._call = counting
 
     def a_second(self, minute: int) -> float:
         """How many there were in a minute, by the second, watches that begin among them."""
