@@ -28,6 +28,27 @@ def queue(namespace: str, quota: dict[str, str]) -> list[Manifest]:
     ]
 
 
+def teams(namespace: str, quotas: dict[str, dict[str, str]]) -> list[Manifest]:
+    """A queue a team, each with a quota of its own: a team borrows what others do not use, until they want it back."""
+    manifests = [_named("ResourceFlavor", namespace)]
+    for team, quota in quotas.items():
+        resources = [{"name": name, "nominalQuota": amount} for name, amount in quota.items()]
+        flavors = [{"name": namespace, "resources": resources}]
+        manifests += [
+            _named("ClusterQueue", f"{namespace}-{team}")
+            | {
+                "spec": {
+                    "cohortName": namespace,
+                    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}},
+                    "preemption": {"reclaimWithinCohort": "Any"},
+                    "resourceGroups": [{"coveredResources": list(quota), "flavors": flavors}],
+                }
+            },
+            _named("LocalQueue", team, namespace=namespace) | {"spec": {"clusterQueue": f"{namespace}-{team}"}},
+        ]
+    return manifests
+
+
 def priority(name: str, value: int) -> Manifest:
     """A priority that jobs name by the label `kueue.x-k8s.io/priority-class`."""
     return _named("WorkloadPriorityClass", name) | {"value": value}

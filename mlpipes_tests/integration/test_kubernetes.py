@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,15 @@ import yaml
 
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.compute.kubernetes_tidy import tidy
+from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import claimed
+from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store, TrainingFolder
 from mlpipes.store.messages import Resumed, Started, Stopping, read_messages
+from mlpipes.store.recipe import Recipe
 from mlpipes_tests import evidence
 from mlpipes_tests.barriers import HASTE, Barriers, haste
-from mlpipes_tests.cluster import conftest, queues, software
+from mlpipes_tests.cluster import conftest, software
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.images import THIN
@@ -107,17 +109,20 @@ class Training:
     def log_file(self) -> Path:
         return self.namespace.store / f"run{self.runs}.log"
 
-    def log(self) -> str:
-        """What the latest run printed."""
-        return self.log_file.read_text()
+    def log(self, run: int = 0) -> str:
+        """What a run printed; the latest one if no number is given."""
+        return (self.namespace.store / f"run{run or self.runs}.log").read_text()
 
     def job(self) -> str:
         """The RayJob that the latest run follows."""
         return re.findall(r"(?:Submitted|Attached to) RayJob (\S+)", self.log())[-1]
 
-    def folder(self) -> TrainingFolder:
-        (found,) = self.store.root.glob("trainings/*/")
-        return TrainingFolder(found)
+    def folder(self, scale: str | None = None) -> TrainingFolder:
+        """Of the training at a scale; of the latest run's if none is named."""
+        there = [TrainingFolder(path) for path in self.store.root.glob("trainings/*/")]
+        wanted = RayScaleConfig.from_key(scale or self.scale)
+        (found,) = [each for each in there if Recipe.model_validate(read_record(each.recipe)).scale == wanted]
+        return found
 
     def in_vain(self) -> str:
         """Why waiting for anything is in vain; empty if it is not."""
@@ -334,87 +339,6 @@ def cancel(training: Training, run: "subprocess.Popen[bytes]") -> None:
         (record,) = instance.get_runs()
         instance.report_run_canceling(record)
     run.send_signal(signal.SIGINT)
-
-
-@pytest.fixture
-def queue(cluster: Cluster, namespace: Namespace) -> Iterator[str]:
-    """A queue in the namespace that has room for one training, and two priorities."""
-    cluster.kubectl.apply(queues.queue(namespace.name, {"cpu": "700m", "memory": "16Gi"}))
-    cluster.kubectl.apply([queues.priority("urgent", 1000), queues.priority("low", 10)])
-    yield queues.NAME
-    cluster.kubectl("delete", *queues.of_cluster(namespace.name), "--wait=false")
-
-
-def test_preempted_in_a_queue_it_waits_and_goes_on(
-    cluster: Cluster,
-    namespace: Namespace,
-    queue: str,
-    expected: dict[str, Any],
-) -> None:
-    training = Training(cluster, namespace, TWO, queue=queue, queue_priority="low")
-    training.barriers.close(EARLY)
-    run = training.run()
-    training.until_barrier(EARLY)
-    urgent = urgent_job(namespace)
-    cluster.kubectl.apply(urgent)
-    training.until(training.folder().stop_request(1).exists, "a last checkpoint is asked for")
-    training.barriers.open(EARLY)
-    training.barriers.close(LATE)
-    training.until_said("waits for quota in queue training: 0 ahead")
-    assert "reempt" in training.log()
-    (namespace.store / "urgent").touch()
-    training.until_barrier(LATE)
-    assert started(training.folder(), 2), "another attempt of the same RayJob"
-    cluster.kubectl("delete", "job", "urgent", f"--namespace={namespace.name}")
-    training.barriers.open()
-    assert training.end(run) == 0, training.log()[-5000:]
-    assert_equal(training.outcome(), expected)
-    assert training.outcome()["attempt"] == 2
-    assert training.job().endswith("-a1")
-    training.assert_nothing_is_left()
-
-
-def urgent_job(namespace: Namespace) -> Manifest:
-    """A job that takes the whole queue until the test says so, by a file in the store."""
-    wait = f"until [ -e {software.STORE}/urgent ]; do sleep 1; done"
-    spec = software.pod_spec(["sh", "-c", wait], resources={"requests": {"cpu": "600m", "memory": "64Mi"}})
-    labels = {queues.LABEL: queues.NAME, "kueue.x-k8s.io/priority-class": "urgent"}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": "urgent", "namespace": namespace.name, "labels": labels},
-        "spec": {"template": {"spec": spec}, "backoffLimit": 0},
-    }
-
-
-def test_cancelled_while_it_waits_in_a_queue_it_leaves_nothing(
-    cluster: Cluster,
-    namespace: Namespace,
-    queue: str,
-) -> None:
-    training = Training(cluster, namespace, ONE, queue=queue, queue_priority="low")
-    cluster.kubectl.apply(urgent_job(namespace))
-    training.before = training.things() | {"job.batch/urgent"}
-    cluster.kubectl.wait_for(
-        "job", "urgent", lambda job: job.get("status", {}).get("active"), "is admitted", namespace=namespace.name
-    )
-    training.before |= training.things()
-    run = training.run()
-    training.until_said("waits for quota in queue training: 0 ahead")
-    (status,) = statuses(training)
-    assert "waits for quota in queue training" in status
-    cancel(training, run)
-    training.end(run)
-    training.assert_nothing_is_left()
-    assert not list(training.folder().claim(0).parent.glob("*.claim")), "it never ran"
-
-
-def statuses(training: Training) -> list[str]:
-    """The remarks below the table of `mlpipes status`."""
-    command = [Path(sys.executable).parent / "mlpipes", "status"]
-    environment = training.environment | {"COLUMNS": "300"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if " waits: " in line]
 
 
 @pytest.mark.parametrize(
