@@ -6,6 +6,7 @@ bits, whatever the number of processes, and however often it was killed.
 
 import multiprocessing
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -50,6 +51,8 @@ class Job:
     source: Path
     place: Path
     """Where its chunks are published."""
+    digest: str
+    """SHA-256 of the source."""
     files: tuple[str, ...] = ()
     """Of the pictures that are its samples, if they are those of a folder."""
     beyond: set[int] = field(default_factory=set)
@@ -70,10 +73,11 @@ class Job:
             source, files = pictures(source, decoder_for(model.signature, decoder))
         check_kind(source, model.signature)
         identity: dict[str, Any] = {"model": model_id or folder.name, "name": model.name}
-        identity |= {"input": sha256_file(source), "rows": ROWS, "v": _VERSION}
+        digest = sha256_file(source)
+        identity |= {"input": digest, "rows": ROWS, "v": _VERSION}
         if files:
             identity["files"] = digest_of(files)
-        return cls(folder, model, source, store.root / "predictions" / digest_of(identity)[:24], files)
+        return cls(folder, model, source, store.root / "predictions" / digest_of(identity)[:24], digest, files)
 
     def chunk(self, number: int) -> Path:
         """Where a chunk's answers are published."""
@@ -83,7 +87,8 @@ class Job:
         """Answer all samples, and write them into a Parquet or CSV file; returns how many there are.
 
         `done` hears of each chunk its rows, and whether they were computed now. Raises DataError for samples that the
-        model does not take, and TrainingFailedError where processes die again and again; what was published stays.
+        model does not take or an input that changes meanwhile, and TrainingFailedError where processes die again and
+        again; what was published before such an end stays, unless the input changed.
         """
         if target.suffix.lower() not in (".parquet", ".csv"):
             raise ConfigError(f"the result is a file that ends with .parquet or .csv, not {target.name}")
@@ -93,7 +98,18 @@ class Job:
         self.place.mkdir(parents=True, exist_ok=True)
         with FileLock(self.place / ".lock"):  # who else has the same to do finds it done
             self._compute(workers, done)
+            self._check_unchanged()
             return self._joined(target)
+
+    def _check_unchanged(self) -> None:
+        """Raises DataError if the input is not what it was, and keeps no answer: which of them are to what is not known."""
+        if sha256_file(self.source) == self.digest:
+            return
+        for chunk in self.place.glob("[0-9]*"):
+            shutil.rmtree(chunk)
+        raise DataError(
+            f"{self.source} changed while it was answered; nothing is kept. Start again when nobody writes it"
+        )
 
     def _compute(self, workers: int, done: Callable[[int, bool], None]) -> None:
         breaks = 0

@@ -178,6 +178,26 @@ def job_of(home: Path, source: Path, store: Path) -> Job:
     return Job.of(fetched(tracker, registered, Store(store)), source, Store(store))
 
 
+def test_of_an_input_that_changes_meanwhile_nothing_is_kept(home: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    source, result, rows = tmp_path / "x.npy", tmp_path / "x.parquet", 2500
+    images = np.load(home / "images.npy")[:rows]
+    np.save(source, images)
+
+    def overwrite(*_: Any) -> None:
+        with source.open("r+b") as stream:  # in place, as long as it was
+            np.save(stream, images[::-1])
+
+    job = job_of(home, source, tmp_path / "store")
+    with pytest.raises(DataError, match=r"x.npy changed while it was answered; nothing is kept"):
+        job.run(result, 1, overwrite)
+    assert not result.exists()
+    assert not list(job.place.glob("0*"))
+    np.save(source, images)
+    assert job_of(home, source, tmp_path / "store").run(result, 1) == rows
+    found = np.stack(pq.read_table(result)["prediction"].to_pylist()).astype(np.float32)
+    assert np.array_equal(found, expected[:rows])
+
+
 def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndarray, tmp_path: Path) -> None:
     for name, content, says in (
         ("a.csv", b"text\nx", r"a file that ends with \.npy, not a\.csv"),
