@@ -94,6 +94,8 @@ class Job:
             raise ConfigError(f"the result is a file that ends with .parquet or .csv, not {target.name}")
         if not target.parent.is_dir():
             raise ConfigError(f"the folder {target.parent} is not there; make it first")
+        if target.is_dir():
+            raise ConfigError(f"{target} is a folder; name a file")
         check_writable(target.parent)
         self.place.mkdir(parents=True, exist_ok=True)
         with FileLock(self.place / ".lock"):  # who else has the same to do finds it done

@@ -188,6 +188,9 @@ def test_of_an_input_that_changes_meanwhile_nothing_is_kept(home: Path, expected
             np.save(stream, images[::-1])
 
     job = job_of(home, source, tmp_path / "store")
+    (tmp_path / "folder.parquet").mkdir()
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        job.run(tmp_path / "folder.parquet", 1)
     with pytest.raises(DataError, match=r"x.npy changed while it was answered; nothing is kept"):
         job.run(result, 1, overwrite)
     assert not result.exists()
