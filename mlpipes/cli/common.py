@@ -60,7 +60,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
                 raise _shown(told, str(told)) from None
             if error.errno not in _OF_THE_MACHINE:
                 raise
-            raise _shown(error, f"{error.strerror}: {error.filename}") from None
+            raise _shown(error, f"{error.strerror}{f': {error.filename}' if error.filename else ''}") from None
 
     return wrapped
 

@@ -1,5 +1,6 @@
 """The part of the command line about models: promote, rollback, compare, history, predict."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -203,9 +204,11 @@ def predict(
 def _predict_file(
     workload: str | None, scale: str | None, model: Path | None, source: Path, result: Path, workers: int
 ) -> None:
+    from mlpipes.serving.batch import check_target
     from mlpipes.serving.current import describe
     from mlpipes.serving.tables import rows_in
 
+    check_target(result)
     if model is not None:
         if scale is not None:
             raise ConfigError("name a scale, or a folder with --model, not both")
@@ -225,12 +228,16 @@ def _predict_file(
             found += 0 if computed else rows
             progress.advance(task, rows)
 
+        # As Ctrl-C: processes, and what they share, are taken down.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             rows = job.run(result, workers, done)
         except KeyboardInterrupt:
             progress.stop()
             console.print("Stopped. The same command goes on where it was.")
             raise typer.Exit(130) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if job.beyond:
         maximum = job.model.about["pixel_maximum"]
         text = f"Pixels of {source.name} are greater than {maximum}, the greatest that the model was trained on. Its "

@@ -109,7 +109,10 @@ def export(
     wanted, output = _wanted(workload, version, alias), output.expanduser().absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} is there already; name another folder")
-    check_writable(next(place for place in (output, *output.parents) if place.is_dir()))
+    above = next(place for place in (output, *output.parents) if place.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{above} is a file, in which nothing can be written; name another folder")
+    check_writable(above)
     tracker = Tracker(existing_uri())
     registered = Registry(lambda: tracker, wanted, default_store()).wanted_now()
     write_out(tracker, registered, output)

@@ -61,15 +61,25 @@ def find_images(root: Path, train: Sequence[str] | None, test: str | None, ignor
 def images_below(root: Path) -> tuple[list[Path], set[Path]]:
     """The images at any depth below a folder in the order of their paths' bytes, and the files that are none.
 
-    Raises DataError if there is no image.
+    Raises DataError if there is no image, or a name is no text.
     """
     passed: set[Path] = set()
     found = sorted(_walk(root, passed), key=os.fsencode)
+    if odd := [path for path in found if not _is_text(path.relative_to(root))]:
+        raise DataError(f"{shown(odd[0])}: its name is not in UTF-8, so no result can say it; rename it")
     if not found:
         raise DataError(
             f"{shown(root)} has no image; files are known by their extensions: {', '.join(sorted(EXTENSIONS))}"
         )
     return found, passed
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that Python shows as halves of characters
+        return False
+    return True
 
 
 def _assert_all_named(there: Mapping[str, Path], train: Sequence[str], test: str | None, passed: set[Path]) -> None:

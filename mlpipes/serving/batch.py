@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROWS = 1000
 """Samples of a chunk."""
-_KIND, _VERSION, _FILE = "predictions", 1, "answers.parquet"
+_KIND, _VERSION, _FILE = "predictions", 2, "answers.parquet"
 _BREAKS = 3
 """How often processes may die without a chunk in between."""
 _COMPRESSION = "zstd"
@@ -88,29 +88,17 @@ class Job:
 
         `done` hears of each chunk its rows, and whether they were computed now. Raises DataError for samples that the
         model does not take or an input that changes meanwhile, and TrainingFailedError where processes die again and
-        again; what was published before such an end stays, unless the input changed.
+        again; what was published before such an end stays.
         """
-        if target.suffix.lower() not in (".parquet", ".csv"):
-            raise ConfigError(f"the result is a file that ends with .parquet or .csv, not {target.name}")
-        if not target.parent.is_dir():
-            raise ConfigError(f"the folder {target.parent} is not there; make it first")
-        if target.is_dir():
-            raise ConfigError(f"{target} is a folder; name a file")
-        check_writable(target.parent)
+        check_target(target)
         self.place.mkdir(parents=True, exist_ok=True)
         with FileLock(self.place / ".lock"):  # who else has the same to do finds it done
             self._compute(workers, done)
-            self._check_unchanged()
             return self._joined(target)
 
-    def _check_unchanged(self) -> None:
-        """Raises DataError if the input is not what it was, and keeps no answer: which of them are to what is not known."""
-        if sha256_file(self.source) == self.digest:
-            return
-        for chunk in self.place.glob("[0-9]*"):
-            shutil.rmtree(chunk)
-        raise DataError(
-            f"{self.source} changed while it was answered; nothing is kept. Start again when nobody writes it"
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self.source} changed while it was answered; nothing was written. Start again when nobody writes it"
         )
 
     def _compute(self, workers: int, done: Callable[[int, bool], None]) -> None:
@@ -139,7 +127,7 @@ class Job:
                 for chunk in chunks(self.source, self.model.signature, ROWS):
                     if exceeds(chunk.values, self.model):
                         self.beyond.add(chunk.number)
-                    if self._is_done(chunk.number):
+                    if self._is_done(chunk):
                         done(rows_of(chunk.values), False)
                         continue
                     if len(running) > 2 * workers:  # what waits is in memory
@@ -151,13 +139,17 @@ class Job:
                 pool.shutdown(cancel_futures=True)  # what is being computed is published, what waits is not begun
                 raise
 
-    def _is_done(self, number: int) -> bool:
+    def _is_done(self, chunk: Chunk) -> bool:
+        place = self.chunk(chunk.number)
         try:
-            open_published(self.chunk(number), kind=_KIND)
+            found = open_published(place, kind=_KIND)
         except FileNotFoundError:
             return False
         except CorruptionError:
-            quarantine(self.chunk(number))
+            quarantine(place)
+            return False
+        if found.meta["input"] != chunk.digest():  # of a source that changed while it was answered
+            shutil.rmtree(place)
             return False
         return True
 
@@ -183,6 +175,8 @@ class Job:
             writer.close()
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
+            if sha256_file(self.source) != self.digest:
+                raise self._changed()
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -193,7 +187,10 @@ class Job:
         import pyarrow.parquet as pq
 
         for chunk in chunks(self.source, self.model.signature, ROWS):
-            answers = pq.read_table(open_published(self.chunk(chunk.number), kind=_KIND).path / _FILE)
+            found = open_published(self.chunk(chunk.number), kind=_KIND)
+            if found.meta["input"] != chunk.digest():
+                raise self._changed()
+            answers = pq.read_table(found.path / _FILE)
             count = len(answers)
             table = chunk.table if chunk.table is not None else pa.table({})
             columns: dict[str, Any] = {"row": pa.array(np.arange(chunk.first, chunk.first + count))}
@@ -204,6 +201,17 @@ class Job:
             for name, value in (("model", f"{self.model.name}/{self.model.version}"), ("weights", self.model.weights)):
                 columns[f"{name}_of_prediction"] = pa.array([value] * count)
             yield pa.table(columns)
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError for a file that answers cannot be written to: to be asked before they are computed."""
+    if target.suffix.lower() not in (".parquet", ".csv"):
+        raise ConfigError(f"the result is a file that ends with .parquet or .csv, not {target.name}")
+    if not target.parent.is_dir():
+        raise ConfigError(f"the folder {target.parent} is not there; make it first")
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder; name a file")
+    check_writable(target.parent)
 
 
 def exceeds(values: Values, model: ServedModel) -> bool:
@@ -238,7 +246,7 @@ def _answer(chunk: Chunk, place: Path) -> int:
     table = pa.table(_named(model, model(chunk.values)))
     with publishing(place, kind=_KIND, version=_VERSION) as draft:
         pq.write_table(table, draft.path / _FILE, compression=_COMPRESSION)
-        draft.meta |= {"first": chunk.first, "rows": len(table)}
+        draft.meta |= {"first": chunk.first, "rows": len(table), "input": chunk.digest()}
     return len(table)
 
 

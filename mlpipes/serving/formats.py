@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mlpipes.serving.signature import BadRequestError, Signature, check_kinds
+from mlpipes.serving.signature import MOST_ROWS, BadRequestError, Signature, check_kinds
 from mlpipes.workloads.golden import Values
 
 _MLFLOW = ("inputs", "instances", "dataframe_split", "dataframe_records")
@@ -30,8 +30,24 @@ _DATATYPES = {
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 
 
-def parsed(body: bytes) -> Any:
-    """A JSON value. Raises BadRequestError for what is none, and for NaN, which JSON does not have."""
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+"""A string of JSON."""
+_MOST_DIGITS = 400
+"""Of a whole number: more than the largest float has."""
+_AROUND = 1000
+"""Lists and objects that are around samples."""
+_FREE_LISTS = 100_000
+"""Lists in a request whose samples have no certain shape: pictures have one for each row of pixels."""
+
+
+def parsed(body: bytes, signature: Signature) -> Any:
+    """A JSON value of not more lists than samples are written with: millions are made while everybody else waits.
+
+    Raises BadRequestError for what is none, and for NaN, which JSON does not have.
+    """
+    most = _most_lists(signature)
+    if _lists(body) > most and _lists(_TEXT.sub(b"", body)) > most:
+        raise BadRequestError("body", f"more lists are in it than {MOST_ROWS:,} samples are written with")
 
     def none(name: str) -> NoReturn:
         raise BadRequestError("body", f"{name} is no number in JSON")
@@ -41,6 +57,20 @@ def parsed(body: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BadRequestError("body", f"JSON is wanted: {said[:200]}") from None
+
+
+def _lists(body: bytes) -> int:
+    return body.count(b"[") + body.count(b"{")
+
+
+def _most_lists(signature: Signature) -> int:
+    """Of a request with as many samples as are taken at once, in the format that takes most of them."""
+    if not signature.same_shapes:
+        return _FREE_LISTS
+    of_sample = [
+        sum(math.prod(column.shape[:depth]) for depth in range(len(column.shape))) for column in signature.inputs
+    ]
+    return MOST_ROWS * (1 + sum(of_sample)) + _AROUND
 
 
 # -- MLflow ------------------------------------------------------------------------------------------------------------
@@ -97,7 +127,7 @@ def of_csv(body: bytes, signature: Signature) -> Values:
     if signature.is_tensor:
         raise BadRequestError("body", "the model takes an array, which CSV cannot hold: send JSON with `inputs`")
     try:
-        rows = list(csv.reader(io.StringIO(body.decode(), newline=""), strict=True))
+        rows = list(csv.reader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadRequestError("body", f"CSV in UTF-8 is wanted: {error}") from None
     if not rows:
@@ -117,7 +147,7 @@ def _cell(text: str, dtype: str, column: str) -> Any:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise BadRequestError(f"body.{column}", f"{text[:40]!r} is neither true nor false")
-    if not _NUMBER.fullmatch(text):  # Python takes `1_0` and the digits of all scripts
+    if len(text) > _MOST_DIGITS or not _NUMBER.fullmatch(text):  # Python takes `1_0` and the digits of all scripts
         raise BadRequestError(f"body.{column}", f"{text[:40]!r} is no number ({dtype})")
     return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
@@ -176,6 +206,8 @@ def _tensor(given: Any, field: str, signature: Signature) -> tuple[str, np.ndarr
     count = math.prod(shape)
     if data.size != count:
         raise BadRequestError(f"{field}.data", f"{data.size:,} values are there, the shape says {count:,}")
+    if data.ndim > 1 and data.shape != tuple(shape):
+        raise BadRequestError(f"{field}.data", f"it is nested as {data.shape}, the shape says {tuple(shape)}")
     return name, data.reshape(shape)
 
 

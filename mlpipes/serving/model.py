@@ -1,5 +1,6 @@
 """A registered version as it is served: written out once, verified, loaded, asked its golden request."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -100,22 +101,24 @@ def write_out(tracker: Tracker, registered: Registered, place: Path) -> None:
 
     what = f"{registered.name} version {registered.version}"
     uri = f"models:/{registered.name}/{registered.version}"
-    try:
-        mlflow.set_tracking_uri(tracker.uri)
-        mlflow.set_registry_uri(tracker.uri)
-        with (
-            tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch,
-            publishing(place, kind=_KIND, version=_VERSION) as draft,
-        ):
-            files = Path(scratch) / "model"
-            files.mkdir()  # readable for whom the user's umask says, such as a container's user; a temporary folder is not
+    mlflow.set_tracking_uri(tracker.uri)
+    mlflow.set_registry_uri(tracker.uri)
+    with (
+        tempfile.TemporaryDirectory(prefix="mlpipes-model-") as scratch,
+        publishing(place, kind=_KIND, version=_VERSION) as draft,
+    ):
+        files = Path(scratch) / "model"
+        files.mkdir()  # readable for whom the user's umask says, such as a container's user; a temporary folder is not
+        try:
             got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(files)))
-            if not (got / "MLmodel").is_file():  # of a folder that is gone, MLflow gives an empty one
-                raise ConfigError(f"the files of {what} are not in MLflow's artifacts; materialize `model` again")
-            shutil.move(got, draft.path / "model")
-            draft.meta |= {"name": registered.name, "version": registered.version, "tags": dict(registered.tags)}
-    except (MlflowException, OSError) as error:
-        raise ConfigError(f"{what} cannot be fetched from MLflow ({public_uri(tracker.uri)}): {error}") from error
+        except (MlflowException, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(f"{what} cannot be fetched from MLflow ({public_uri(tracker.uri)}): {error}") from error
+        if not (got / "MLmodel").is_file():  # of a folder that is gone, MLflow gives an empty one
+            raise ConfigError(f"the files of {what} are not in MLflow's artifacts; materialize `model` again")
+        shutil.move(got, draft.path / "model")
+        draft.meta |= {"name": registered.name, "version": registered.version, "tags": dict(registered.tags)}
 
 
 class _Meta(BaseModel):

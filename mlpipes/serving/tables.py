@@ -1,6 +1,7 @@
 """Samples in files, a chunk at a time: Parquet, CSV and JSON lines for models of tables, arrays of NumPy for the others."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlpipes.errors import DataError
+from mlpipes.serving.arrays import ArrayFile
 from mlpipes.serving.signature import BadRequestError, Signature
 from mlpipes.workloads.golden import Values
 
@@ -29,6 +31,19 @@ class Chunk:
     table: "pa.Table | None"
     """All columns of the file; None of an array."""
 
+    def digest(self) -> str:
+        """SHA-256 (hex) of the values, with their types and shapes."""
+        sha = hashlib.sha256()
+        for name, column in (self.values if isinstance(self.values, Mapping) else {"": self.values}).items():
+            sha.update(f"{name!r} {column.dtype} {column.shape}\n".encode())
+            if column.dtype == object:
+                for text in column.tolist():
+                    data = text.encode()
+                    sha.update(len(data).to_bytes(8, "little") + data)
+            else:
+                sha.update(np.ascontiguousarray(column).data)
+        return sha.hexdigest()
+
 
 def check_kind(path: Path, signature: Signature) -> None:
     """Raises DataError where a file is not there, or holds nothing for such a model."""
@@ -43,7 +58,7 @@ def check_kind(path: Path, signature: Signature) -> None:
 def rows_in(path: Path) -> int | None:
     """How many samples a file has, where that is known without reading it."""
     if path.suffix.lower() == ".npy":
-        return len(_array(path))
+        return ArrayFile.of(path).shape[0]
     if path.suffix.lower() == ".parquet":
         import pyarrow.parquet as pq
 
@@ -74,21 +89,10 @@ def chunks(path: Path, signature: Signature, rows: int) -> Iterator[Chunk]:
         number, first = number + 1, first + count
 
 
-def _array(path: Path) -> np.ndarray:
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is no array of NumPy: {error}") from error
-    if found.ndim == 0:
-        raise DataError(f"{path} holds a single number, and no samples")
-    return found
-
-
 def _read(path: Path, signature: Signature, rows: int) -> Iterator[tuple[Any, "pa.Table | None"]]:
     if signature.is_tensor:
-        array = _array(path)
-        for start in range(0, len(array), rows):
-            yield np.asarray(array[start : start + rows]), None
+        for values in ArrayFile.of(path).rows(rows):
+            yield values, None
         return
     for table in _tables(path, signature, rows):
         wanted = [column.name for column in signature.inputs if column.name in table.column_names]

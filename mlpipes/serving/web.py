@@ -110,6 +110,7 @@ def make_app(state: State) -> Any:
         description="A registered model behind an endpoint; answers are those of its evaluation, bit for bit.",
         version="1",
         lifespan=life,
+        redoc_url=None,
     )
     _add_probes(app, state)
     _add_invocations(app, state)
@@ -202,7 +203,7 @@ def _reply(request: Request, answered: Answered, content: Any) -> Response:
 def _of_invocation(request: Request, body: bytes, model: ServedModel) -> Values:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "text/csv":
         return of_csv(body, model.signature)
-    return of_mlflow(parsed(body), model.signature)
+    return of_mlflow(parsed(body, model.signature), model.signature)
 
 
 def _add_invocations(app: FastAPI, state: State) -> None:
@@ -287,7 +288,7 @@ def _add_protocol(app: FastAPI, state: State) -> None:
         identity: list[Any] = []
 
         def convert(_: Request, body: bytes, serving: ServedModel) -> Values:
-            asked = parsed(body)
+            asked = parsed(body, serving.signature)
             values = of_protocol(asked, serving.signature)
             identity.append(asked.get("id"))
             return values

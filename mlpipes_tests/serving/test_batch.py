@@ -22,6 +22,7 @@ from mlpipes.cli.app import app
 from mlpipes.data.image_file import Decoder
 from mlpipes.errors import ConfigError, DataError
 from mlpipes.serving import batch
+from mlpipes.serving.arrays import ArrayFile
 from mlpipes.serving.batch import Job
 from mlpipes.serving.current import Registry, Wanted
 from mlpipes.serving.model import ServedModel, fetched, load
@@ -152,6 +153,8 @@ class Here:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def shutdown(self, cancel_futures: bool) -> None: ...
+
     def submit(self, answer: Any, chunk: Any, place: Path) -> "Future[int]":
         batch._MODEL[:] = [self.model]
         done: Future[int] = Future()
@@ -178,8 +181,11 @@ def job_of(home: Path, source: Path, store: Path) -> Job:
     return Job.of(fetched(tracker, registered, Store(store)), source, Store(store))
 
 
-def test_of_an_input_that_changes_meanwhile_nothing_is_kept(home: Path, expected: np.ndarray, tmp_path: Path) -> None:
-    source, result, rows = tmp_path / "x.npy", tmp_path / "x.parquet", 2500
+def test_answers_to_an_input_that_changes_meanwhile_are_never_those_of_what_it_was(
+    home: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "ProcessPoolExecutor", Here)
+    source, result, rows = tmp_path / "x.npy", tmp_path / "x.parquet", 4500
     images = np.load(home / "images.npy")[:rows]
     np.save(source, images)
 
@@ -187,18 +193,67 @@ def test_of_an_input_that_changes_meanwhile_nothing_is_kept(home: Path, expected
         with source.open("r+b") as stream:  # in place, as long as it was
             np.save(stream, images[::-1])
 
+    def killed(*_: Any) -> None:
+        overwrite()
+        if len(list(job.place.glob("0*"))) == 5:
+            raise KeyboardInterrupt
+
     job = job_of(home, source, tmp_path / "store")
-    (tmp_path / "folder.parquet").mkdir()
-    with pytest.raises(ConfigError, match="is a folder; name a file"):
-        job.run(tmp_path / "folder.parquet", 1)
-    with pytest.raises(DataError, match=r"x.npy changed while it was answered; nothing is kept"):
+    with pytest.raises(KeyboardInterrupt):
+        job.run(result, 1, killed)
+    np.save(source, images)
+    job = job_of(home, source, tmp_path / "store")
+    assert len(list(job.place.glob("0*"))) == 5, "the last of them to what had taken the place of it"
+    with pytest.raises(DataError, match=r"x.npy changed while it was answered; nothing was written"):
         job.run(result, 1, overwrite)
     assert not result.exists()
-    assert not list(job.place.glob("0*"))
     np.save(source, images)
-    assert job_of(home, source, tmp_path / "store").run(result, 1) == rows
+    computed = []
+    assert job.run(result, 1, lambda rows, now: computed.append(now)) == rows
+    assert set(computed) == {True, False}, "what was to the input that it is again was kept, and nothing else"
     found = np.stack(pq.read_table(result)["prediction"].to_pylist()).astype(np.float32)
     assert np.array_equal(found, expected[:rows])
+
+
+def test_an_array_that_becomes_shorter_meanwhile_is_told(
+    home: Path, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "ProcessPoolExecutor", Here)
+    np.save(tmp_path / "x.npy", np.load(home / "images.npy")[:4500])
+    job = job_of(home, tmp_path / "x.npy", tmp_path / "store")
+    with pytest.raises(DataError, match=r"x\.npy became shorter while it was read"):
+        job.run(tmp_path / "x.csv", 1, lambda *_: os.truncate(tmp_path / "x.npy", 5000))
+    assert not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize("shape", [(23,), (23, 2), (23, 3, 4, 5), (0, 3), (23, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_an_array_are_read_some_at_a_time_in_either_order(order: Any, shape: Any, tmp_path: Path) -> None:
+    wanted = np.asarray(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), order=order)
+    np.save(tmp_path / "x.npy", wanted)
+    found = list(ArrayFile.of(tmp_path / "x.npy").rows(10))
+    assert [len(each) for each in found] == [10, 10, 3][: 3 * (shape[0] > 0)]
+    assert np.array_equal(np.concatenate([wanted[:0], *found]), wanted)
+
+
+def test_headers_that_make_no_sense_are_told(tmp_path: Path) -> None:
+    (odd := tmp_path / "x.npy").touch()
+    for shape, kind in (
+        ((-250,), "<f4"),
+        ((True,), "<f4"),
+        ((10**30,), "<f4"),
+        ((4,), "|O"),
+        ((4,), "what"),
+        ((), "<f4"),
+    ):
+        header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        odd.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(16))
+        with pytest.raises(DataError, match=r"x\.npy (is no array of NumPy|holds)"):
+            ArrayFile.of(odd)
+    with odd.open("wb") as stream:
+        np.savez(stream, a=np.zeros(3))
+    with pytest.raises(DataError, match=r"x\.npy is no array of NumPy"):
+        ArrayFile.of(odd)
 
 
 def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndarray, tmp_path: Path) -> None:
@@ -224,6 +279,9 @@ def test_files_that_the_model_cannot_read_are_told(home: Path, expected: np.ndar
     good = job_of(home, home / "images.npy", tmp_path)
     with pytest.raises(ConfigError, match=r"ends with \.parquet or \.csv"):
         good.run(tmp_path / "x.xlsx", 1)
+    (tmp_path / "folder.parquet").mkdir()
+    with pytest.raises(ConfigError, match="is a folder; name a file"):
+        good.run(tmp_path / "folder.parquet", 1)
     with pytest.raises(ConfigError, match="/proc cannot be written to"):
         good.run(Path("/proc/x.csv"), 1)
     assert not good.place.exists(), "before anything is computed"
@@ -244,6 +302,10 @@ def test_pictures_in_a_folder_are_answered_with_their_names(home: Path, expected
     place = job_of(home, tmp_path / "in", tmp_path).place
     (tmp_path / "in" / "0" / "0.png").rename(tmp_path / "in" / "0" / "00.png")
     assert job_of(home, tmp_path / "in", tmp_path).place != place, "another name is another answer"
+    os.rename(os.fsencode(tmp_path / "in" / "0" / "00.png"), os.fsencode(tmp_path / "in") + b"/caf\xe9.png")  # noqa: PTH104
+    with pytest.raises(DataError, match=r"caf\\udce9\.png'?: its name is not in UTF-8"):
+        job_of(home, tmp_path / "in", tmp_path)
+    os.remove(os.fsencode(tmp_path / "in") + b"/caf\xe9.png")  # noqa: PTH107
     (tmp_path / "in" / "bad.png").write_bytes(b"something")
     with pytest.raises(DataError, match=r"bad\.png"):
         job_of(home, tmp_path / "in", tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlpipes.errors import UserError
 from mlpipes.serving.formats import described, of_csv, of_mlflow, of_protocol, parsed, to_mlflow, to_protocol
-from mlpipes.serving.signature import BadRequestError, Column, Signature, cut, is_finite, joined
+from mlpipes.serving.signature import MOST_ROWS, BadRequestError, Column, Signature, cut, is_finite, joined
 
 PAIRS = Signature((Column("text", "str", ()), Column("n", "int64", ())), (), is_tensor=False, answers_tensor=False)
 FRAMES = Signature((Column("", "uint8", (-1, -1, 3)),), (), is_tensor=True, answers_tensor=True)
@@ -28,11 +28,12 @@ WANTED = {"text": ["a", "é"], "n": [1, 2]}
     ],
 )
 def test_a_table_is_the_same_however_it_is_written(body: Any) -> None:
-    found = of_mlflow(parsed(json.dumps(body).encode()), PAIRS)
+    found = of_mlflow(parsed(json.dumps(body).encode(), PAIRS), PAIRS)
     assert {name: column.tolist() for name, column in dict(found).items()} == WANTED  # type: ignore[arg-type]
     assert found["n"].dtype == np.int64  # type: ignore[call-overload]
-    csv = of_csv('n,text\r\n1,a\r\n2,"é"\r\n'.encode(), PAIRS)
-    assert {name: column.tolist() for name, column in dict(csv).items()} == WANTED  # type: ignore[arg-type]
+    for mark in ("", "\ufeff"):  # that Excel writes before a CSV in UTF-8
+        csv = of_csv(f'{mark}n,text\r\n1,a\r\n2,"é"\r\n'.encode(), PAIRS)
+        assert {name: column.tolist() for name, column in dict(csv).items()} == WANTED  # type: ignore[arg-type]
     tensors = [
         {"name": "text", "shape": [2], "datatype": "BYTES", "data": ["a", "é"]},
         {"name": "n", "shape": [2], "datatype": "INT64", "data": [1, 2]},
@@ -76,6 +77,34 @@ def test_what_is_wrong_with_a_table_is_told(body: Any, field: str, says: str) ->
     assert says in str(caught.value)
 
 
+def test_more_lists_than_samples_have_are_not_read_for_others_would_wait() -> None:
+    images = Signature((Column("", "uint8", (3, 4, 5)),), (), is_tensor=True, answers_tensor=True)
+    for lists, signature in (
+        ("[]," * 2_000_000, images),
+        ("[0]," * 1_500_000, FRAMES),
+        ("{}," * 2_000_000, PAIRS),
+    ):
+        with pytest.raises(BadRequestError, match="more lists are in it than 4,096 samples are written with"):
+            parsed(f'{{"inputs": [{lists[:-1]}]}}'.encode(), signature)
+    # As many as are taken at once are, in the format that takes most lists; and so are brackets that are in texts.
+    body = json.dumps({"inputs": np.zeros((MOST_ROWS, 3, 4, 5), int).tolist()}).encode()
+    assert len(of_mlflow(parsed(body, images), images)) == MOST_ROWS
+    texts = ['["\\{{[' * 5000, "["]
+    found = of_mlflow(parsed(json.dumps({"inputs": {"text": texts, "n": [1, 2]}}).encode(), PAIRS), PAIRS)
+    assert dict(found)["text"].tolist() == texts  # type: ignore[arg-type]
+
+
+def test_data_of_a_tensor_is_flat_or_nested_as_its_shape_says() -> None:
+    pixels = np.arange(24).reshape(1, 2, 4, 3)
+    tensor = {"name": "x", "shape": [1, 2, 4, 3], "datatype": "UINT8"}
+    for data in (pixels, pixels.ravel()):
+        assert np.array_equal(of_protocol({"inputs": [tensor | {"data": data.tolist()}]}, FRAMES), pixels)  # type: ignore[arg-type]
+    with pytest.raises(
+        BadRequestError, match=r"inputs\[0\]\.data: it is nested as \(1, 4, 2, 3\), the shape says \(1, 2,"
+    ):
+        of_protocol({"inputs": [tensor | {"data": pixels.reshape(1, 4, 2, 3).tolist()}]}, FRAMES)
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -83,6 +112,7 @@ def test_what_is_wrong_with_a_table_is_told(body: Any, field: str, says: str) ->
         (b"\xff\xfe", "UTF-8"),
         (b'text,n\n"a', "CSV in UTF-8"),
         (b"text,n\na,x", "'x' is no number"),
+        (b"text,n\na," + b"1" * 5000, "is no number"),
         (b"text,n\na", "a list of 2 values"),
         (b"text,n", "1 to 4,096"),
     ],
