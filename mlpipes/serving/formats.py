@@ -30,8 +30,6 @@ _DATATYPES = {
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 
 
-_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-"""A string of JSON."""
 _MOST_DIGITS = 400
 """Of a whole number: more than the largest float has."""
 _AROUND = 1000
@@ -46,7 +44,7 @@ def parsed(body: bytes, signature: Signature) -> Any:
     Raises BadRequestError for what is none, and for NaN, which JSON does not have.
     """
     most = _most_lists(signature)
-    if _lists(body) > most and _lists(_TEXT.sub(b"", body)) > most:
+    if _lists(body) > most and _lists(_without_texts(body)) > most:
         raise BadRequestError("body", f"more lists are in it than {MOST_ROWS:,} samples are written with")
 
     def none(name: str) -> NoReturn:
@@ -57,6 +55,12 @@ def parsed(body: bytes, signature: Signature) -> Any:
     except (ValueError, RecursionError) as error:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BadRequestError("body", f"JSON is wanted: {said[:200]}") from None
+
+
+def _without_texts(body: bytes) -> bytes:
+    """What is not in strings; no regular expression, whose stack would have gigabytes for a long one."""
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    return b"".join(unescaped.split(b'"')[::2])
 
 
 def _lists(body: bytes) -> int:

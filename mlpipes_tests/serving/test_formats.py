@@ -1,6 +1,7 @@
 """What requests may look like, for models that take tables: each way of writing one, and each way of being wrong."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_more_lists_than_samples_have_are_not_read_for_others_would_wait() -> No
     texts = ['["\\{{[' * 5000, "["]
     found = of_mlflow(parsed(json.dumps({"inputs": {"text": texts, "n": [1, 2]}}).encode(), PAIRS), PAIRS)
     assert dict(found)["text"].tolist() == texts  # type: ignore[arg-type]
+
+
+def test_looking_for_lists_takes_no_more_memory_than_some_bodies() -> None:
+    for text in ("[" * 8_000_000, '\\"[' * 2_600_000):
+        body = f'{{"inputs": {{"text": ["{text}"], "n": [1]}}}}'.encode()
+        tracemalloc.start()
+        assert parsed(body, PAIRS)["inputs"]["text"] == [text.replace("\\", "")]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10 * len(body)
 
 
 def test_data_of_a_tensor_is_flat_or_nested_as_its_shape_says() -> None:
