@@ -1,4 +1,4 @@
-"""A user's desk: a sandbox with a running `mlpipes dev`, in whose UI scales of its workloads are materialized by clicks."""
+"""A user's desk: Dagster's UI, in which workloads are materialized by clicks, and one that `mlpipes dev` serves."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,33 +19,15 @@ _LAUNCHED = """{ runsOrError { ... on Runs { results { jobName } } }
 _RUNS = """{ runsOrError { ... on Runs { results { runId status jobName tags { key value } } } } }"""
 
 
-class Desk(Sandbox):
-    """A sandbox whose workloads have a few scales, four at most, for the UI shows no more of them by name.
+class Ui:
+    """Dagster's UI at an address, and what is done in it by clicks, with the `scales` that it offers of each workload.
 
-    No two workloads may have a scale of one name: runs are found by it.
+    Workloads have four scales at most, for it shows no more of them by name; and no two a scale of one name: runs are found
+    by it.
     """
 
-    def __init__(self, path: Path, scales: Mapping[str, Sequence[str]], *, held: bool = False) -> None:
-        super().__init__(path, held=held)
-        mlflow_store(self.home / "mlflow" / "mlflow.db")
-        self.scales = scales
-        self.port, self.mlflow_port = str(free_port()), str(free_port())
-        self.address = f"http://127.0.0.1:{self.port}"
-        file = path / "scales.yaml"
-        file.write_text(yaml.safe_dump({name: list(keys) for name, keys in scales.items()}))
-        self.environment |= {"MLPIPES_SCALES": str(file), "MLPIPES_DAGSTER_UI": self.address}
-
-    @contextmanager
-    def served(self) -> Iterator[None]:
-        """Serve both UIs; the Ray that the trainings started ends with them."""
-        options = ("--port", self.port, "--mlflow", "--mlflow-port", self.mlflow_port)
-        dev = self.start(".venv/bin/mlpipes", "dev", *options)
-        try:
-            wait_for(f"{self.address}/server_info", dev)
-            yield
-        finally:
-            end(dev)
-            self.run(".venv/bin/mlpipes ray down")
+    def __init__(self, address: str, scales: Mapping[str, Sequence[str]]) -> None:
+        self.address, self.scales = address, scales
 
     def runs(self, scale: str, job: str | None = None) -> list[str]:
         """The statuses of a scale's runs, the latest first."""
@@ -122,3 +104,28 @@ class Desk(Sandbox):
         found = graphql(self.address, _LAUNCHED)
         chains = [run for run in found["runsOrError"]["results"] if run["jobName"] == f"{workload}_chain"]
         return len(chains) + len(found["partitionBackfillsOrError"]["results"])
+
+
+class Desk(Sandbox, Ui):
+    """A sandbox with a running `mlpipes dev`."""
+
+    def __init__(self, path: Path, scales: Mapping[str, Sequence[str]], *, held: bool = False) -> None:
+        super().__init__(path, held=held)
+        mlflow_store(self.home / "mlflow" / "mlflow.db")
+        self.port, self.mlflow_port = str(free_port()), str(free_port())
+        Ui.__init__(self, f"http://127.0.0.1:{self.port}", scales)
+        file = path / "scales.yaml"
+        file.write_text(yaml.safe_dump({name: list(keys) for name, keys in scales.items()}))
+        self.environment |= {"MLPIPES_SCALES": str(file), "MLPIPES_DAGSTER_UI": self.address}
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Serve both UIs; the Ray that the trainings started ends with them."""
+        options = ("--port", self.port, "--mlflow", "--mlflow-port", self.mlflow_port)
+        dev = self.start(".venv/bin/mlpipes", "dev", *options)
+        try:
+            wait_for(f"{self.address}/server_info", dev)
+            yield
+        finally:
+            end(dev)
+            self.run(".venv/bin/mlpipes ray down")

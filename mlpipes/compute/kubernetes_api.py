@@ -200,8 +200,12 @@ class KubernetesApi:
             )
         except HTTPError as error:
             raise ConnectionError(f"the API server {client.configuration.host} does not answer: {error}") from error
-        except ApiException as error:
-            raise self._translated(error, f"{method} {path}") from error
+        except (ApiException, AttributeError) as error:
+            # Of a certificate that it does not trust, the client means to decode the answer, which is none.
+            refusal = error if isinstance(error, ApiException) else error.__context__
+            if not isinstance(refusal, ApiException):
+                raise
+            raise self._translated(refusal, f"{method} {path}") from error
 
     def _translated(self, error: Any, what: str) -> Exception:
         said = _message(error)
@@ -210,7 +214,12 @@ class KubernetesApi:
             return ConnectionError(
                 f"the API server does not know us ({said}): has a token expired? Log in again, or renew the kubeconfig"
             )
-        if error.status in _PASSING or error.status is None:
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            return ConnectionError(
+                f"the API server's certificate is not one that the kubeconfig trusts: {said}. Set its "
+                "`certificate-authority` to the cluster's"
+            )
+        if error.status in _PASSING or not error.status:
             return ConnectionError(f"the API server is in trouble: {said}")
         if error.status == 403:
             return RefusedError(

@@ -30,13 +30,12 @@ class ArrayFile:
             found = np.lib.format.open_memmap(
                 path, mode="r"
             )  # which looks at the header and the length, and reads nothing
-        # What NumPy raises depends on what is odd: headers are Python's literals.
-        except (ValueError, OSError, EOFError, OverflowError, TypeError, SyntaxError, MemoryError) as error:
+        except Exception as error:  # a header is a literal of Python's, and what is raised depends on what is odd in it
             raise DataError(f"{path} is no array of NumPy: {error}") from error
         if found.ndim == 0:
             raise DataError(f"{path} holds a single number, and no samples")
-        if found.dtype.hasobject:
-            raise DataError(f"{path} holds objects of Python, which are not read: save numbers")
+        if found.dtype.hasobject or not found.dtype.itemsize:
+            raise DataError(f"{path} holds {found.dtype}, which is no number: save numbers")
         by_columns = found.ndim > 1 and not found.flags.c_contiguous
         return cls(path, found.shape, found.dtype, by_columns, int(found.offset))
 

@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NoReturn
 
 import numpy as np
 
-from mlpipes.serving.signature import MOST_ROWS, BadRequestError, Signature, check_kinds
+from mlpipes.serving.signature import MOST_ROWS, BadRequestError, Signature, as_array, check_kinds, in_json
 from mlpipes.workloads.golden import Values
 
 _MLFLOW = ("inputs", "instances", "dataframe_split", "dataframe_records")
@@ -51,10 +52,11 @@ def parsed(body: bytes, signature: Signature) -> Any:
         raise BadRequestError("body", f"{name} is no number in JSON")
 
     try:
-        return json.loads(body, parse_constant=none)
+        # Of UTF-16, which Python would take, lists were counted as what they are not.
+        return json.loads(body.decode("utf-8-sig"), parse_constant=none)
     except (ValueError, RecursionError) as error:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BadRequestError("body", f"JSON is wanted: {said[:200]}") from None
+        raise BadRequestError("body", f"JSON in UTF-8 is wanted: {said[:200]}") from None
 
 
 def _without_texts(body: bytes) -> bytes:
@@ -84,7 +86,7 @@ def of_mlflow(body: Any, signature: Signature) -> Values:
         raise BadRequestError("body", f"an object with one of {', '.join(_MLFLOW)} is wanted")
     given = [name for name in _MLFLOW if name in body]
     if len(given) != 1 or set(body) - {*_MLFLOW, "params"}:
-        found = ", ".join(sorted(set(map(str, body)))[:5]) or "nothing"
+        found = ", ".join(key[:40] for key in islice(body, 5)) or "nothing"
         raise BadRequestError("body", f"exactly one of {', '.join(_MLFLOW)} is wanted, and nothing else; found {found}")
     if body.get("params"):
         raise BadRequestError("params", "the model takes none")
@@ -193,14 +195,13 @@ def _tensor(given: Any, field: str, signature: Signature) -> tuple[str, np.ndarr
         known = ", ".join(each.name for each in signature.inputs)
         raise BadRequestError(f"{field}.name", f"there is no input {name[:40]!r}; the model has {known}")
     if datatype != (wanted := _DATATYPES[column.dtype]):
-        raise BadRequestError(f"{field}.datatype", f"{wanted} is wanted, not {str(datatype)[:40]!r}")
+        said = repr(datatype[:40]) if isinstance(datatype, str) else in_json(datatype)
+        raise BadRequestError(f"{field}.datatype", f"{wanted} is wanted, not {said}")
     # Not `isinstance`: true is an int in Python.
     if not isinstance(shape, list) or not shape or not all(type(side) is int and 0 < side < 1 << 32 for side in shape):
         raise BadRequestError(f"{field}.shape", "a list of positive whole numbers is wanted")
     try:
-        data = np.asarray(
-            _listed(given["data"], f"{field}.data"), dtype=object if column.dtype in ("str", "bool") else None
-        )
+        data = as_array(_listed(given["data"], f"{field}.data"), numbers=column.dtype not in ("str", "bool"))
     except ValueError:
         raise BadRequestError(f"{field}.data", "the lists in it are of different lengths") from None
     if len(shape) != 1 + len(column.shape):

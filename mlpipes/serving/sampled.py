@@ -171,7 +171,7 @@ def served_since(folder: Path, since: datetime) -> Sample:
     found = []
     for path in sorted(folder.glob("*.json")):
         if path.name >= f"{since:{_HOUR}}":
-            with suppress(CorruptionError, FileNotFoundError):
+            with suppress(CorruptionError, OSError):
                 found.append(read_record(path))
     if not found:
         return Sample(0, {})

@@ -85,7 +85,8 @@ class Signature:
         wanted = [column.name for column in self.inputs]
         for name in given:
             if name not in wanted:
-                raise BadRequestError(f"{field}.{name}", f"there is no such column; the model has {', '.join(wanted)}")
+                known = ", ".join(wanted)
+                raise BadRequestError(f"{field}.{name[:40]}", f"there is no such column; the model has {known}")
         for name in wanted:
             if name not in given:
                 raise BadRequestError(f"{field}.{name}", "the column is missing")
@@ -142,7 +143,7 @@ def _columns(schema: Any) -> tuple[tuple[Column, ...], bool]:
 
 def _checked(given: Any, column: Column, field: str) -> np.ndarray:
     try:
-        raw = given if isinstance(given, np.ndarray) else np.asarray(given, dtype=None if column.shape else object)
+        raw = given if isinstance(given, np.ndarray) else as_array(given, numbers=bool(column.shape))
     except ValueError:
         raise BadRequestError(field, "the lists in it are of different lengths") from None
     if raw.ndim != 1 + len(column.shape) or any(
@@ -159,6 +160,27 @@ def _checked(given: Any, column: Column, field: str) -> np.ndarray:
     if isinstance(given, list) and column.shape:  # NumPy takes `[true, 2]` for numbers
         check_kinds(given, raw.ndim, field)
     return _numbers(raw, np.dtype(column.dtype), field)
+
+
+def as_array(given: list[Any], *, numbers: bool) -> np.ndarray:
+    """Lists as NumPy has them; of objects where not only numbers are wanted, or are there.
+
+    Of texts NumPy would make places that are all as wide as the longest: gigabytes of a small request.
+    Raises ValueError for numbers in lists of different lengths.
+    """
+    return np.asarray(given, dtype=None if numbers and not _has_text(given) else object)
+
+
+def _has_text(nested: list[Any]) -> bool:
+    waiting = [nested]
+    while waiting:
+        values = waiting.pop()
+        kinds = set(map(type, values))
+        if str in kinds:
+            return True
+        if list in kinds:
+            waiting.extend(inner for inner in values if type(inner) is list)
+    return False
 
 
 def check_kinds(nested: Any, depth: int, field: str) -> None:
@@ -222,7 +244,7 @@ def _numbers(raw: np.ndarray, dtype: np.dtype, field: str) -> np.ndarray:
             rule = f"{raw[bad][0]} is no whole number from {limits.min} to {limits.max} ({dtype})"
             raise BadRequestError(f"{field}{_address(np.argwhere(bad)[0])}", rule)
         return raw.astype(dtype)
-    if np.abs(raw).max() > np.finfo(dtype).max:
+    if float(np.abs(raw).max()) > np.finfo(dtype).max:
         raise BadRequestError(field, f"a number is too large for {dtype}")
     return raw.astype(dtype)
 

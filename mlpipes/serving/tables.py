@@ -1,5 +1,6 @@
 """Samples in files, a chunk at a time: Parquet, CSV and JSON lines for models of tables, arrays of NumPy for the others."""
 
+import csv
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mlpipes.workloads.golden import Values
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_BLOCK_BYTES = 32 << 20
+"""Of a file are read at once; no row may be longer."""
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".ndjson": "json"}
 
 
@@ -53,6 +56,22 @@ def check_kind(path: Path, signature: Signature) -> None:
     if path.suffix.lower() not in wanted:
         what = "an array" if signature.is_tensor else f"a table with {', '.join(c.name for c in signature.inputs)}"
         raise DataError(f"the model takes {what}: give a file that ends with {' or '.join(wanted)}, not {path.name}")
+    if path.suffix.lower() == ".csv":
+        _check_quotes(path)
+
+
+def _check_quotes(path: Path) -> None:
+    """Raises DataError where a quote is not closed: Arrow takes all that follows for one text."""
+    lines = 0
+    before = csv.field_size_limit(_BLOCK_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            for _ in (reader := csv.reader(stream, strict=True)):
+                lines = reader.line_num
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}, after line {lines:,}: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def rows_in(path: Path) -> int | None:
@@ -103,13 +122,18 @@ def _tables(path: Path, signature: Signature, rows: int) -> Iterator["pa.Table"]
     import pyarrow as pa
     import pyarrow.csv as pa_csv
     import pyarrow.dataset as pa_dataset
+    import pyarrow.json as pa_json
 
     kind: Any = _FORMATS[path.suffix.lower()]
+    # What looks like a number, a date, or like nothing, is a text where the model takes texts.
+    texts = {column.name: pa.string() for column in signature.inputs if column.dtype == "str"}
+    if kind == "json":
+        known = pa_json.ParseOptions(explicit_schema=pa.schema(list(texts.items())))
+        kind = pa_dataset.JsonFileFormat(parse_options=known, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES))
     if kind == "csv":
-        # What looks like a number, or like nothing, is a text where the model takes texts.
-        texts = {column.name: pa.string() for column in signature.inputs if column.dtype == "str"}
         scan = pa_dataset.CsvFragmentScanOptions(
-            convert_options=pa_csv.ConvertOptions(column_types=texts, strings_can_be_null=False)
+            convert_options=pa_csv.ConvertOptions(column_types=texts, strings_can_be_null=False),
+            read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES),
         )
         parse = pa_csv.ParseOptions(newlines_in_values=True)
         kind = pa_dataset.CsvFileFormat(parse_options=parse, default_fragment_scan_options=scan)
@@ -126,5 +150,5 @@ def _tables(path: Path, signature: Signature, rows: int) -> Iterator["pa.Table"]
                 waiting, count = table.slice(rows).to_batches(), count - rows
         if count:
             yield pa.Table.from_batches(waiting)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # a damaged page is an OSError
         raise DataError(f"{path} cannot be read: {error}") from error

@@ -22,7 +22,7 @@ from mlpipes.serving.metrics import Metrics
 from mlpipes.serving.model import ServedModel
 from mlpipes.serving.sampled import Sampler
 from mlpipes.serving.shadow import Shadow
-from mlpipes.serving.signature import BadRequestError
+from mlpipes.serving.signature import BadRequestError, in_json
 from mlpipes.serving.traffic import Answered, Canary, NotFiniteError, Traffic, computed
 from mlpipes.workloads.golden import Values
 
@@ -285,17 +285,19 @@ def _add_protocol(app: FastAPI, state: State) -> None:
     async def infer(request: Request, model: str = named, version: str | None = None) -> Response:
         if isinstance(wrong := named_by(model, version), _Problem):
             return wrong
-        identity: list[Any] = []
+        identity: list[str] = []
 
         def convert(_: Request, body: bytes, serving: ServedModel) -> Values:
             asked = parsed(body, serving.signature)
             values = of_protocol(asked, serving.signature)
-            identity.append(asked.get("id"))
+            if not isinstance(given := asked.get("id", ""), str):
+                raise BadRequestError("id", f"a text is wanted, not {in_json(given)}")
+            identity.append(given[:200])
             return values
 
         found = await _answered(request, state, convert, version)
         if isinstance(found, _Problem):
             return found
         reply = {"model_name": found.model.name, "model_version": found.model.version}
-        reply |= {"id": str(identity[0])[:200]} if identity[0] is not None else {}
+        reply |= {"id": identity[0]} if identity[0] else {}
         return _reply(request, found, reply | {"outputs": to_protocol(found.answer)})

@@ -92,11 +92,12 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         envelope = json.loads(path.read_bytes())
         content, expected = envelope["content"], envelope["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = digest_of(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptionError(
             f"{path} is not a readable record ({error}). Move it away to have it made again."
         ) from error
-    if digest_of(content) != expected:
+    if found != expected:
         raise CorruptionError(f"{path} does not match its checksum. Move it away to have it made again.")
     return content
 

@@ -28,7 +28,7 @@ from mlpipes.serving.current import Registry, Wanted
 from mlpipes.serving.model import ServedModel, fetched, load
 from mlpipes.serving.pictures import decoder_for
 from mlpipes.serving.signature import Column, Signature
-from mlpipes.serving.tables import chunks
+from mlpipes.serving.tables import check_kind, chunks
 from mlpipes.store.layout import Store
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.serving import held_batch
@@ -250,6 +250,9 @@ def test_headers_that_make_no_sense_are_told(tmp_path: Path) -> None:
         odd.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(16))
         with pytest.raises(DataError, match=r"x\.npy (is no array of NumPy|holds)"):
             ArrayFile.of(odd)
+    odd.write_bytes(b"\x93NUMPY\x01\x00" + (5000).to_bytes(2, "little") + b"(" * 5000)
+    with pytest.raises(DataError, match=r"x\.npy is no array of NumPy"):
+        ArrayFile.of(odd)
     with odd.open("wb") as stream:
         np.savez(stream, a=np.zeros(3))
     with pytest.raises(DataError, match=r"x\.npy is no array of NumPy"):
@@ -352,6 +355,37 @@ def test_a_text_that_looks_like_a_number_or_like_nothing_is_a_text(tmp_path: Pat
         (tmp_path / "t.csv").write_text(content)
         with pytest.raises(DataError, match=says):
             list(chunks(tmp_path / "t.csv", TEXTS, 10))
+
+
+def test_a_quote_that_is_not_closed_is_told_where_it_is(tmp_path: Path) -> None:
+    for content, says in (
+        ('text\na\n"abc\ndef\n', "after line 2: unexpected end of data"),
+        ('text\n"a"b\n', "after line 1: ',' expected after"),
+        ("text\n\udce9\n", "t.csv, after line 0: 'utf-8' codec"),
+    ):
+        (tmp_path / "t.csv").write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(DataError, match=says):
+            check_kind(tmp_path / "t.csv", TEXTS)
+
+
+def test_texts_are_texts_whatever_they_look_like_and_however_long_they_are(tmp_path: Path) -> None:
+    texts = ["2020-01-01", "12:30", "x" * 3_000_000, "1"]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in texts))
+    (tmp_path / "t.csv").write_text("\n".join(["text,id", *(f"{text},1" for text in texts)]))
+    for name in ("t.jsonl", "t.csv"):
+        check_kind(tmp_path / name, TEXTS)
+        (chunk,) = chunks(tmp_path / name, TEXTS, 10)
+        assert dict(chunk.values)["text"].tolist() == texts  # type: ignore[arg-type]
+        assert chunk.table is not None
+        assert chunk.table["id"].to_pylist() == [1] * 4
+
+
+def test_a_damaged_table_is_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [f"{n} of many" for n in range(1000)]}), path := tmp_path / "t.parquet")
+    data = path.read_bytes()
+    path.write_bytes(data[:20] + bytes(200) + data[220:])
+    with pytest.raises(DataError, match=r"t\.parquet cannot be read"):
+        list(chunks(path, TEXTS, 10))
 
 
 def test_columns_of_answers_never_hide_those_of_samples() -> None:

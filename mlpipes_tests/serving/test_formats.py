@@ -105,6 +105,28 @@ def test_looking_for_lists_takes_no_more_memory_than_some_bodies() -> None:
         assert peak < 10 * len(body)
 
 
+def test_texts_among_numbers_take_no_memory_of_their_longest() -> None:
+    digits = Signature((Column("", "uint8", (8,)),), (), is_tensor=True, answers_tensor=True)
+    for body in ({"inputs": ["a" * 1_000_000] + [""] * 499}, {"inputs": [["a" * 1_000_000] + [""] * 7] * 60}):
+        tracemalloc.start()
+        with pytest.raises(BadRequestError, match=r"shape|a number is wanted, not a text"):
+            of_mlflow(body, digits)
+        tensor = {"name": "x", "shape": [60, 8], "datatype": "UINT8", "data": body["inputs"]}
+        with pytest.raises(BadRequestError, match=r"a number is wanted, not a text|values are there"):
+            of_protocol({"inputs": [tensor]}, digits)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10_000_000, "bytes"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_only_utf_8_is_read(encoding: str) -> None:
+    body = json.dumps({"inputs": {"text": ["∰"], "n": [1]}}, ensure_ascii=False)
+    assert parsed(body.encode("utf-8-sig"), PAIRS) == parsed(body.encode(), PAIRS)
+    with pytest.raises(BadRequestError, match="JSON in UTF-8 is wanted"):
+        parsed(body.encode(encoding), PAIRS)
+
+
 def test_data_of_a_tensor_is_flat_or_nested_as_its_shape_says() -> None:
     pixels = np.arange(24).reshape(1, 2, 4, 3)
     tensor = {"name": "x", "shape": [1, 2, 4, 3], "datatype": "UINT8"}

@@ -125,6 +125,10 @@ def test_a_file_that_is_broken_or_of_other_figures_is_left_out(tmp_path: Path) -
     assert not (set(content["content"]["columns"]) - set(summarized(MODEL, np.ones((1, 1)), np.ones((1, 1)))))
     second.write_text(second.read_text()[:100])
     assert scene.found().n == 3
+    second.write_text("[" * 100_000)
+    (scene.folder / "9.json").mkdir()
+    (scene.folder / "8.json").symlink_to(scene.folder / "8.json")
+    assert scene.found().n == 3
     first.write_text("")
     assert (scene.found().seen, scene.found().n) == (0, 0)
     assert served_since(tmp_path / "nothing", NOON).n == 0

@@ -216,8 +216,9 @@ def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(
 @pytest.mark.parametrize(
     ("body", "field", "says"),
     [
-        (b"{", "body", "JSON is wanted"),
-        (b"[" * 100_000, "body", "nested too deeply"),
+        (b"{", "body", "JSON in UTF-8 is wanted"),
+        (b"[" * 5000, "body", "nested too deeply"),
+        (b"[" * 100_000, "body", "more lists are in it than 4,096 samples"),
         (b'{"inputs": NaN}', "body", "NaN is no number"),
         (b'{"\\ud800": 1}', "body", "exactly one of"),
         (b"[]", "body", "an object"),
@@ -236,7 +237,7 @@ def test_in_any_company_an_answer_has_the_same_bits_and_no_swap_fails_a_request(
         ({"inputs": np.full((1, 1, 8, 8), True).tolist()}, "inputs[0][0][0][0]", "not true or false"),
         ({"inputs": [[[[1] * 8] * 7 + [[1, True, 1, 1, 1, 1, 1, 1]]]]}, "inputs[0][0][7][1]", "a number is wanted"),
         ({"inputs": [[[[None] * 8] * 8]]}, "inputs[0][0][0][0]", "not null"),
-        ({"inputs": np.zeros((5000, 1, 8, 8), int).tolist()}, "inputs", "1 to 4,096 samples"),
+        ({"inputs": np.zeros((5000, 1, 8, 8), int).tolist()}, "body", "more lists are in it than 4,096 samples"),
         ({"dataframe_records": [{"a": 1}]}, "dataframe_records", "takes an array"),
         ({"inputs": [[[[1] * 8] * 8]], "params": {"a": 1}}, "params", "takes none"),
     ],
@@ -262,6 +263,7 @@ def test_bad_input_is_told_by_field_and_rule(server: Serving, body: Any, field: 
         ({"data": [True] + [1] * 63}, "inputs[0].data[0]"),
         ({"datatype": "FP32"}, "inputs[0].datatype"),
         ({"datatype": None}, "inputs[0].datatype"),
+        ({"datatype": [0] * 9}, "inputs[0].datatype"),
         ({"data": 5}, "inputs[0].data"),
         ({"data": [[1], [1, 2]]}, "inputs[0].data"),
         ({"name": 5}, "inputs[0].name"),
@@ -271,6 +273,15 @@ def test_bad_tensors_are_told_too(server: Serving, changes: dict[str, Any], fiel
     tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [1] * 64} | changes
     answer = requests.post(f"{server.address}/v2/models/{NAME}/infer", json={"inputs": [tensor]}, timeout=LIMIT_SECONDS)
     assert (answer.status_code, answer.json().get("field")) == (400, field), answer.text
+
+
+def test_the_id_of_a_tensor_request_is_a_text(server: Serving) -> None:
+    tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [1] * 64}
+    url = f"{server.address}/v2/models/{NAME}/infer"
+    for given, code in (("mine", 200), (5, 400), ([[[]]], 400), (None, 400)):
+        answer = requests.post(url, json={"inputs": [tensor], "id": given}, timeout=LIMIT_SECONDS)
+        assert answer.status_code == code, answer.text
+        assert answer.json().get("id" if code == 200 else "field") == ("mine" if code == 200 else "id")
 
 
 def _connected(stack: ExitStack, port: int, rest: bytes) -> socket.socket:
