@@ -1,6 +1,4 @@
-"""What users install on a cluster, as pods, from its own manifests: DNS, KubeRay's operator, Kueue, metrics-server, and
-what enforces network policies.
-"""
+"""What users install on a cluster, as pods: DNS, KubeRay's operator, Kueue and metrics-server, from their own manifests."""
 
 import base64
 import json
@@ -9,8 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlpipes_tests.cluster.build import configuration, program
 from mlpipes_tests.cluster.certificates import Authority
 from mlpipes_tests.cluster.images import program_image, thin_image
@@ -18,20 +14,18 @@ from mlpipes_tests.cluster.kubectl import Kubectl, Manifest, has_condition
 from mlpipes_tests.cluster.machines import Network
 from mlpipes_tests.cluster.nodes import CONTROL, CONTROL_TAINT, PAUSE
 
-RAY, KUEUE, METRICS, POLICIES = "ray-operator", "kueue", "metrics-server", "network-policies"
+RAY, KUEUE, METRICS = "ray-operator", "kueue", "metrics-server"
 OPERATORS = {
     RAY: ("kuberay-operator", "ray-system"),
     KUEUE: ("kueue-controller-manager", "kueue-system"),
     METRICS: ("metrics-server", "kube-system"),
-    POLICIES: ("kube-network-policies", "kube-system"),
 }
-"""Name and namespace of each operator's Deployment, or DaemonSet."""
+"""Name and namespace of each operator's Deployment."""
 OF_TRAINING = (RAY, KUEUE)
 _DNS_IMAGE = "localhost/coredns:1"
 _RAY_IMAGE, _RAY_TAG = "quay.io/kuberay/operator", "v1.6.0"
 _KUEUE_IMAGE, _KUEUE_TAG = "registry.k8s.io/kueue/kueue", "v0.17.0"
 _METRICS_IMAGE, _METRICS_TAG = "registry.k8s.io/metrics-server/metrics-server", "v0.9.0"
-_POLICIES_IMAGE, _POLICIES_TAG = "registry.k8s.io/networking/kube-network-policies", "v0.8.0"
 _KUEUE_WEBHOOKS = "kueue-webhook-service.kueue-system.svc"
 _COREFILE = """\
 .:53 {
@@ -59,13 +53,11 @@ def make_images(folder: Path, operators: Collection[str]) -> dict[str, list[Path
         RAY: f"{_RAY_IMAGE}:{_RAY_TAG}",
         KUEUE: f"{_KUEUE_IMAGE}:{_KUEUE_TAG}",
         METRICS: f"{_METRICS_IMAGE}:{_METRICS_TAG}",
-        POLICIES: f"{_POLICIES_IMAGE}:{_POLICIES_TAG}",
     }
     for operator in operators:
         program_image(folder / f"{operator}.tar", images[operator], program(operator), "/manager")
-    everywhere = [name for name in operators if name == POLICIES]
     return {
-        "": [folder / f"{name}.tar" for name in ("pause", "thin", *everywhere)],
+        "": [folder / "pause.tar", folder / "thin.tar"],
         CONTROL: [folder / f"{name}.tar" for name in ("pause", "dns", *operators)],
     }
 
@@ -130,8 +122,7 @@ def install_dns(kubectl: Kubectl, network: Network) -> None:
 
 def install_operator(kubectl: Kubectl, folder: Path, operator: str) -> None:
     """Install an operator, without waiting for it."""
-    installs = {RAY: _install_kuberay, KUEUE: _install_kueue, METRICS: _install_metrics, POLICIES: _install_policies}
-    installs[operator](kubectl, folder)
+    {RAY: _install_kuberay, KUEUE: _install_kueue, METRICS: _install_metrics}[operator](kubectl, folder)
 
 
 def _install_kuberay(kubectl: Kubectl, folder: Path) -> None:
@@ -172,23 +163,6 @@ def _install_metrics(kubectl: Kubectl, folder: Path) -> None:
     _kustomize(kubectl, folder, METRICS, image, {"/containers/0/args/-": trust})
 
 
-def _install_policies(kubectl: Kubectl, folder: Path) -> None:
-    """Its agent on every node; containerd is asked for nothing (NRI), for it is not the machine's own."""
-    text = (configuration(POLICIES) / "install.yaml").read_text(encoding="utf-8")
-    manifests = list(filter(None, yaml.safe_load_all(text)))
-    (agent,) = [each for each in manifests if each["kind"] == "DaemonSet"]
-    (container,) = agent["spec"]["template"]["spec"]["containers"]
-    _, *arguments = container["args"]
-    container |= {
-        "image": f"{_POLICIES_IMAGE}:{_POLICIES_TAG}",
-        "command": ["/manager"],
-        "imagePullPolicy": "IfNotPresent",
-    }
-    container |= {"args": [*arguments, "--disable-nri=true"]}
-    container["securityContext"] |= {"runAsUser": 0}  # our image of it says otherwise
-    kubectl.apply(manifests)
-
-
 def wait_for_dns(kubectl: Kubectl) -> None:
     """Wait until CoreDNS answers."""
     kubectl.wait_for("deployment", "coredns", has_condition("Available"), "is available", namespace="kube-system")
@@ -197,15 +171,7 @@ def wait_for_dns(kubectl: Kubectl) -> None:
 def wait_for_operator(kubectl: Kubectl, operator: str) -> None:
     """Wait until an operator does its work."""
     name, namespace = OPERATORS[operator]
-    if operator == POLICIES:
-        kubectl.wait_for("daemonset", name, _is_everywhere, "runs on every node", namespace=namespace)
-    else:
-        kubectl.wait_for("deployment", name, has_condition("Available"), "is available", namespace=namespace)
-
-
-def _is_everywhere(found: Manifest) -> bool:
-    status = found.get("status", {})
-    return bool(status.get("numberReady")) and status["numberReady"] == status.get("desiredNumberScheduled")
+    kubectl.wait_for("deployment", name, has_condition("Available"), "is available", namespace=namespace)
 
 
 def _namespace(name: str) -> Manifest:

@@ -23,7 +23,7 @@ RELEASED = {
     "ray-operator": "github.com/ray-project/kuberay/ray-operator@v1.6.0",
     "kueue": "sigs.k8s.io/kueue/cmd/kueue@v0.17.0",
     "metrics-server": "sigs.k8s.io/metrics-server/cmd/metrics-server@v0.9.0",
-    "network-policies": "sigs.k8s.io/kube-network-policies/cmd@v0.8.0",
+    "kube-router": "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router@v2.1.0",
     "helm": "helm.sh/helm/v3/cmd/helm@v3.22.0",
     "kwok": "sigs.k8s.io/kwok/cmd/kwok@v0.8.0",
 }
@@ -31,7 +31,6 @@ _CONFIGURATIONS = {
     "ray-operator": (RELEASED["ray-operator"], "config/default"),
     "kueue": ("sigs.k8s.io/kueue@v0.17.0", "config/default"),
     "metrics-server": ("sigs.k8s.io/metrics-server@v0.9.0", "manifests/base"),
-    "network-policies": ("sigs.k8s.io/kube-network-policies@v0.8.0", "."),
     "kwok": ("sigs.k8s.io/kwok@v0.8.0", "kustomize/stage"),
 }
 """The modules of operators, and the folder in each that installs it, or has its settings."""

@@ -31,8 +31,16 @@ class Cluster:
     """A cluster of a control plane and nodes `node-1`, `node-2`, …; its name is the name of its control group."""
 
     def __init__(
-        self, folder: Path, name: str, nodes: int = 2, operators: Collection[str] = addons.OF_TRAINING
+        self,
+        folder: Path,
+        name: str,
+        nodes: int = 2,
+        operators: Collection[str] = addons.OF_TRAINING,
+        *,
+        policies: bool = False,
     ) -> None:
+        self.policies = policies
+        """Whether network policies are enforced."""
         self.folder, self.group, self.size, self.operators = folder, Cgroup(name), nodes, operators
         self.switch = Switch(Cgroup(f"{name}/switch"), folder / "switch")
         self.nodes: dict[str, Node] = {}
@@ -74,8 +82,10 @@ class Cluster:
         addons.install_dns(self.kubectl, network)
         for operator in self.operators:
             addons.install_operator(self.kubectl, self.folder, operator)
-        for name in self.nodes:
+        for name, node in self.nodes.items():
             self.wait_until_ready(name)
+            if self.policies:
+                node.start_firewall()
         self._reached("nodes are ready", began)
         addons.wait_for_dns(self.kubectl)
         for operator in self.operators:
@@ -136,6 +146,8 @@ class Cluster:
         node.start_containerd()
         node.import_images([])
         node.start_kubelet()
+        if self.policies:
+            node.start_firewall()
 
     def freeze_node(self, node: str) -> None:
         """A node hangs: everything on it stops where it is."""
@@ -232,16 +244,18 @@ def lacking() -> str:
 
 @contextmanager
 def kubernetes_cluster(
-    folder: Path, nodes: int = 2, operators: Collection[str] = addons.OF_TRAINING
+    folder: Path, nodes: int = 2, operators: Collection[str] = addons.OF_TRAINING, *, policies: bool = False
 ) -> Iterator[Cluster]:
     """A cluster that ends with the context; skips the test where something is missing."""
     os.environ["PATH"] += ":/usr/sbin:/sbin:/usr/local/go/bin"  # where daemons and Go lie, which not every PATH has
     if lacks := lacking():
         missing(lacks)
+    if policies and shutil.which("ipset") is None:
+        missing("no ipset on PATH, which enforces network policies")
     end_leftovers()
     evidence.collect_from(folder)
     name = f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{next(_counter)}"
-    cluster = Cluster(folder, name, nodes, operators)
+    cluster = Cluster(folder, name, nodes, operators, policies=policies)
     try:
         cluster.start()
         yield cluster

@@ -45,6 +45,7 @@ class Node:
         certificate = authority.sign(f"kubelet-{self.name}", self.name, hosts=[self.name, self.address])
         self._identity = plane.kubeconfig(f"node-{self.name}", f"system:node:{self.name}", ["system:nodes"])
         self._proxy_identity = plane.kubeconfig(f"proxy-{self.name}", "system:kube-proxy")
+        self._firewall_identity = plane.kubeconfig(f"firewall-{self.name}", "firewall", ["system:masters"])
         text = _CONTAINERD.format(disk=DISK, socket=_SOCKET, pause=PAUSE, plugins=PLUGINS)
         (self.folder / "containerd.toml").write_text(text)
         (self.folder / "cni").mkdir()
@@ -82,6 +83,18 @@ class Node:
             # These are the whole host's, not a network namespace's: leave them.
             *("--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0"),
             "--conntrack-tcp-timeout-close-wait=0",
+        )
+
+    def start_firewall(self) -> None:
+        """Start kube-router as what it also is: the agent that enforces network policies, by rules of iptables.
+
+        The node has to be known to the API server.
+        """
+        self.machine.spawn(
+            *("firewall", str(program("kube-router"))),
+            *("--run-firewall=true", "--run-router=false", "--run-service-proxy=false"),
+            *(f"--kubeconfig={self._firewall_identity}", f"--hostname-override={self.name}"),
+            f"--service-cluster-ip-range={self.network.services}",
         )
 
     def _pod_network(self) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlpipes_tests import evidence
-from mlpipes_tests.cluster import addons, conftest, intruder, software
+from mlpipes_tests.cluster import conftest, intruder, software
 from mlpipes_tests.cluster.chart import RELEASE, Desk
 from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
 from mlpipes_tests.cluster.conftest import Namespace
@@ -34,9 +34,7 @@ DASHBOARD = "http://{}:8265/api/jobs/"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster on which policies are enforced."""
-    with kubernetes_cluster(
-        tmp_path_factory.mktemp("k8s"), operators=(*addons.OF_TRAINING, addons.POLICIES)
-    ) as started:
+    with kubernetes_cluster(tmp_path_factory.mktemp("k8s"), policies=True) as started:
         yield started
 
 
