@@ -27,9 +27,7 @@ class ArrayFile:
     def of(cls, path: Path) -> "ArrayFile":
         """Read the header. Raises DataError for a file that is no array, or is shorter than it says."""
         try:
-            found = np.lib.format.open_memmap(
-                path, mode="r"
-            )  # which looks at the header and the length, and reads nothing
+            found = np.lib.format.open_memmap(path, mode="r")  # looks at header and length, and reads nothing
         except Exception as error:  # a header is a literal of Python's, and what is raised depends on what is odd in it
             raise DataError(f"{path} is no array of NumPy: {error}") from error
         if found.ndim == 0:

@@ -65,44 +65,31 @@ def _kubelet(struck: Struck) -> Iterator[None]:
 
 
 @contextmanager
-def _network(struck: Struck) -> Iterator[None]:
-    """What was cut off is replaced, and comes back when others train in its place."""
-    node = struck.node_of("worker")
-    struck.cluster.cut_network(node)
+def _replaced(
+    struck: Struck, role: str, lose: Callable[[str], None], bring: Callable[[str], None], attempt: int = 1
+) -> Iterator[None]:
+    """A node is lost, and comes back when others train in its place."""
+    node = struck.node_of(role)
+    lose(node)
     try:
-        struck.until_replaced()
+        struck.until_replaced(attempt)
         struck.go_on()
     finally:
-        struck.cluster.heal_network(node)
+        bring(node)
     struck.cluster.wait_until_ready(node)
     yield
 
 
-@contextmanager
-def _frozen(struck: Struck) -> Iterator[None]:
-    """A node that hangs, and wakes up when others train in its place."""
-    node = struck.node_of("worker")
-    struck.cluster.freeze_node(node)
-    try:
-        struck.until_replaced()
-        struck.go_on()
-    finally:
-        struck.cluster.thaw_node(node)
-    struck.cluster.wait_until_ready(node)
-    yield
+def _network(struck: Struck) -> Any:
+    return _replaced(struck, "worker", struck.cluster.cut_network, struck.cluster.heal_network)
 
 
-@contextmanager
-def _node_of_the_head(struck: Struck) -> Iterator[None]:
-    node = struck.node_of("head")
-    struck.cluster.kill_node(node)
-    try:
-        struck.until_replaced(attempt=2)
-        struck.go_on()
-    finally:
-        struck.cluster.start_node(node)
-    struck.cluster.wait_until_ready(node)
-    yield
+def _frozen(struck: Struck) -> Any:
+    return _replaced(struck, "worker", struck.cluster.freeze_node, struck.cluster.thaw_node)
+
+
+def _node_of_the_head(struck: Struck) -> Any:
+    return _replaced(struck, "head", struck.cluster.kill_node, struck.cluster.start_node, attempt=2)
 
 
 @contextmanager
@@ -153,27 +140,22 @@ def _kueue(struck: Struck) -> Iterator[None]:
     yield
 
 
-@contextmanager
-def _everything(struck: Struck) -> Iterator[None]:
-    """Both operators, a worker and the control plane at one moment, and the node of the head while they come back."""
-    node = struck.node_of("head")
-    for operator in (addons.KUEUE, addons.RAY):
-        struck.cluster.kill_operator(operator)
-    _kill_worker(struck)
+def _everything(struck: Struck) -> Any:
+    """Both operators, a worker, the control plane and the node of the head at one moment; the node comes back later."""
     programs = ("apiserver", "etcd", "controllers", "scheduler")
-    for program in programs:
-        struck.cluster.kill_program(program)
-    struck.cluster.kill_node(node)
-    try:
+
+    def lose(node: str) -> None:
+        for operator in (addons.KUEUE, addons.RAY):
+            struck.cluster.kill_operator(operator)
+        _kill_worker(struck)
+        for program in programs:
+            struck.cluster.kill_program(program)
+        struck.cluster.kill_node(node)
         for program in reversed(programs):
             struck.cluster.start_program(program)
         struck.cluster.wait_for_api()
-        struck.until_replaced(attempt=2)
-        struck.go_on()
-    finally:
-        struck.cluster.start_node(node)
-    struck.cluster.wait_until_ready(node)
-    yield
+
+    return _replaced(struck, "head", lose, struck.cluster.start_node, attempt=2)
 
 
 def _kill_worker(struck: Struck) -> None:
