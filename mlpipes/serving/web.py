@@ -29,7 +29,7 @@ from mlpipes.workloads.golden import Values
 Convert = Callable[[Request, bytes, ServedModel], Values]
 CLIENT = "x-client-key"
 """The header by which a client says who it is."""
-_LARGE = 256 << 10
+_LARGE = 64 << 10
 _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parsing")
 
 
