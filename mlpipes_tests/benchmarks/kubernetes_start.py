@@ -45,7 +45,6 @@ def ours(cluster: Cluster, folder: Path, scale: str) -> tuple[Parts, Manifest]:
     training.barriers.open()
     assert training.end(run) == 0, training.log()[-3000:]
     created, messages = _time(made["metadata"]["creationTimestamp"]), read_messages(training.folder().messages(1))[0]
-    parts["our driver has begun"] = messages[0].time - created
     parts["workers train"] = next(each.time for each in messages if isinstance(each, Started)) - created
     first = next(at for name, _, _, at in training.outcome()["history"] if name == "train/loss") / 1000
     return parts | {FIRST: first - created}, made
@@ -60,7 +59,8 @@ def bare(cluster: Cluster, folder: Path, scale: str, like: Manifest) -> Parts:
     spec = json.loads(json.dumps(like["spec"]).replace(like["metadata"]["namespace"], made.name))
     spec = json.loads(json.dumps(spec).replace(str(_store_of(like)), str(made.store)))
     spec["entrypoint"] = shlex.join([sys.executable, bare_ray.__file__, workers, batch, epochs, str(place)])
-    for key in ("jobId", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"):
+    # Ours is itself the only worker, whose place it asks for; TorchTrainer's is another process.
+    for key in ("jobId", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "entrypointNumCpus"):
         spec.pop(key, None)
     metadata = {"name": "bare", "namespace": made.name}
     cluster.kubectl.apply({"apiVersion": like["apiVersion"], "kind": "RayJob", "metadata": metadata, "spec": spec})
@@ -115,7 +115,7 @@ def main(rounds: int) -> int:
         folder = Path(scratch)
         folder.chmod(0o755)
         with kubernetes_cluster(folder / "cluster") as cluster:
-            for workers in (1, 2):
+            for workers in (2, 1):
                 scale = f"w{workers}-b128-e10-g0"
                 found: dict[str, list[Parts]] = {"mlpipes": [], "bare Ray Train": []}
                 for number in range(rounds + 1):
