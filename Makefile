@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test quick test-all test-cluster test-docker test-gpu checks definitions format lint types bench bench-page chaos cluster cluster-down cluster-programs images hashes clean
+.PHONY: install demo dev test quick test-all test-cluster test-docker test-gpu checks definitions format lint types bench bench-page chaos chaos-cluster cluster cluster-down cluster-programs images hashes clean
 install: .venv/.installed
 
 demo: install
@@ -78,6 +78,10 @@ bench-page: install
 
 chaos: install
 	$(BIN)/python -m mlpipes_tests.chaos $(or $(N),1)
+
+# A desk and its trainings on a real Kubernetes, struck N times by whatever a cluster can lose; as root.
+chaos-cluster: install cluster-programs
+	$(BIN)/python -m mlpipes_tests.chaos.kubernetes $(or $(N),1)
 
 # A Kubernetes of one's own to look at; it stays until `make cluster-down`.
 cluster: install

@@ -20,10 +20,9 @@ from typing import Any
 from mlpipes.store.messages import Started, read_messages
 from mlpipes_tests.benchmarks import bare_ray
 from mlpipes_tests.benchmarks.figures import record
-from mlpipes_tests.cluster import software
 from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
-from mlpipes_tests.cluster.conftest import Namespace
-from mlpipes_tests.cluster.kubectl import Manifest, in_phase
+from mlpipes_tests.cluster.conftest import Namespace, make_namespace
+from mlpipes_tests.cluster.kubectl import Manifest
 from mlpipes_tests.integration.test_kubernetes import LATE, Training
 from mlpipes_tests.waiting import until
 
@@ -75,12 +74,7 @@ def bare(cluster: Cluster, folder: Path, scale: str, like: Manifest) -> Parts:
 
 
 def _namespace(cluster: Cluster, folder: Path) -> Namespace:
-    made = Namespace(f"start{next(_numbers)}", folder / f"{time.time_ns()}")
-    manifests = software.namespace(made.name, made.store)
-    cluster.kubectl.apply(manifests)
-    for claim in (each["metadata"]["name"] for each in manifests if each["kind"] == "PersistentVolumeClaim"):
-        cluster.kubectl.wait_for("pvc", claim, in_phase("Bound"), "is bound", namespace=made.name)
-    return made
+    return make_namespace(cluster, f"start{next(_numbers)}", folder / f"{time.time_ns()}")
 
 
 def _store_of(job: Manifest) -> Path:

@@ -101,7 +101,7 @@ def _recover(session: Session, run_id: str, victim: str, struck_at: float) -> No
             mended = True
         if session.dev is None or session.dev.poll() is not None:
             session.up()  # the one thing that a user has to do
-        if session._attached(run_id, struck_at):
+        if session.attached(run_id, struck_at):
             session.sandbox.barriers.open()
         statuses = session.family(run_id)
         if "SUCCESS" in statuses:
@@ -126,5 +126,5 @@ def _measure(session: Session, trial: Trial, run_id: str, folder: TrainingFolder
         trial.steps_repeated = max(0, step - begun[-1].step)
     if progress:
         trial.training_seconds = min(progress) - struck_at
-    attached = session._attached(run_id, struck_at)
+    attached = session.attached(run_id, struck_at)
     trial.attached_seconds = min(attached) - struck_at if attached else None

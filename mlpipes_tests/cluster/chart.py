@@ -14,7 +14,6 @@ from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.images import THIN
 from mlpipes_tests.sandbox import CHECKOUT, free_port
-from mlpipes_tests.waiting import until
 
 CHART = CHECKOUT / "deploy" / "helm" / "mlpipes"
 RELEASE = "mlpipes"
@@ -115,7 +114,7 @@ class Desk:
 
     @contextmanager
     def forwarded(self, part: str, port: int) -> Iterator[str]:
-        """The address of a service, as a user reaches it."""
+        """The address of a service, as a user reaches it. Raises AssertionError while it has no pod."""
         here = free_port()
         command = [*self.kubectl.command, "port-forward", f"--namespace={self.namespace.name}"]
         process = subprocess.Popen(
@@ -126,7 +125,12 @@ class Desk:
         )
         assert process.stdout is not None
         try:
-            until(lambda: "Forwarding" in (process.stdout.readline() or ""), f"{part} is forwarded")  # type: ignore[union-attr]
+            said = ""
+            for line in process.stdout:
+                said += line
+                if "Forwarding" in line:
+                    break
+            assert "Forwarding" in said, f"{part} cannot be forwarded: {said}"
             yield f"http://127.0.0.1:{here}"
         finally:
             process.kill()

@@ -29,18 +29,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
-@pytest.fixture
-def namespace(cluster: Cluster, tmp_path: Path) -> Iterator[Namespace]:
-    """A namespace with claims on the host's programs and on a store; gone after the test, with all that lies in it."""
-    made = Namespace(f"t{next(_numbers)}", tmp_path / "store")
-    manifests = software.namespace(made.name, made.store)
+def make_namespace(cluster: Cluster, name: str, store: Path) -> Namespace:
+    """A namespace with claims on the host's programs and on a store, all of them bound."""
+    manifests = software.namespace(name, store)
     cluster.kubectl.apply(manifests)
     for manifest in manifests:
         if manifest["kind"] == "PersistentVolumeClaim":
             claim = manifest["metadata"]["name"]
-            bound = in_phase("Bound")
-            cluster.kubectl.wait_for("pvc", claim, bound, "is bound", namespace=made.name, vain=cluster.died)
+            cluster.kubectl.wait_for("pvc", claim, in_phase("Bound"), "is bound", namespace=name, vain=cluster.died)
+    return Namespace(name, store)
+
+
+@pytest.fixture
+def namespace(cluster: Cluster, tmp_path: Path) -> Iterator[Namespace]:
+    """A namespace with claims on the host's programs and on a store; gone after the test, with all that lies in it."""
+    made = make_namespace(cluster, f"t{next(_numbers)}", tmp_path / "store")
     yield made
-    volumes = [m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolume"]
     cluster.kubectl("delete", "namespace", made.name, "--wait=true", "--timeout=180s")
-    cluster.kubectl("delete", "persistentvolume", *volumes)
+    volumes = [volume["metadata"]["name"] for volume in cluster.kubectl.objects("persistentvolumes")]
+    mine = [volume for volume in volumes if volume.startswith(f"{made.name}-")]
+    cluster.kubectl("delete", "persistentvolume", *mine, "--ignore-not-found")

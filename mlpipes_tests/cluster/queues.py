@@ -1,5 +1,6 @@
 """Kueue's objects that make a queue."""
 
+from mlpipes_tests.cluster import software
 from mlpipes_tests.cluster.kubectl import Manifest
 
 LABEL = "kueue.x-k8s.io/queue-name"
@@ -52,6 +53,19 @@ def teams(namespace: str, quotas: dict[str, dict[str, str]]) -> list[Manifest]:
 def priority(name: str, value: int) -> Manifest:
     """A priority that jobs name by the label `kueue.x-k8s.io/priority-class`."""
     return _named("WorkloadPriorityClass", name) | {"value": value}
+
+
+def urgent_job(namespace: str, queue: str = NAME, cpu: str = "600m") -> Manifest:
+    """A job that takes nearly all of a queue until the test says so, by a file in the store."""
+    wait = f"until [ -e {software.STORE}/urgent ]; do sleep 1; done"
+    spec = software.pod_spec(["sh", "-c", wait], resources={"requests": {"cpu": cpu, "memory": "64Mi"}})
+    labels = {LABEL: queue, "kueue.x-k8s.io/priority-class": "urgent"}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "urgent", "namespace": namespace, "labels": labels},
+        "spec": {"template": {"spec": spec}, "backoffLimit": 0},
+    }
 
 
 def of_cluster(namespace: str) -> list[str]:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.cluster import conftest, queues, software
+from mlpipes_tests.cluster import conftest, queues
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
-from mlpipes_tests.cluster.kubectl import Manifest
 from mlpipes_tests.integration import test_kubernetes
 from mlpipes_tests.integration.test_kubernetes import EARLY, LATE, ONE, TWO, Training, assert_equal, cancel, started
 
@@ -40,8 +39,7 @@ def test_preempted_in_a_queue_it_waits_and_goes_on(
     training.barriers.close(EARLY)
     run = training.run()
     training.until_barrier(EARLY)
-    urgent = urgent_job(namespace)
-    cluster.kubectl.apply(urgent)
+    cluster.kubectl.apply(queues.urgent_job(namespace.name))
     training.until(training.folder().stop_request(1).exists, "a last checkpoint is asked for")
     training.barriers.open(EARLY)
     training.barriers.close(LATE)
@@ -59,19 +57,6 @@ def test_preempted_in_a_queue_it_waits_and_goes_on(
     training.assert_nothing_is_left()
 
 
-def urgent_job(namespace: Namespace, queue: str = queues.NAME, cpu: str = "600m") -> Manifest:
-    """A job that takes nearly all of a queue until the test says so, by a file in the store."""
-    wait = f"until [ -e {software.STORE}/urgent ]; do sleep 1; done"
-    spec = software.pod_spec(["sh", "-c", wait], resources={"requests": {"cpu": cpu, "memory": "64Mi"}})
-    labels = {queues.LABEL: queue, "kueue.x-k8s.io/priority-class": "urgent"}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": "urgent", "namespace": namespace.name, "labels": labels},
-        "spec": {"template": {"spec": spec}, "backoffLimit": 0},
-    }
-
-
 def test_the_more_urgent_of_two_that_wait_goes_first(
     cluster: Cluster,
     namespace: Namespace,
@@ -80,7 +65,7 @@ def test_the_more_urgent_of_two_that_wait_goes_first(
 ) -> None:
     training = Training(cluster, namespace, TWO, queue=queue, queue_priority="low")
     training.barriers.close(EARLY)
-    cluster.kubectl.apply(urgent_job(namespace))
+    cluster.kubectl.apply(queues.urgent_job(namespace.name))
     training.before |= {"job.batch/urgent"}
     low = training.run()
     training.until_said("waits for quota in queue training: 0 ahead")
@@ -126,7 +111,7 @@ def test_what_a_team_has_borrowed_it_gives_back_and_a_gang_waits_whole(
     training.barriers.close(EARLY)
     run = training.run()
     training.until_barrier(EARLY)
-    cluster.kubectl.apply(urgent_job(namespace, THEIRS, "400m"))
+    cluster.kubectl.apply(queues.urgent_job(namespace.name, THEIRS, "400m"))
     training.until(training.folder().stop_request(1).exists, "a last checkpoint is asked for")
     training.barriers.open(EARLY)
     training.barriers.close(LATE)
@@ -154,7 +139,7 @@ def test_cancelled_while_it_waits_in_a_queue_it_leaves_nothing(
     queue: str,
 ) -> None:
     training = Training(cluster, namespace, ONE, queue=queue, queue_priority="low")
-    cluster.kubectl.apply(urgent_job(namespace))
+    cluster.kubectl.apply(queues.urgent_job(namespace.name))
     training.before = training.things() | {"job.batch/urgent"}
     cluster.kubectl.wait_for(
         "job", "urgent", lambda job: job.get("status", {}).get("active"), "is admitted", namespace=namespace.name
