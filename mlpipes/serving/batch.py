@@ -178,6 +178,10 @@ class Job:
             if sha256_file(self.source) != self.digest:
                 raise self._changed()
             temporary.replace(target)
+        except OSError as error:
+            if error.filename is None:  # Arrow does not say which file the disk is too full for
+                raise OSError(error.errno, str(error.strerror or error), str(target)) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return rows

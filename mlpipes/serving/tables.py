@@ -74,6 +74,12 @@ def _check_quotes(path: Path) -> None:
         csv.field_size_limit(before)
 
 
+def _columns_of(path: Path) -> int:
+    """How many columns a CSV file names."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return len(next(csv.reader(stream), []))
+
+
 def rows_in(path: Path) -> int | None:
     """How many samples a file has, where that is known without reading it."""
     if path.suffix.lower() == ".npy":
@@ -135,7 +141,8 @@ def _tables(path: Path, signature: Signature, rows: int) -> Iterator["pa.Table"]
             convert_options=pa_csv.ConvertOptions(column_types=texts, strings_can_be_null=False),
             read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES),
         )
-        parse = pa_csv.ParseOptions(newlines_in_values=True)
+        # An empty line is an empty text where there is one column, and nothing where there are more.
+        parse = pa_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=_columns_of(path) > 1)
         kind = pa_dataset.CsvFileFormat(parse_options=parse, default_fragment_scan_options=scan)
     try:
         batches = pa_dataset.dataset(path, format=kind).scanner().to_batches()

@@ -30,12 +30,15 @@ from mlpipes.serving.pictures import decoder_for
 from mlpipes.serving.signature import Column, Signature
 from mlpipes.serving.tables import check_kind, chunks
 from mlpipes.store.layout import Store
+from mlpipes_tests import disks
+from mlpipes_tests.disks import fill
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.serving import held_batch
 from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, tracker_in
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 TEXTS = Signature((Column("text", "str", ()),), (), is_tensor=False, answers_tensor=False)
+small_disk = disks.small_disk
 TIMES = 180
 """How often `IMAGES` are repeated: some chunks."""
 
@@ -226,6 +229,17 @@ def test_an_array_that_becomes_shorter_meanwhile_is_told(
     assert not (tmp_path / "x.csv").exists()
 
 
+def test_a_disk_that_is_too_full_for_the_result_is_told_with_its_name(
+    home: Path, expected: np.ndarray, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "ProcessPoolExecutor", Here)
+    job = job_of(home, home / "images.npy", home / "store")
+    ballast, target = fill(small_disk), small_disk / "x.parquet"
+    with pytest.raises(OSError, match=r"No space left on device.*x\.parquet"):
+        job.run(target, 1)
+    assert list(small_disk.iterdir()) == [ballast]
+
+
 @pytest.mark.parametrize("shape", [(23,), (23, 2), (23, 3, 4, 5), (0, 3), (23, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_rows_of_an_array_are_read_some_at_a_time_in_either_order(order: Any, shape: Any, tmp_path: Path) -> None:
@@ -355,6 +369,15 @@ def test_a_text_that_looks_like_a_number_or_like_nothing_is_a_text(tmp_path: Pat
         (tmp_path / "t.csv").write_text(content)
         with pytest.raises(DataError, match=says):
             list(chunks(tmp_path / "t.csv", TEXTS, 10))
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"), [("text\na\n\nb\n", ["a", "", "b"]), ("text,id\na,1\n\nb,2\n\n", ["a", "b"])]
+)
+def test_an_empty_line_is_a_row_where_it_can_be_one(content: str, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    (chunk,) = chunks(tmp_path / "t.csv", TEXTS, 10)
+    assert dict(chunk.values)["text"].tolist() == texts  # type: ignore[arg-type]
 
 
 def test_a_quote_that_is_not_closed_is_told_where_it_is(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
 import errno
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +8,12 @@ from mlpipes.errors import DiskFullError
 from mlpipes.store.messages import Finished, read_messages
 from mlpipes.training import disk_full
 from mlpipes.training.checkpoints import Checkpoints
-from mlpipes_tests.conftest import missing
+from mlpipes_tests import disks
+from mlpipes_tests.disks import fill
 from mlpipes_tests.training.harness import curve, make_job, run_here
 
+small_disk = disks.small_disk
 SCALE = "w1-b128-e4-g0"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a disk of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True) if os.geteuid() == 0 else None
-    if done is None or done.returncode:
-        missing("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    ballast = folder / "ballast"
-    with pytest.raises(OSError), ballast.open("wb", buffering=0) as stream:
-        while True:
-            stream.write(bytes(4096))
-    return ballast
 
 
 def test_a_training_waits_for_room_and_ends_in_the_same_model(
