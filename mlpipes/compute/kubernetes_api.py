@@ -225,7 +225,8 @@ class KubernetesApi:
             return RefusedError(
                 f"Kubernetes forbids {what}: {said}. `mlpipes doctor kubernetes` says which rights are missing", 403
             )
-        return RefusedError(f"Kubernetes refuses {what}: {said}", error.status)
+        old = ". KubeRay's own kinds are older than 1.6 where it is no field of the settings: upgrade its CRDs and operator"
+        return RefusedError(f"Kubernetes refuses {what}: {said}{old if 'unknown field' in said else ''}", error.status)
 
     def _connected(self) -> "ApiClient":
         if self._client is None:

@@ -157,7 +157,7 @@ def _claim(api: KubernetesApi) -> str:
             "there are; name one in `store.claim`."
         )
     phase, modes = claim["status"].get("phase"), claim["spec"].get("accessModes", [])
-    if phase != "Bound":
+    if phase != "Bound" and not _waits_for_a_pod(api, name):
         raise PreflightError(f"the claim {name} is {phase}. `kubectl -n {space} describe pvc {name}` says why.")
     if not {"ReadWriteMany"} & set(modes):
         raise PreflightError(
@@ -165,6 +165,12 @@ def _claim(api: KubernetesApi) -> str:
             "(NFS, CephFS, a managed file store)."
         )
     return f"claim {name}, {', '.join(modes)}, mounted at {api.settings.store.mount_path}"
+
+
+def _waits_for_a_pod(api: KubernetesApi, claim: str) -> bool:
+    """Whether a claim is of a storage class that binds it with its first pod, as Kubernetes says again and again."""
+    about = f"involvedObject.kind=PersistentVolumeClaim,involvedObject.name={claim},reason=WaitForFirstConsumer"
+    return bool(api.items(api.core("events"), fields=about))
 
 
 def _owner(api: KubernetesApi) -> str:

@@ -20,6 +20,8 @@ from mlpipes.store.training_job import TrainingJob
 
 SUPERSEDED = 4
 """Exit code of a run that has nothing left to do, because another job continues the training."""
+UNUSABLE = 5
+"""Exit code of a run that cannot read or write the store as its pod mounts it."""
 _DEAD_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 
@@ -32,11 +34,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("job", help="the RayJob's name")
     chosen = parser.parse_args(arguments)
     if chosen.farewell is None:
-        return drive(chosen.specification, chosen.job)
+        try:
+            return drive(chosen.specification, chosen.job)
+        except OSError as error:
+            print(_of_volume(error, chosen.specification), file=sys.stderr)
+            return UNUSABLE
     folder = TrainingFolder(chosen.specification.absolute().parents[1])
     if attempt := claimed(folder, chosen.job):
         say_farewell(folder, attempt, chosen.farewell)
     return 0
+
+
+def _of_volume(error: OSError, specification: Path) -> str:
+    """What is wrong with the volume that the store is on, as this pod sees it."""
+    compare = "`mlpipes doctor kubernetes --probe` compares what a pod sees with what is here"
+    if isinstance(error, FileNotFoundError) and not specification.exists():
+        return f"{specification} is not there in the pod: `store.claim` is another volume than the run's. {compare}"
+    said = error.strerror or error
+    return f"{error.filename or specification}: {said}, in a pod of user {os.getuid()}: it has to write the store. {compare}"
 
 
 def drive(specification: Path, rayjob: str) -> int:

@@ -30,6 +30,7 @@ from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
 from mlpipes_tests.cluster.conftest import Namespace, make_namespace
 from mlpipes_tests.cluster.faults import FAULTS, Fault, Target, delete
 from mlpipes_tests.cluster.kubectl import Manifest
+from mlpipes_tests.cluster.nodes import CONTROL
 from mlpipes_tests.sandbox import graphql
 from mlpipes_tests.training.harness import make_job, run_here
 from mlpipes_tests.waiting import until
@@ -91,6 +92,9 @@ class Campaign(Trainings):
         values = self.desk.values
         values["environment"] = values["environment"] | {"MLPIPES_SCALES": str(file)}
         values["dagster"] = {"runs": {"resources": {"requests": {"cpu": "200m", "memory": "1Gi"}}}}
+        # The database is on a node that stays, as docs/kubernetes.md advises; everything else may be on one that is struck.
+        control = {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists", "effect": "NoSchedule"}
+        values["postgres"] |= {"nodeSelector": {"kubernetes.io/hostname": CONTROL}, "tolerations": [control]}
         values["training"] |= {"queue": queues.NAME, "queue_priority": "low", "placement": "spread", "save_seconds": 60}
         self.cluster.kubectl.apply(queues.queue(self.namespace.name, {"cpu": "700m", "memory": "16Gi"}))
         self.cluster.kubectl.apply(queues.priority("low", 10))
@@ -131,15 +135,13 @@ class Campaign(Trainings):
         return folder
 
     def nearly_done(self) -> bool:
-        """Whether what is under way is, and should come to its end; true if nothing is under way."""
-        return self.folder is None or self.last_step(self.folder) > _NEARLY_DONE * self.expected["steps"]
+        """Whether a training is under way that should come to its end."""
+        return self.folder is not None and self.last_step(self.folder) > _NEARLY_DONE * self.expected["steps"]
 
     def finish(self) -> str:
         """Let the training come to its end, and compare; returns what is wrong."""
-        folder = self.folder
-        if folder is None:
-            return ""
-        self.folder = None
+        assert self.folder is not None
+        folder, self.folder = self.folder, None
         self.until_step(folder, folder.result.is_file, "the training has its result")
         self.until_step(folder, lambda: "SUCCESS" in self.family(self.run_id), "its run has succeeded")
         wrong = self.differences(folder)
@@ -182,6 +184,7 @@ class Campaign(Trainings):
         time.sleep(chance.uniform(0.5, 6.0))
         self.strikes += 1
         row, began = Row(name), time.time()
+        print(f"{time.strftime('%H:%M:%S')} {name} …", flush=True)
         with fault(self) as noticed:
             row.noticed = noticed - began
             back: list[float] = []
@@ -243,7 +246,8 @@ def rows_of(campaign: Campaign, rounds: int, rare: int, seed: int) -> Iterator[R
                 traceback.print_exc()
                 campaign.folder = None  # another one is begun
                 yield Row(name, f"{type(error).__name__}: {str(error)[:300]}")
-    yield Row("outcome", campaign.finish())
+    if campaign.folder is not None:
+        yield Row("outcome", campaign.finish())
 
 
 def main(rounds: int, rare: int, seed: int) -> int:

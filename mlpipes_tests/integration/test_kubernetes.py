@@ -53,9 +53,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 class Training:
     """A scale's training on Kubernetes, and the Dagster runs that ask for it."""
 
+    kinds = OURS
+
     def __init__(self, cluster: Cluster, namespace: Namespace, scale: str, **settings: Any) -> None:
         self.cluster, self.namespace, self.scale, self.runs = cluster, namespace, scale, 0
         self.home, self.kubectl = namespace.store / "home", cluster.kubectl
+        self.logs, self.instance = namespace.store, self.home / "instance"
         self.home.mkdir()
         self.home.chmod(0o777)
         self.store, self.barriers = Store(self.home / "store"), Barriers(self.home)
@@ -100,18 +103,18 @@ class Training:
     def run(self, **settings: Any) -> "subprocess.Popen[bytes]":
         """Start a Dagster run, with settings of the launchpad, in a process of its own, as the user that the pods are."""
         self.runs += 1
-        step = [sys.executable, "-m", "mlpipes_tests.held_step", self.scale, str(self.home / "instance")]
+        step = [sys.executable, "-m", "mlpipes_tests.held_step", self.scale, str(self.instance)]
         step += [json.dumps(settings)] * bool(settings)
         with self.log_file.open("wb") as log:
             return subprocess.Popen([*as_user(), *step], cwd=CHECKOUT, env=self.environment, stdout=log, stderr=log)
 
     @property
     def log_file(self) -> Path:
-        return self.namespace.store / f"run{self.runs}.log"
+        return self.logs / f"run{self.runs}.log"
 
     def log(self, run: int = 0) -> str:
         """What a run printed; the latest one if no number is given."""
-        return (self.namespace.store / f"run{run or self.runs}.log").read_text()
+        return (self.logs / f"run{run or self.runs}.log").read_text()
 
     def job(self) -> str:
         """The RayJob that the latest run follows."""
@@ -166,7 +169,9 @@ class Training:
 
     def things(self) -> set[str]:
         """What there is of the kinds that a training has anything of."""
-        listed = self.kubectl("get", OURS, f"--namespace={self.namespace.name}", "--ignore-not-found", "--output=name")
+        listed = self.kubectl(
+            "get", self.kinds, f"--namespace={self.namespace.name}", "--ignore-not-found", "--output=name"
+        )
         return set(listed.split())
 
     def assert_nothing_is_left(self) -> None:
@@ -335,7 +340,7 @@ def test_a_cancelled_run_leaves_nothing(cluster: Cluster, namespace: Namespace) 
 
 def cancel(training: Training, run: "subprocess.Popen[bytes]") -> None:
     """Cancel a run, as Dagster's code server does."""
-    with dg.DagsterInstance.local_temp(str(training.home / "instance")) as instance:
+    with dg.DagsterInstance.local_temp(str(training.instance)) as instance:
         (record,) = instance.get_runs()
         instance.report_run_canceling(record)
     run.send_signal(signal.SIGINT)

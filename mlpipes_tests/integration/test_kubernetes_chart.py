@@ -62,6 +62,7 @@ def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
         ({**GOOD, "mlflow": {"uri": "mlflow:5000"}}, "/mlflow/uri"),
         ({**GOOD, "postgres": {"enabled": False}}, "postgres.host: name the server"),
         ({**GOOD, "postgres": {"database": "my-db"}}, "/postgres/database"),
+        ({**GOOD, "postgres": {"nodeSelector": {"pool": 1}}}, "/postgres/nodeSelector/pool"),
         ({**GOOD, "serve": {"models": {"my-model": {}}}}, "my-model"),
         ({**GOOD, "serve": {"models": {"digits": {"replicas": 0}}}}, "/serve/models/digits/replicas"),
         ({**GOOD, "serve": {"models": {"digits": {"port": 80}}}}, "port"),
@@ -111,6 +112,20 @@ def test_whatever_is_chosen_it_renders_and_stays_without_rights() -> None:
         assert "<no value>" not in text
         assert "%!" not in text
         assert not re.search(r"verbs: *\[?.*\*", text), "no right is given as a whole"
+
+
+def test_the_database_may_have_nodes_of_its_own_and_is_waited_for() -> None:
+    stays = {"nodeSelector": {"pool": "system"}, "tolerations": [{"key": "system", "operator": "Exists"}]}
+    made = rendered({**GOOD, "nodeSelector": {"pool": "spot"}, "tolerations": [{"key": "spot"}], "postgres": stays})
+    pods = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in made if "template" in m.get("spec", {})}
+    for name, pod in pods.items():
+        keys = [toleration["key"] for toleration in pod["tolerations"]]
+        is_database = name == f"{RELEASE}-postgres"
+        assert pod["nodeSelector"] == {"pool": "system" if is_database else "spot"}
+        assert keys[2:] == (["spot", "system"] if is_database else ["spot"])
+        command = pod["containers"][0].get("command", [])
+        assert is_database or command[3:5] == [f"{RELEASE}-postgres", "5432"]
+        assert is_database or command[5] in ("dagster-webserver", "dagster-daemon", "dagster", "mlflow")
 
 
 def test_dagsters_settings_take_the_sites_own() -> None:

@@ -22,6 +22,7 @@ from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.images import THIN
 from mlpipes_tests.sandbox import free_port
+from mlpipes_tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 cluster, namespace = conftest.cluster, conftest.namespace
@@ -231,6 +232,21 @@ def test_there_are_enough_cases() -> None:
 def test_a_good_site_passes(site: Site) -> None:
     site.account(*RIGHTS)
     preflight(KubernetesSettings.model_validate(site.settings), SCALE, 0)
+
+
+def test_a_claim_that_is_bound_with_its_first_pod_passes(site: Site) -> None:
+    kubectl, name = site.cluster.kubectl, f"late-{site.namespace.name}"
+    late = {"provisioner": "kubernetes.io/no-provisioner", "volumeBindingMode": "WaitForFirstConsumer"}
+    kubectl.apply({"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": name}} | late)
+    spec = {"accessModes": ["ReadWriteMany"], "storageClassName": name, "resources": {"requests": {"storage": "1Gi"}}}
+    metadata = {"name": "late", "namespace": site.namespace.name}
+    kubectl.apply({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec})
+    site.settings["store"] |= {"claim": "late"}
+    said = lambda: "WaitForFirstConsumer" in kubectl("get", "events", site.where, "--output=json")  # noqa: E731
+    until(said, "the claim waits for a pod")
+    site.account(*RIGHTS)
+    preflight(KubernetesSettings.model_validate(site.settings), SCALE, 0)
+    kubectl("delete", "storageclass", name)
 
 
 @pytest.fixture(scope="module")

@@ -124,23 +124,36 @@ seccompProfile: { type: RuntimeDefault }
 
 {{- /* What all pods of the chart have in common. */ -}}
 {{- define "mlpipes.pod" -}}
+{{ include "mlpipes.placedPod" (list . .Values.nodeSelector .Values.tolerations) }}
+{{- end }}
+
+{{- /* The same on nodes of one's own: (list $ nodeSelector tolerations) */ -}}
+{{- define "mlpipes.placedPod" -}}
+{{- $root := index . 0 -}}
 enableServiceLinks: false
-{{- with .Values.imagePullSecrets }}
+{{- with $root.Values.imagePullSecrets }}
 imagePullSecrets:
 {{- range . }}
   - name: {{ . }}
 {{- end }}
 {{- end }}
-securityContext: { runAsNonRoot: true, runAsUser: {{ int .Values.user }}, fsGroup: {{ int .Values.user }}, fsGroupChangePolicy: OnRootMismatch, seccompProfile: { type: RuntimeDefault } }
-{{- with .Values.nodeSelector }}
+securityContext: { runAsNonRoot: true, runAsUser: {{ int $root.Values.user }}, fsGroup: {{ int $root.Values.user }}, fsGroupChangePolicy: OnRootMismatch, seccompProfile: { type: RuntimeDefault } }
+{{- with index . 1 }}
 nodeSelector: {{ toYaml . | nindent 2 }}
 {{- end }}
 tolerations: # a dead node's pods come up elsewhere in half a minute, not in five
   - { key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 30 }
   - { key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 30 }
-{{- with .Values.tolerations }}
+{{- with index . 2 }}
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{- /* A command that begins when the database answers: what crashes instead is started after ever longer times. */ -}}
+{{- define "mlpipes.whenDatabaseAnswers" -}}
+{{- $root := index . 0 -}}
+{{- $script := "until python -c 'import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)' \"$0\" \"$1\" 2>/dev/null; do sleep 1; done; shift; exec \"$@\"" -}}
+{{ concat (list "sh" "-c" $script (include "mlpipes.postgresHost" $root) ($root.Values.postgres.port | toString)) (index . 1) | toJson }}
 {{- end }}
 
 {{- define "mlpipes.container" -}}
