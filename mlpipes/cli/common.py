@@ -1,9 +1,11 @@
 """What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
 
 import errno
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +41,16 @@ Config = Annotated[
 ]
 _UNBOUNDED = 10_000
 """Columns of a terminal that cuts nothing."""
+
+
+@contextmanager
+def ended_alike() -> Iterator[None]:
+    """Have SIGTERM end a block as Ctrl-C does: what it has started is taken down with it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:

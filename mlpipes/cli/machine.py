@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from mlpipes.cli.common import Config, Fresh, Seed, Set, console, friendly, tell_problems
+from mlpipes.cli.common import Config, Fresh, Seed, Set, console, ended_alike, friendly, tell_problems
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
 from mlpipes.workloads.catalog import configured, entry_named, offered
@@ -37,7 +37,8 @@ def demo(
         entry.scale(key)
     settings = settings_of(entry, config, changes or (), seed=seed, fresh=fresh)
     try:
-        run_demo(console, entry, scales, default_store(), settings)
+        with ended_alike():
+            run_demo(console, entry, scales, default_store(), settings)
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on where it was.")
         raise typer.Exit(130) from None

@@ -1,6 +1,5 @@
 """The part of the command line about models: promote, rollback, compare, history, predict."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mlpipes.cli.common import console, friendly, scale_named
+from mlpipes.cli.common import console, ended_alike, friendly, scale_named
 from mlpipes.errors import ConfigError
 from mlpipes.store.layout import default_store
 from mlpipes.store.references import ModelReference
@@ -228,16 +227,13 @@ def _predict_file(
             found += 0 if computed else rows
             progress.advance(task, rows)
 
-        # As Ctrl-C: processes, and what they share, are taken down.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            rows = job.run(result, workers, done)
+            with ended_alike():
+                rows = job.run(result, workers, done)
         except KeyboardInterrupt:
             progress.stop()
             console.print("Stopped. The same command goes on where it was.")
             raise typer.Exit(130) from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
     if job.beyond:
         maximum = job.model.about["pixel_maximum"]
         text = f"Pixels of {source.name} are greater than {maximum}, the greatest that the model was trained on. Its "
