@@ -44,7 +44,7 @@ _ON_CONTROL = {
 
 
 def make_images(folder: Path, operators: Collection[str]) -> dict[str, list[Path]]:
-    """Archives of all images: what every node needs and, under `CONTROL`, what only that one needs."""
+    """Archives of all images: what nodes need and, under `CONTROL`, what that one does."""
     folder.mkdir(parents=True)
     thin_image(folder / "thin.tar")
     program_image(folder / "pause.tar", PAUSE, program("pause"), "/pause")
@@ -58,7 +58,7 @@ def make_images(folder: Path, operators: Collection[str]) -> dict[str, list[Path
         program_image(folder / f"{operator}.tar", images[operator], program(operator), "/manager")
     return {
         "": [folder / "pause.tar", folder / "thin.tar"],
-        CONTROL: [folder / f"{name}.tar" for name in ("pause", "dns", *operators)],
+        CONTROL: [folder / f"{name}.tar" for name in ("pause", "thin", "dns", *operators)],
     }
 
 
