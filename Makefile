@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test quick test-all test-cluster test-docker test-gpu checks definitions format lint types bench bench-page chaos chaos-cluster cluster cluster-down cluster-programs images hashes clean
+.PHONY: install demo dev test quick test-all test-cluster test-week test-docker test-gpu checks definitions format lint types bench bench-page chaos chaos-cluster cluster cluster-down cluster-programs images hashes clean
 install: .venv/.installed
 
 demo: install
@@ -40,6 +40,10 @@ test-all: checks
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
 test-cluster: install cluster-programs
 	$(BIN)/pytest -m cluster
+
+# What any cluster has every week, in one training; builds only the programs that it needs.
+test-week: install
+	$(BIN)/pytest -m cluster mlpipes_tests/integration/test_kubernetes_week.py
 
 # The images, which this builds, and compose.yaml, with a Docker daemon of its own.
 test-docker: install

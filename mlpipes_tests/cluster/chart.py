@@ -1,5 +1,6 @@
 """The Helm chart on a test cluster: Helm itself, and values with which its pods run this host's programs."""
 
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ CHART = CHECKOUT / "deploy" / "helm" / "mlpipes"
 RELEASE = "mlpipes"
 USER = 1000
 """Of all pods, and of whoever looks at the store from outside."""
+_FORWARD_SECONDS = 60.0
 _POSTGRES = """\
 set -e
 PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH
@@ -125,11 +127,9 @@ class Desk:
         )
         assert process.stdout is not None
         try:
-            said = ""
-            for line in process.stdout:
-                said += line
-                if "Forwarding" in line:
-                    break
+            # A pod of a node that hangs is asked in vain.
+            listens, _, _ = select.select([process.stdout], [], [], _FORWARD_SECONDS)
+            said = process.stdout.readline() if listens else f"nothing in {_FORWARD_SECONDS:.0f} s"
             assert "Forwarding" in said, f"{part} cannot be forwarded: {said}"
             yield f"http://127.0.0.1:{here}"
         finally:
