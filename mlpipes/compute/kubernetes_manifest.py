@@ -1,10 +1,6 @@
-"""The RayJob of one attempt: what KubeRay's operator is asked for, made from a scale and a site's settings.
-
-Pods keep to the security standard *restricted*: no root, no privilege, a root file system that cannot be written.
-"""
+"""The RayJob of one attempt: what KubeRay's operator is asked for, made from a scale and a site's settings."""
 
 import hashlib
-import json
 import math
 import re
 import shlex
@@ -14,32 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlpipes.compute.kubernetes_settings import (
-    SHARED_MEMORY,
-    STORE,
-    TEMPORARY,
-    KubernetesSettings,
-    SecretKey,
-)
+from mlpipes.compute.kubernetes_pods import PREFIX, Pods, pod_template
+from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import JobFolder
 from mlpipes.store.training_job import TrainingJob
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
-PREFIX = "mlpipes.io"
 NAME_LABEL, STORE_LABEL, FOLDER_ANNOTATION = f"{PREFIX}/training", f"{PREFIX}/store", f"{PREFIX}/folder"
 QUEUE_LABEL, QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 WORKERS = "workers"
 _NAME_CHARACTERS, _ATTEMPT_CHARACTERS, _LABEL_CHARACTERS = 47, len("-a99999"), 63
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
-_STOP_SECONDS = 10
-"""What Ray gets to end after a last checkpoint."""
-_UNANSWERED = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
-_KEEP = {
-    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
-    "karpenter.sh/do-not-disrupt": "true",
-}
-"""Asks autoscalers not to move a pod for tidiness: a training would lose a minute by it."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +155,14 @@ def ray_job(
     }
     queue = {QUEUE_LABEL: settings.queue, QUEUE_PRIORITY_LABEL: settings.queue_priority}
     farewell = [*entry, "--farewell", str(settings.save_seconds), *arguments]
-
-    def pod(role: str) -> dict[str, Any]:
-        return _pod(role, attempt, needed, scale, settings, labels, " ".join(farewell))
-
+    pods = Pods(
+        job=attempt.id,
+        labels=labels,
+        environment=attempt.environment,
+        workers=needed.workers,
+        gpus=needed.gpus,
+        farewell=" ".join(farewell) if subject.is_training else None,
+    )
     auth = {"authOptions": {"mode": "token"}} if settings.ray_token else {}
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
@@ -203,7 +189,7 @@ def ray_job(
                 **auth,
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0", **_START},  # noqa: S104 - the pod's network; the operator submits there
-                    "template": pod("head"),
+                    "template": pod_template("head", pods, scale, settings),
                 },
                 "workerGroupSpecs": [
                     {
@@ -215,7 +201,7 @@ def ray_job(
                             "num-gpus": str(needed.gpus),
                             **_START,
                         },
-                        "template": pod("worker"),
+                        "template": pod_template("worker", pods, scale, settings),
                     }
                 ],
             },
@@ -242,156 +228,3 @@ def _reserved(scale: RayScaleConfig) -> dict[str, Any]:
         return {}
     gpus = {"entrypointNumGpus": scale.gpus_per_worker} if scale.gpus_per_worker else {}
     return {"entrypointNumCpus": scale.cpus_per_worker} | gpus
-
-
-def _pod(
-    role: str,
-    attempt: Attempt,
-    needed: Shape,
-    scale: RayScaleConfig,
-    settings: KubernetesSettings,
-    labels: Mapping[str, str],
-    farewell: str,
-) -> dict[str, Any]:
-    is_worker = role == "worker"
-    pools = [settings, *([settings.spot] if settings.spot and is_worker else [])]
-    spec: dict[str, Any] = {
-        "terminationGracePeriodSeconds": (settings.save_seconds if attempt.subject.is_training else 0) + _STOP_SECONDS,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "seccompProfile": {"type": "RuntimeDefault"},
-            **({"runAsUser": settings.run_as_user, "runAsGroup": settings.run_as_user} if settings.run_as_user else {}),
-            **({"fsGroup": settings.fs_group} if settings.fs_group else {}),
-        },
-        "nodeSelector": {key: value for pool in pools for key, value in pool.node_selector.items()},
-        "tolerations": [
-            *(toleration.model_dump(exclude_none=True) for pool in pools for toleration in pool.tolerations),
-            # By default a pod of a silent node stays for five minutes, in which nothing takes its place.
-            *(
-                {
-                    "key": key,
-                    "operator": "Exists",
-                    "effect": "NoExecute",
-                    "tolerationSeconds": settings.node_lost_seconds,
-                }
-                for key in _UNANSWERED
-            ),
-        ],
-        "volumes": [
-            {"name": STORE, "persistentVolumeClaim": {"claimName": settings.store.claim}},
-            {"name": TEMPORARY, "emptyDir": {}},
-            {"name": SHARED_MEMORY, "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}},
-            *settings.volumes,
-        ],
-        "containers": [_container(role, attempt, needed, scale, settings, farewell)],
-    }
-    if settings.service_account:
-        spec["serviceAccountName"] = settings.service_account
-    if settings.priority_class:
-        spec["priorityClassName"] = settings.priority_class
-    if settings.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    if is_worker and settings.placement != "any":
-        spec["affinity"] = _affinity(settings.placement, attempt.id)
-    template = {
-        "metadata": {"labels": {**labels, f"{PREFIX}/job": attempt.id}, "annotations": dict(_KEEP)},
-        "spec": spec,
-    }
-    return merged(template, settings.worker_pod if is_worker else settings.head_pod)
-
-
-def _container(
-    role: str,
-    attempt: Attempt,
-    needed: Shape,
-    scale: RayScaleConfig,
-    settings: KubernetesSettings,
-    farewell: str,
-) -> dict[str, Any]:
-    if role == "worker":
-        cpu = _times(settings.cpu_per_worker or f"{scale.cpus_per_worker:g}", needed.workers)
-        memory = _times(settings.memory_per_worker, needed.workers)
-    else:
-        cpu, memory = settings.head_cpu, settings.head_memory
-    gpus = {settings.gpu_resource: str(needed.gpus)} if role == "worker" and needed.gpus else {}
-    own = {
-        "HOME": "/tmp",  # noqa: S108 - a volume of the pod
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_V2_ENABLED": "1",
-    }
-    container: dict[str, Any] = {
-        "name": "ray",
-        "image": settings.image,
-        "env": [
-            _variable(name, value) for name, value in (own | dict(attempt.environment) | settings.environment).items()
-        ],
-        "resources": {"requests": {"cpu": cpu, "memory": memory, **gpus}, "limits": {"memory": memory, **gpus}},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [
-            {
-                "name": STORE,
-                "mountPath": settings.store.mount_path,
-                **({"subPath": settings.store.sub_path} if settings.store.sub_path else {}),
-            },
-            {"name": TEMPORARY, "mountPath": "/tmp"},  # noqa: S108 - a volume of the pod
-            {"name": SHARED_MEMORY, "mountPath": "/dev/shm"},  # noqa: S108
-            *settings.mounts,
-        ],
-    }
-    if attempt.subject.is_training:
-        # SIGTERM would reach only `ray start`, which ends its workers without a word.
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", farewell]}}}
-    if settings.image_pull_policy:
-        container["imagePullPolicy"] = settings.image_pull_policy
-    if settings.environment_from:
-        container["envFrom"] = [{"secretRef": {"name": name}} for name in settings.environment_from]
-    return container
-
-
-def _variable(name: str, value: str | SecretKey) -> dict[str, Any]:
-    if isinstance(value, SecretKey):
-        return {"name": name, "valueFrom": {"secretKeyRef": {"name": value.secret, "key": value.key}}}
-    return {"name": name, "value": value}
-
-
-def _affinity(placement: str, job: str) -> dict[str, Any]:
-    term = {
-        "weight": 100,
-        "podAffinityTerm": {
-            "topologyKey": "kubernetes.io/hostname",
-            "labelSelector": {"matchLabels": {f"{PREFIX}/job": job, "ray.io/node-type": "worker"}},
-        },
-    }
-    kind = "podAntiAffinity" if placement == "spread" else "podAffinity"
-    return {kind: {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
-
-
-def _times(quantity: str, number: int) -> str:
-    """A quantity so many times: `500m` twice is `1000m`."""
-    digits = re.match(r"[\d.]+", quantity)
-    assert digits is not None  # noqa: S101 - the settings let no other through
-    return f"{float(digits[0]) * number:.6g}{quantity[digits.end() :]}"
-
-
-def merged(base: Any, patch: Any) -> Any:
-    """A manifest with a patch merged into it: mappings key by key, lists of things with a name by that, others replaced."""
-    if isinstance(base, dict) and isinstance(patch, dict):
-        return {**base, **{key: merged(base.get(key), value) for key, value in patch.items()}}
-    if isinstance(base, list) and isinstance(patch, list) and base and all(_named(item) for item in [*base, *patch]):
-        result = {item["name"]: item for item in base}
-        for item in patch:
-            result[item["name"]] = merged(result.get(item["name"]), item)
-        return list(result.values())
-    return json.loads(json.dumps(patch))
-
-
-def _named(item: Any) -> bool:
-    # Mounts are told apart by their paths, and one volume may be mounted twice.
-    return isinstance(item, dict) and "name" in item and "mountPath" not in item

@@ -17,31 +17,34 @@ _STUCK_SECONDS = 300.0
 
 
 def tidy(settings: KubernetesSettings, store: str, is_followed: Callable[[str], bool]) -> Iterator[str]:
-    """Tidy up after the RayJobs of a store whose Dagster run `is_followed` says is over; yields what was done, in words.
+    """Tidy up after the RayJobs of a store; yields what was done, in words.
 
-    Those that have ended, or whose result is there, are deleted. What no run of Dagster asked for, such as a video of the
-    command line, is deleted by whoever did, and here if it ended long ago. Those that work go on, as they do when Dagster is
-    away; only pods that a dead node holds are removed. Raises ConnectionError or RefusedError.
+    Pods that a dead node holds are removed, also where somebody follows: it may be on that very node. Of those whose Dagster
+    run `is_followed` says is over, what has ended, or whose result is there, is deleted. What no run of Dagster asked for,
+    such as a video of the command line, is deleted by whoever did, and here if it ended long ago. What works goes on, as it
+    does when Dagster is away. Raises ConnectionError or RefusedError.
     """
     api = KubernetesApi(settings, patience_seconds=15)
-    for job in api.items(api.ray_jobs(), labels=f"{STORE_LABEL}={store_label(store)}"):
+    ours = f"{STORE_LABEL}={store_label(store)}"
+    jobs, pods = api.items(api.ray_jobs(), labels=ours), api.items(api.core("pods"), labels=ours)
+    for job in jobs:
         metadata, name = job["metadata"], job["metadata"]["name"]
-        run = metadata["annotations"].get(f"{PREFIX}/dagster-run", "")
-        if is_followed(run):
-            continue
-        folder, status = JobFolder(Path(metadata["annotations"][FOLDER_ANNOTATION])), job.get("status") or {}
-        is_over = status.get("jobDeploymentStatus") in _ENDED
-        if run:
-            is_over = is_over or folder.result.is_file()
-        else:
-            is_over = is_over and _seconds_since(status.get("endTime")) > _STUCK_SECONDS
-        if is_over and not metadata.get("deletionTimestamp"):
+        of_job = [pod for pod in pods if pod["metadata"]["labels"].get(f"{PREFIX}/job") == name]
+        followed = is_followed(metadata["annotations"].get(f"{PREFIX}/dagster-run", ""))
+        if not followed and _is_over(job) and not metadata.get("deletionTimestamp"):
             api.delete(api.ray_jobs(name))
             yield f"RayJob {name} has ended and nobody follows it: deleted"
-        pods = api.items(api.core("pods"), labels=f"{PREFIX}/job={name}")
-        for pod in {*silent_nodes(pods), *_stuck(pods)}:
+        for pod in {*silent_nodes(of_job), *([] if followed else _stuck(of_job))}:
             api.delete(api.core("pods", pod), gracePeriodSeconds=0)
             yield f"pod {pod} of RayJob {name} was held by a node that does not answer: removed"
+
+
+def _is_over(job: dict[str, Any]) -> bool:
+    annotations, status = job["metadata"]["annotations"], job.get("status") or {}
+    has_ended = status.get("jobDeploymentStatus") in _ENDED
+    if annotations.get(f"{PREFIX}/dagster-run"):
+        return has_ended or JobFolder(Path(annotations[FOLDER_ANNOTATION])).result.is_file()
+    return has_ended and _seconds_since(status.get("endTime")) > _STUCK_SECONDS
 
 
 def _stuck(pods: list[dict[str, Any]]) -> Iterator[str]:

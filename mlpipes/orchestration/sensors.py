@@ -126,7 +126,7 @@ def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest
 
 @dg.sensor(
     name="tidy_kubernetes",
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=10,  # so long a dead node may hold a training up that nobody follows
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Leaves nothing on the cluster of trainings that nobody follows any more.",
 )

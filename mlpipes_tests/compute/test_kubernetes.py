@@ -1,10 +1,15 @@
 """Kubernetes without a cluster: settings, the manifest of a scale, names, and what the API server's words mean."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlpipes.compute.jobs import JobState
@@ -16,12 +21,12 @@ from mlpipes.compute.kubernetes_manifest import (
     Attempt,
     Subject,
     label_value,
-    merged,
     ray_job,
     shape,
     training,
     training_name,
 )
+from mlpipes.compute.kubernetes_pods import merged
 from mlpipes.compute.kubernetes_reasons import Look, quantity, silent_nodes, standing
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.compute.kubernetes_tidy import tidy
@@ -30,7 +35,8 @@ from mlpipes.errors import ConfigError, ScaleError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import JobFolder
 from mlpipes_tests.compute.test_jobs import job_in
-from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.sandbox import CHECKOUT, free_port
+from mlpipes_tests.waiting import until
 
 W2 = RayScaleConfig.from_key("w2-b128-e30-g0")
 LEAST = "image: registry/mlpipes:1\nstore: {claim: store, mount_path: /shared}\n"
@@ -627,3 +633,53 @@ def test_what_is_tidied_up(
     said = list(tidy(settings(), str(tmp_path), lambda name: name == "goes-on"))
     assert [path.endswith("j-a1") for path in gone] == [True] * deleted
     assert len(said) == deleted
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_pods_that_a_dead_node_holds_are_removed_whoever_follows(
+    followed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotations = {FOLDER_ANNOTATION: str(tmp_path), f"{PREFIX}/dagster-run": "some"}
+    job = {"metadata": {"name": "j-a1", "annotations": annotations}, "status": {"jobDeploymentStatus": "Running"}}
+
+    def pod(name: str, job: str, ready: str, **metadata: str) -> dict[str, Any]:
+        conditions = [{"type": "Ready", "status": ready}, {"type": "ContainersReady", "status": ready}]
+        return {
+            "metadata": {"name": name, "labels": {f"{PREFIX}/job": job}, **metadata},
+            "status": {"conditions": conditions},
+        }
+
+    now = datetime.now(UTC).isoformat()
+    pods = [
+        pod("dead", "j-a1", "Unknown", deletionTimestamp=now),
+        pod("alive", "j-a1", "True"),
+        pod("silent", "j-a1", "Unknown"),  # for a moment only, perhaps
+        pod("ends", "j-a1", "True", deletionTimestamp=now),
+        pod("other", "other-a1", "Unknown", deletionTimestamp=now),
+    ]
+    gone: list[str] = []
+    monkeypatch.setattr(KubernetesApi, "items", lambda api, path, **_: [job] if "rayjobs" in path else pods)
+    monkeypatch.setattr(KubernetesApi, "delete", lambda api, path, **_: gone.append(path.rpartition("/")[2]))
+    (said,) = tidy(settings(), str(tmp_path), lambda _: followed)
+    assert gone == ["dead"]
+    assert said == "pod dead of RayJob j-a1 was held by a node that does not answer: removed"
+
+
+def test_workers_wait_for_their_head_before_they_start_ray(tmp_path: Path) -> None:
+    """KubeRay puts a container's command before its own."""
+    made = manifest(tmp_path, python=sys.executable)
+    assert "command" not in template(made, "head")["spec"]["containers"][0]
+    (command,) = template(made, "worker")["spec"]["containers"][0]["command"]
+    port, began = free_port(), tmp_path / "began"
+    environment = os.environ | {"FQ_RAY_IP": "127.0.0.1", "RAY_PORT": str(port)}
+    for ends in (True, False):
+        shell = subprocess.Popen(["bash", "-c", "--", f"{command} && touch {began}"], env=environment)
+        assert not began.exists()
+        if ends:  # a pod that is told to go meanwhile
+            until(lambda shell=shell: psutil.Process(shell.pid).children(), "it asks for the head")
+            shell.terminate()
+            assert shell.wait(60) == 143
+        else:
+            with socket.create_server(("127.0.0.1", port)):
+                assert shell.wait(60) == 0
+    assert began.exists()

@@ -141,9 +141,9 @@ securityContext: { runAsNonRoot: true, runAsUser: {{ int $root.Values.user }}, f
 {{- with index . 1 }}
 nodeSelector: {{ toYaml . | nindent 2 }}
 {{- end }}
-tolerations: # a dead node's pods come up elsewhere in half a minute, not in five
-  - { key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 30 }
-  - { key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 30 }
+tolerations: # a dead node's pods come up elsewhere at once, not in five minutes
+  - { key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 10 }
+  - { key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 10 }
 {{- with index . 2 }}
   {{- toYaml . | nindent 2 }}
 {{- end }}
