@@ -39,6 +39,34 @@ exec postgres -c listen_addresses='*'
 """What the entry point of the image `postgres` does, with the host's PostgreSQL."""
 
 
+def database(name: str, user: str, databases: tuple[str, str], password: str) -> list[dict[str, Any]]:
+    """A PostgreSQL server of the site's own, with Dagster's and MLflow's databases: a pod, its service and its Secret."""
+    scripts = "/docker-entrypoint-initdb.d"
+    variables = {"POSTGRES_USER": user, "POSTGRES_DB": databases[0], "POSTGRES_PASSWORD": password}
+    variables |= {"PGDATA": f"{software.STORE}/{name}", **software.environment()}
+    mounts = [*software.mounts(), {"name": "scripts", "mountPath": scripts}]
+    env = [{"name": key, "value": value} for key, value in variables.items()]
+    spec = software.pod_spec(["/bin/bash", "-c", _POSTGRES], env=env, volumeMounts=mounts)
+    spec["volumes"].append({"name": "scripts", "configMap": {"name": name}})
+    metadata = {"name": name, "labels": {"app": name}}
+    return [
+        {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"postgresql-password": password}},
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": metadata,
+            "data": {"mlflow.sql": f"CREATE DATABASE {databases[1]};"},
+        },
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec},
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {"selector": {"app": name}, "ports": [{"port": 5432}]},
+        },
+    ]
+
+
 def helm(*arguments: str, kubeconfig: Path | None = None, values: Any = None) -> "subprocess.CompletedProcess[str]":
     """Run Helm; its `--values` are read from standard input."""
     # One that is built from its module does not know which Kubernetes it is for.
@@ -93,8 +121,9 @@ class Desk:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def install(self) -> str:
-        """Install it; returns the notes."""
+    def install(self, **values: Any) -> str:
+        """Install it with changed values; returns the notes."""
+        self.values |= values
         return self.helm("install", RELEASE, str(CHART), values=self.values)
 
     def upgrade(self, **values: Any) -> None:

@@ -16,7 +16,7 @@ from mlpipes.workloads.catalog import CATALOG
 from mlpipes_tests import evidence
 from mlpipes_tests.browser import browser_page, picture
 from mlpipes_tests.cluster import conftest
-from mlpipes_tests.cluster.chart import CHART, RELEASE, USER, Desk, helm
+from mlpipes_tests.cluster.chart import CHART, RELEASE, USER, Desk, database, helm
 from mlpipes_tests.cluster.cluster import Cluster, lacking
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.conftest import missing
@@ -275,6 +275,36 @@ def test_a_desk_is_installed_trains_is_changed_and_is_taken_away(
     until(
         lambda: set(cluster.kubectl.everything(namespace.name)) - before <= kept, f"nothing is left but {kept}", every=1
     )
+
+
+def test_a_desk_with_a_database_and_a_password_of_the_sites_own_trains(
+    cluster: Cluster, namespace: Namespace, desk: Desk
+) -> None:
+    user, databases, password = "ml", ("history", "tracking"), "pass-of-the-site"
+    where = [f"--namespace={namespace.name}"]
+    made = database("site", user, databases, password)
+    cluster.kubectl("create", *where, "-f", "-", text=yaml.safe_dump_all(made))
+    names = dict(zip(("database", "mlflowDatabase"), databases, strict=True))
+    server = {"enabled": False, "host": "site", "secret": "site", "username": user, **names}
+    notes = desk.install(postgres=server)
+    assert password not in notes
+    desk.until_up()
+    assert cluster.kubectl.objects("statefulsets", namespace.name) == []
+    with desk.forwarded("webserver", 3000) as ui:
+        print(mlpipes(desk, "backfill", "digits", f"--scale={ONE}", f"--ui={ui}"))
+    assert outcome_of(desk)["attempt"] == 1
+
+    def rows(database: str, table: str) -> int:
+        program = (
+            f"PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH PGPASSWORD={password} psql -h 127.0.0.1 -U {user}"
+        )
+        query = f"{program} -d {database} -Atc 'SELECT count(*) FROM {table}'"  # noqa: S608
+        return int(cluster.kubectl.execute("site", "bash", "-c", query, namespace=namespace.name))
+
+    assert rows(databases[0], "event_logs") > 0
+    assert rows(databases[1], "model_versions") == 1
+    desk.helm("uninstall", RELEASE, "--wait")
+    assert rows(databases[0], "event_logs") > 0, "it is the site's"
 
 
 def outcome_of(desk: Desk) -> dict[str, Any]:
