@@ -1,9 +1,10 @@
 """`make chaos-cluster N=10`: trainings at a desk on a real Kubernetes, struck by everything at random moments, into a table.
 
 Run as root as `python -m mlpipes_tests.chaos.kubernetes ROUNDS [ROUNDS OF THE RARE ONES] [FIRST SEED]`. The chart's
-webserver launches a training of two workers that waits in a queue; in each round each fault strikes it once, in a random
-order, some seconds after it has got on again. One that is nearly done is let come to its end, compared with an uninterrupted
-one in this process, and followed by another. Exits with 1 if anything differed, or got no further.
+webserver launches a training of two workers that waits in a queue; in each round each of the frequent faults strikes it once,
+in a random order, some seconds after it has got on again; then the rare ones. One that is nearly done is let come to its end,
+compared with an uninterrupted one in this process, and followed by another. Exits with 1 if anything differed, or got no
+further.
 """
 
 import random
@@ -234,10 +235,9 @@ def rows_of(campaign: Campaign, rounds: int, rare: int, seed: int) -> Iterator[R
     """Strike, round after round; yields what each fault did, and what came out of each training."""
     chance = random.Random(seed)  # noqa: S311 - for moments, not secrets
     own = {"run pod": _run_pod(campaign)} | {part: _part(campaign, part) for part in PARTS}
-    for number in range(max(rounds, rare)):
-        names = [name for name in FAULTS | own if number < (rounds if name in FREQUENT else rare)]
-        chance.shuffle(names)
-        for name in names:
+    seldom = [name for name in FAULTS | own if name not in FREQUENT]
+    for names in [list(FREQUENT)] * rounds + [seldom] * rare:
+        for name in chance.sample(names, len(names)):
             try:
                 if campaign.nearly_done():
                     yield Row("outcome", campaign.finish())

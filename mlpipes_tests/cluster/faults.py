@@ -7,6 +7,7 @@ some time after its last word only, and what a queue has taken away is of use ag
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from typing import Protocol
 
 from mlpipes_tests.cluster import addons, queues
@@ -190,7 +191,15 @@ FAULTS: dict[str, Fault] = {
 
 
 def until_at_rest(cluster: Cluster) -> None:
-    """Wait until everything that a fault has ended runs again."""
+    """Wait until everything that a fault has ended runs again, and operators have taken up their work."""
+    began = datetime.now(UTC)
     for operator in cluster.operators:
         addons.wait_for_operator(cluster.kubectl, operator)
+        _, namespace = addons.OPERATORS[operator]
+
+        def leads(namespace: str = namespace) -> bool:
+            leases = cluster.kubectl.objects("leases", namespace)
+            return all(datetime.fromisoformat(lease["spec"]["renewTime"]) > began for lease in leases)
+
+        until(leads, f"{operator} leads again", every=1)
     until(lambda: not cluster.died(), "all programs run")
