@@ -1,10 +1,10 @@
 """`make chaos-cluster N=10`: trainings at a desk on a real Kubernetes, struck by everything at random moments, into a table.
 
-Run as root as `python -m mlpipes_tests.chaos.kubernetes ROUNDS [ROUNDS OF THE RARE ONES] [FIRST SEED]`. The chart's
-webserver launches a training of two workers that waits in a queue; in each round each of the frequent faults strikes it once,
-in a random order, some seconds after it has got on again; then the rare ones. One that is nearly done is let come to its end,
-compared with an uninterrupted one in this process, and followed by another. Exits with 1 if anything differed, or got no
-further.
+Run as root as `python -m mlpipes_tests.chaos.kubernetes ROUNDS [ROUNDS OF THE RARE ONES] [SEED]`. The chart's webserver
+launches a training of two workers, which waits in a queue. In each round each of the frequent faults strikes it once,
+in a random order, some seconds after it has got on again; then the rare ones do. One that is nearly done is let come to its
+end, compared with an uninterrupted one in this process, and followed by another. Exits with 1 if anything differed, or got
+no further.
 """
 
 import random
