@@ -20,8 +20,10 @@ from mlpipes.store.training_job import TrainingJob
 
 SUPERSEDED = 4
 """Exit code of a run that has nothing left to do, because another job continues the training."""
-UNUSABLE = 5
-"""Exit code of a run that cannot read or write the store as its pod mounts it."""
+UNUSABLE, UNUSABLE_VOLUME = 5, "unusable volume: "
+"""Exit code of a run that cannot read or write the store as its pod mounts it, and how it says so."""
+_VISIBLE_SECONDS = 60.0
+"""How long a file may take to be seen from another machine: NFS remembers that it was not there."""
 _DEAD_SECONDS = 10.0
 _LOOK_SECONDS = 0.2
 
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.farewell is None:
         try:
+            _await(chosen.specification)
             return drive(chosen.specification, chosen.job)
         except OSError as error:
             print(_of_volume(error, chosen.specification), file=sys.stderr)
@@ -45,13 +48,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _await(specification: Path) -> None:
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not specification.exists() and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+
+
 def _of_volume(error: OSError, specification: Path) -> str:
     """What is wrong with the volume that the store is on, as this pod sees it."""
     compare = "`mlpipes doctor kubernetes --probe` compares what a pod sees with what is here"
     if isinstance(error, FileNotFoundError) and not specification.exists():
-        return f"{specification} is not there in the pod: `store.claim` is another volume than the run's. {compare}"
-    said = error.strerror or error
-    return f"{error.filename or specification}: {said}, in a pod of user {os.getuid()}: it has to write the store. {compare}"
+        said = f"{specification} is not there in the pod: `store.claim` is another volume than the run's"
+        return f"{UNUSABLE_VOLUME}{said}. {compare}"
+    said = f"{error.filename or specification}: {error.strerror or error}, in a pod of user {os.getuid()}"
+    return f"{UNUSABLE_VOLUME}{said}: it has to write the store. {compare}"
 
 
 def drive(specification: Path, rayjob: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlpipes.compute.jobs import JobState, JobStatus
+from mlpipes.compute.kubernetes_entry import UNUSABLE_VOLUME
 
 Thing = Mapping[str, Any]
 DELETED = "somebody has deleted it in Kubernetes"
@@ -48,6 +49,8 @@ def standing(look: Look) -> JobStatus:
     if deployed == "ValidationFailed":
         return JobStatus(JobState.REFUSED, f"KubeRay refuses it: {status.get('message', '')}")
     if deployed in ("Complete", "Failed"):
+        if unusable := [line for line in _failure(status).splitlines() if line.startswith(UNUSABLE_VOLUME)]:
+            return JobStatus(JobState.REFUSED, unusable[-1])  # as it would be again
         state = JobState.SUCCEEDED if ray == "SUCCEEDED" else JobState.FAILED
         return JobStatus(state, "; ".join(filter(None, [*out_of_memory(look.pods), _failure(status)])))
     if look.job["spec"].get("suspend") or deployed in ("Suspending", "Suspended"):

@@ -15,6 +15,7 @@ import pytest
 from mlpipes.compute.jobs import JobState
 from mlpipes.compute.kubernetes import KubernetesJobs
 from mlpipes.compute.kubernetes_api import KubernetesApi
+from mlpipes.compute.kubernetes_entry import UNUSABLE_VOLUME
 from mlpipes.compute.kubernetes_manifest import (
     FOLDER_ANNOTATION,
     PREFIX,
@@ -414,6 +415,11 @@ BACK = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "
         (Look(job(*UP), [HEAD, pod()]), JobState.RUNNING, "^$"),
         (Look(job("Complete", "SUCCEEDED")), JobState.SUCCEEDED, "^$"),
         (Look(job("Failed", "FAILED", reason="AppFailed", message="exit 1")), JobState.FAILED, "^AppFailed exit 1$"),
+        (
+            Look(job("Failed", "FAILED", reason="AppFailed", message=f"exit 5:\nruns\n{UNUSABLE_VOLUME}/x: no\n")),
+            JobState.REFUSED,
+            "^unusable volume: /x: no$",
+        ),
         (Look(job("ValidationFailed", message="too long")), JobState.REFUSED, "KubeRay refuses it: too long"),
         (Look(job(*UP) | {"metadata": {"deletionTimestamp": "t"}}), JobState.STOPPED, "somebody has deleted it"),
         # A head that is gone reads RUNNING for ever.

@@ -1,5 +1,6 @@
 """What pods run: an entry point that claims its attempt, and a farewell that waits for a last checkpoint, not for nobody."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -55,6 +56,21 @@ def test_a_run_that_comes_too_late_ends(
     monkeypatch.setattr(entry.os, "execve", lambda *_: pytest.fail("it became a driver"))
     assert entry.main([str(job.folder.specification(1)), "digits-x-a1"]) == entry.SUPERSEDED
     assert "another job continues this training" in capsys.readouterr().err
+
+
+def test_a_volume_that_is_another_one_or_cannot_be_written_is_told(
+    job: TrainingJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specification = job.folder.specification(1)
+    monkeypatch.setattr(entry, "_VISIBLE_SECONDS", 0.0)
+    assert entry.main([f"{specification}.elsewhere", "digits-x-a1"]) == entry.UNUSABLE
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"{entry.UNUSABLE_VOLUME}{specification}.elsewhere is not there in the pod: `store.claim` is"
+    )
+    monkeypatch.setattr(entry, "claim", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only", "/x")))
+    assert entry.main([str(specification), "digits-x-a1"]) == entry.UNUSABLE
+    assert f"{entry.UNUSABLE_VOLUME}/x: Read-only, in a pod of user {os.getuid()}" in capsys.readouterr().err
 
 
 def farewell(job: TrainingJob) -> None:
