@@ -1,10 +1,11 @@
 """`make chaos-cluster N=10`: trainings at a desk on a real Kubernetes, struck by everything at random moments, into a table.
 
-Run as root as `python -m mlpipes_tests.chaos.kubernetes ROUNDS [ROUNDS OF THE RARE ONES] [SEED]`. The chart's webserver
-launches a training of two workers, which waits in a queue. In each round each of the frequent faults strikes it once,
-in a random order, some seconds after it has got on again; then the rare ones do. One that is nearly done is let come to its
-end, compared with an uninterrupted one in this process, and followed by another. Exits with 1 if anything differed, or got
-no further.
+Run as root as `python -m mlpipes_tests.chaos.kubernetes ROUNDS [ROUNDS OF THE RARE ONES] [SEED] [FAULT …]`.
+
+The chart's webserver launches a training of two workers, which waits in a queue. In each round each of the frequent faults
+strikes it once, in a random order, some seconds after it has got on again; then the rare ones do. A training that is nearly
+done is let come to its end, compared with an uninterrupted one in this process, and followed by another. Exits with 1 if
+anything differed, or got no further.
 """
 
 import random
@@ -231,13 +232,14 @@ def _part(campaign: Campaign, part: str) -> Fault:
     return lost
 
 
-def rows_of(campaign: Campaign, rounds: int, rare: int, seed: int) -> Iterator[Row]:
-    """Strike, round after round; yields what each fault did, and what came out of each training."""
+def rows_of(campaign: Campaign, rounds: int, rare: int, seed: int, only: Sequence[str]) -> Iterator[Row]:
+    """Strike, round after round, with all faults or `only` some; yields what each did, and what came out of trainings."""
     chance = random.Random(seed)  # noqa: S311 - for moments, not secrets
     own = {"run pod": _run_pod(campaign)} | {part: _part(campaign, part) for part in PARTS}
     seldom = [name for name in FAULTS | own if name not in FREQUENT]
     for names in [list(FREQUENT)] * rounds + [seldom] * rare:
-        for name in chance.sample(names, len(names)):
+        chosen = [name for name in names if name in (only or names)]
+        for name in chance.sample(chosen, len(chosen)):
             try:
                 if campaign.nearly_done():
                     yield Row("outcome", campaign.finish())
@@ -250,7 +252,7 @@ def rows_of(campaign: Campaign, rounds: int, rare: int, seed: int) -> Iterator[R
         yield Row("outcome", campaign.finish())
 
 
-def main(rounds: int, rare: int, seed: int) -> int:
+def main(rounds: int, rare: int, seed: int, only: Sequence[str]) -> int:
     """Strike, and print what came of it; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # also in the background of a shell, where SIGINT is ignored
         signal.signal(number, signal.default_int_handler)
@@ -263,7 +265,7 @@ def main(rounds: int, rare: int, seed: int) -> int:
             campaign = Campaign(cluster, make_namespace(cluster, "chaos", folder / "store"), expected)
             campaign.install()
             try:
-                for row in rows_of(campaign, rounds, rare, seed):
+                for row in rows_of(campaign, rounds, rare, seed, only):
                     rows.append(row)
                     print(row, flush=True)
             finally:
@@ -294,5 +296,7 @@ def _spread(seconds: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    given = [int(word) for word in sys.argv[1:]] + [0] * 3
-    sys.exit(main(given[0] or 1, given[1] or given[0] or 1, given[2]))
+    numbers = [int(word) for word in sys.argv[1:] if word.isdecimal()]
+    faults_given = [word for word in sys.argv[1:] if not word.isdecimal()]
+    rounds, rare, seed = (numbers + [1, 1, 0][len(numbers) :])[:3]
+    sys.exit(main(rounds, rare, seed, faults_given))
