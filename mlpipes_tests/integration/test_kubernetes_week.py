@@ -76,5 +76,7 @@ def test_after_a_week_of_faults_it_is_the_same_model(training: Training, expecte
             training.barriers.open(place)
     assert training.end(run) == 0, training.log()[-5000:]
     assert_equal(training.outcome(), expected)
-    assert training.outcome()["attempt"] >= 3, "of the head pod and the preemption, and more if workers were beside the head"
+    assert training.outcome()["attempt"] >= 3, (
+        "of the head pod and the preemption, and more if workers were beside the head"
+    )
     training.assert_nothing_is_left()
