@@ -28,7 +28,7 @@ _KEEP = {
     "karpenter.sh/do-not-disrupt": "true",
 }
 """Asks autoscalers not to move a pod for tidiness: a training would lose a minute by it."""
-_HEADLESS_SECONDS = 2
+_HEADLESS_SECONDS = 10
 """How long a worker's Ray looks for its head. A new one does not know it: the sooner it starts anew, the better."""
 _AWAIT_HEAD = (
     "trap 'exit 143' TERM; "

@@ -48,6 +48,8 @@ _UNNOTICED = {"API server", "etcd", "Kueue", "kubelet", "run pod", *PARTS}
 _NEARLY_DONE = 0.85
 _LOOK_SECONDS = 20.0
 """How often it is asked whether a run has failed for good."""
+_REPEATED_SECONDS = 180.0
+"""How long after a run has failed another one may come that goes on."""
 _MANY = {"dagster/max_retries": "1000"}
 _RUN_PODS = "app.kubernetes.io/component=run_worker"
 
@@ -85,7 +87,7 @@ class Campaign(Trainings):
         """Of the training that is under way."""
         self.run_id = ""
         self.folder: TrainingFolder | None = None
-        self._asked = 0.0
+        self._asked, self._goes_on = 0.0, time.monotonic()
 
     def install(self) -> None:
         """Install the desk, and the queue that its trainings wait in."""
@@ -169,9 +171,13 @@ class Campaign(Trainings):
                 return ""
             self._asked = time.monotonic()
             statuses = self.family(self.run_id)
-            over = statuses and set(statuses) <= {"FAILURE", "CANCELED"} and self.final_failure(self.run_id)
-            return self.failure(self.run_id)[:1000] if over else ""
+            if not statuses or set(statuses) - {"FAILURE", "CANCELED"} or not self.final_failure(self.run_id):
+                self._goes_on = time.monotonic()
+            # What a sensor repeats comes some seconds later.
+            is_over = time.monotonic() > self._goes_on + _REPEATED_SECONDS
+            return self.failure(self.run_id)[:1000] if is_over else ""
 
+        self._goes_on = time.monotonic()
         until(condition, what, vain=failed, every=1)
 
     # -- faults ------------------------------------------------------------------------------------------------------------
