@@ -26,8 +26,6 @@ class PatientK8sRunLauncher(K8sRunLauncher):
     Use it with `max_resume_run_attempts: 0`: a resumed run would count its steps as done that were not.
     """
 
-    moves_runs = True
-    """A node is drained, say: pods of runs are told to go that nobody cancelled. The sensor `lost_retries` repeats them."""
     _listed: tuple[float, str, Mapping[str, Any]] | None = None
     _answered: float | None = None
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
-from dagster import DagsterEventType, DagsterExecutionInterruptedError
+from dagster import DagsterEventType
 
 from mlpipes.errors import ConfigError, UserError
 from mlpipes.orchestration.alerts import WEBHOOK_VARIABLE, failure_text, send
@@ -30,8 +30,6 @@ def failure_message(context: dg.RunFailureSensorContext, store: StoreResource) -
     run = context.dagster_run
     if run.tags.get("dagster/will_retry") == "true":
         return dg.SkipReason(f"run {run.run_id} will be retried")
-    if _is_to_go_on(context.instance, run):
-        return dg.SkipReason(f"run {run.run_id} goes on elsewhere")
     causes = []
     for event in context.get_step_failure_events():
         error = event.step_failure_data.error
@@ -66,10 +64,10 @@ def failure_message(context: dg.RunFailureSensorContext, store: StoreResource) -
     asset_selection=dg.AssetSelection.all(),
     minimum_interval_seconds=10,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Launches automatic retries that Dagster promised and never made, and runs again that a cluster has moved.",
+    description="Launches automatic retries that Dagster promised and never made.",
 )
 def lost_retries(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Request the automatic retries that Dagster promised and never made, and those of runs whose node was drained.
+    """Request the automatic retries that Dagster promised and never made.
 
     Dagster may see a failure before the run's row says so, pass it over, and never look at it again; or try to launch the
     retry while the code server is away, and give up. Both were seen. One sensor for all workloads: each costs a look every
@@ -86,7 +84,7 @@ def lost_retries(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest 
             continue
         # What Dagster gave up is lost for sure; of the rest, what it promised may still be on its way.
         promised = run.tags["dagster/will_retry"] == "true" and age >= _SETTLED_SECONDS
-        if not promised and not _was_given_up(context.instance, run) and not _is_to_go_on(context.instance, run):
+        if not promised and not _was_given_up(context.instance, run):
             continue
         planned = context.instance.get_records_for_run(
             run.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED
@@ -104,24 +102,6 @@ def _was_given_up(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether Dagster tried to launch a run's retry and could not, as against not wanting to."""
     logged = instance.all_logs(run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
     return any("Failed to retry run" in (entry.message or "") for entry in logged)
-
-
-def _is_to_go_on(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether a run failed only because the cluster told its pod to go, and has retries left.
-
-    To Dagster that is a failed step, as of a run that somebody interrupts; it repeats runs whose process was lost.
-    """
-    if not getattr(instance.run_launcher, "moves_runs", False):
-        return False
-    limit = int(run.tags.get("dagster/max_retries", instance.run_retries_max_retries))
-    if int(run.tags.get("dagster/retry_number", "0")) >= limit:
-        return False
-    logged = instance.all_logs(run.run_id, of_type=DagsterEventType.STEP_FAILURE)
-    events = [entry.dagster_event for entry in logged if entry.dagster_event is not None]
-    errors = [event.step_failure_data.error for event in events]
-    return bool(errors) and all(
-        error and error.cls_name == DagsterExecutionInterruptedError.__name__ for error in errors
-    )
 
 
 def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest:

@@ -10,7 +10,7 @@ from dagster._core.launcher import LaunchRunContext, WorkerStatus
 from dagster._core.test_utils import create_run_for_test
 from dagster_k8s.job import get_job_name_from_run_id
 
-from mlpipes.orchestration import kubernetes_run_launcher, sensors
+from mlpipes.orchestration import kubernetes_run_launcher
 from mlpipes.orchestration.kubernetes_run_launcher import PatientK8sRunLauncher
 from mlpipes_tests.cluster import conftest, software
 from mlpipes_tests.cluster.cluster import Cluster
@@ -174,15 +174,6 @@ def test_a_run_whose_pod_or_job_is_gone_is_told(cluster: Cluster, desk: Desk, na
     name = get_job_name_from_run_id(deleted.run_id)
     cluster.kubectl("delete", "job", name, f"--namespace={namespace.name}")
     assert f"Job {name} is gone" in desk.until_health(deleted, WorkerStatus.NOT_FOUND)
-
-
-def test_a_run_whose_pod_is_told_to_go_is_to_go_on(cluster: Cluster, desk: Desk, namespace: Namespace) -> None:
-    run = desk.launch()
-    desk.until_started(run)
-    label = f"--selector=job-name={get_job_name_from_run_id(run.run_id)}"
-    cluster.kubectl("delete", "pod", f"--namespace={namespace.name}", label)
-    until(lambda: desk.now(run).status == dg.DagsterRunStatus.FAILURE, "its step was interrupted", every=0.5)
-    assert sensors._is_to_go_on(desk.instance, desk.now(run).with_tags({"dagster/max_retries": "3"}))
 
 
 def test_a_runs_job_goes_with_the_settings_of_its_instance(cluster: Cluster, desk: Desk, namespace: Namespace) -> None:
