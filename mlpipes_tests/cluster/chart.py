@@ -44,10 +44,10 @@ def database(name: str, user: str, databases: tuple[str, str], password: str) ->
     scripts = "/docker-entrypoint-initdb.d"
     variables = {"POSTGRES_USER": user, "POSTGRES_DB": databases[0], "POSTGRES_PASSWORD": password}
     variables |= {"PGDATA": f"{software.STORE}/{name}", **software.environment()}
-    mounts = [*software.mounts(), {"name": "scripts", "mountPath": scripts}]
+    mounts = [{"name": "scripts", "mountPath": scripts}, {"name": "run", "mountPath": "/var/run/postgresql"}]
     env = [{"name": key, "value": value} for key, value in variables.items()]
-    spec = software.pod_spec(["/bin/bash", "-c", _POSTGRES], env=env, volumeMounts=mounts)
-    spec["volumes"].append({"name": "scripts", "configMap": {"name": name}})
+    spec = software.pod_spec(["/bin/bash", "-c", _POSTGRES], env=env, volumeMounts=software.mounts() + mounts)
+    spec["volumes"] += [{"name": "scripts", "configMap": {"name": name}}, {"name": "run", "emptyDir": {}}]
     metadata = {"name": name, "labels": {"app": name}}
     return [
         {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"postgresql-password": password}},

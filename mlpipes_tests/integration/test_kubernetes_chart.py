@@ -19,6 +19,7 @@ from mlpipes_tests.cluster import conftest
 from mlpipes_tests.cluster.chart import CHART, RELEASE, USER, Desk, database, helm
 from mlpipes_tests.cluster.cluster import Cluster, lacking
 from mlpipes_tests.cluster.conftest import Namespace
+from mlpipes_tests.cluster.kubectl import in_phase
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.training.harness import make_job, run_here
@@ -284,6 +285,11 @@ def test_a_desk_with_a_database_and_a_password_of_the_sites_own_trains(
     where = [f"--namespace={namespace.name}"]
     made = database("site", user, databases, password)
     cluster.kubectl("create", *where, "-f", "-", text=yaml.safe_dump_all(made))
+    runs, over = in_phase("Running"), in_phase("Failed", "Succeeded")
+    found = cluster.kubectl.wait_for(
+        "pod", "site", lambda pod: runs(pod) or over(pod), "runs", namespace=namespace.name
+    )
+    assert runs(found)
     names = dict(zip(("database", "mlflowDatabase"), databases, strict=True))
     server = {"enabled": False, "host": "site", "secret": "site", "username": user, **names}
     notes = desk.install(postgres=server)
