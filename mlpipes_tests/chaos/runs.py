@@ -1,6 +1,7 @@
 """A workload's trainings in a Dagster: launched, cancelled and looked at over GraphQL, and in the store."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ _EVENTS = """query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection
   ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } }"""
 
 
-class Trainings:
+class Trainings(ABC):
     """The trainings of one scale of a workload; whoever has a Dagster says how to `ask` it."""
 
     workload: str
@@ -31,9 +32,9 @@ class Trainings:
     tracking_uri: str
     location = LOCATION
 
+    @abstractmethod
     def ask(self, query: str, **variables: Any) -> Any:
         """Ask Dagster's webserver. Raises OSError, RuntimeError or ValueError where it does not answer."""
-        raise NotImplementedError
 
     def is_ready(self) -> bool:
         """Whether the webserver knows the jobs: what an earlier trial broke is mended."""
