@@ -5,6 +5,7 @@ With `--farewell SECONDS` it asks the job's current attempt for a last checkpoin
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ SUPERSEDED = 4
 """Exit code of a run that has nothing left to do, because another job continues the training."""
 UNUSABLE, UNUSABLE_VOLUME = 5, "unusable volume: "
 """Exit code of a run that cannot read or write the store as its pod mounts it, and how it says so."""
+_FOR_GOOD = (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM)
 _VISIBLE_SECONDS = 60.0
 """How long a file may take to be seen from another machine: NFS remembers that it was not there."""
 _DEAD_SECONDS = 10.0
@@ -40,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
             _await(chosen.specification)
             return drive(chosen.specification, chosen.job)
         except OSError as error:
+            if (
+                error.errno not in _FOR_GOOD
+            ):  # of a disk that is full or a server that is away, another attempt may not hear
+                raise
             print(_of_volume(error, chosen.specification), file=sys.stderr)
             return UNUSABLE
     folder = TrainingFolder(chosen.specification.absolute().parents[1])

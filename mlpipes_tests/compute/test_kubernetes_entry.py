@@ -71,6 +71,9 @@ def test_a_volume_that_is_another_one_or_cannot_be_written_is_told(
     monkeypatch.setattr(entry, "claim", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only", "/x")))
     assert entry.main([str(specification), "digits-x-a1"]) == entry.UNUSABLE
     assert f"{entry.UNUSABLE_VOLUME}/x: Read-only, in a pod of user {os.getuid()}" in capsys.readouterr().err
+    monkeypatch.setattr(entry, "claim", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", "/x")))
+    with pytest.raises(OSError, match="full"):  # which passes, and another attempt is made
+        entry.main([str(specification), "digits-x-a1"])
 
 
 def farewell(job: TrainingJob) -> None:
