@@ -23,7 +23,7 @@ from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
 from mlpipes_tests.cluster.conftest import Namespace, make_namespace
 from mlpipes_tests.cluster.kubectl import Manifest
-from mlpipes_tests.integration.test_kubernetes import LATE, Training
+from mlpipes_tests.cluster.trainings import LATE, Training
 from mlpipes_tests.waiting import until
 
 _numbers = count()

@@ -6,7 +6,7 @@ import pytest
 
 from mlpipes.compute.kubernetes_api import KubernetesApi, RefusedError
 from mlpipes.compute.kubernetes_queue import ahead, ahead_of, workload_of
-from mlpipes_tests.compute.test_kubernetes import settings, workload
+from mlpipes_tests.compute.kubernetes_objects import settings, workload
 
 QUEUED = [workload(1), workload(2), workload(3, priority=5), workload(4, queueName="other"), workload(5), workload(9)]
 VISIBLE = "/apis/visibility.kueue.x-k8s.io"

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.cluster import conftest, queues
+from mlpipes_tests.cluster import conftest, queues, trainings
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.faults import FAULTS, until_at_rest
-from mlpipes_tests.integration import test_kubernetes
-from mlpipes_tests.integration.test_kubernetes import EARLY, LATE, TWO, Training, assert_equal, started
+from mlpipes_tests.cluster.trainings import EARLY, LATE, TWO, Training, assert_equal, started
 
 pytestmark = pytest.mark.cluster
-cluster, namespace, expected = conftest.cluster, conftest.namespace, test_kubernetes.expected
+cluster, namespace, expected = conftest.cluster, conftest.namespace, trainings.expected
 REPLACED = {
     "network of a node": 1,
     "frozen node": 1,

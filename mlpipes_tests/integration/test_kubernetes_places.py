@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.cluster import conftest
+from mlpipes_tests.cluster import conftest, trainings
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
-from mlpipes_tests.integration import test_kubernetes, test_slurm
+from mlpipes_tests.integration import test_slurm
 from mlpipes_tests.sandbox import Sandbox
 from mlpipes_tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slurm]
-cluster, namespace, expected = conftest.cluster, conftest.namespace, test_kubernetes.expected
+cluster, namespace, expected = conftest.cluster, conftest.namespace, trainings.expected
 SCALES = ("w1-b128-e12-g0", "w2-b128-e12-g0", "w4-b128-e12-g0-c0.5")
 """Four workers share a laptop's two CPUs."""
 DIGESTS = ("weights_digest", "order_digest", "loss_digest", "steps", "best")
@@ -62,7 +62,7 @@ def test_it_is_the_same_model_on_a_laptop_on_slurm_and_on_kubernetes(
     assert on_slurm.end(on_slurm.run()) == 0, on_slurm.log()[-3000:]
     found["Slurm"] = on_slurm.outcome()
 
-    on_kubernetes = test_kubernetes.Training(cluster, namespace, scale, placement="spread", cpu_per_worker="200m")
+    on_kubernetes = trainings.Training(cluster, namespace, scale, placement="spread", cpu_per_worker="200m")
     assert on_kubernetes.end(on_kubernetes.run()) == 0, on_kubernetes.log()[-3000:]
     found["Kubernetes"] = on_kubernetes.outcome()
 

@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 
 from mlpipes_tests import evidence
-from mlpipes_tests.cluster import conftest, intruder, software
+from mlpipes_tests.cluster import conftest, intruder, software, trainings
 from mlpipes_tests.cluster.chart import RELEASE, Desk
 from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.kubectl import in_phase
-from mlpipes_tests.integration import test_kubernetes
-from mlpipes_tests.integration.test_kubernetes import EARLY, TWO, Training, assert_equal
+from mlpipes_tests.cluster.trainings import EARLY, TWO, Training, assert_equal
 from mlpipes_tests.integration.test_kubernetes_chart import mlpipes
 
 pytestmark = pytest.mark.cluster
-namespace, expected = conftest.namespace, test_kubernetes.expected
+namespace, expected = conftest.namespace, trainings.expected
 PORTS = {"webserver": {3000}, "code": {4000}, "mlflow": {5000}, "postgres": {5432}, "head": {6379, 8265}}
 """What listens in which pod, at least."""
 ASK = """\

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from mlpipes_tests.cluster import conftest, queues
+from mlpipes_tests.cluster import conftest, queues, trainings
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
-from mlpipes_tests.integration import test_kubernetes
-from mlpipes_tests.integration.test_kubernetes import EARLY, LATE, ONE, TWO, Training, assert_equal, cancel, started
+from mlpipes_tests.cluster.trainings import EARLY, LATE, ONE, TWO, Training, assert_equal, cancel, started
 
 pytestmark = pytest.mark.cluster
-cluster, namespace, expected = conftest.cluster, conftest.namespace, test_kubernetes.expected
+cluster, namespace, expected = conftest.cluster, conftest.namespace, trainings.expected
 OURS, THEIRS = "ours", "theirs"
 """Two teams' queues."""
 

@@ -12,7 +12,7 @@ from mlpipes_tests.cluster import conftest
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.kubectl import has_condition
-from mlpipes_tests.integration.test_kubernetes import Training, as_user
+from mlpipes_tests.cluster.trainings import Training, as_user
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.video.made import QUICK, upscale_here, write_video
 from mlpipes_tests.video.upscalers import wait_at

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 
 from mlpipes_tests.chaos.session import small_disk
-from mlpipes_tests.cluster import build, software
+from mlpipes_tests.cluster import build, software, trainings
 from mlpipes_tests.cluster.cluster import Cluster, kubernetes_cluster
 from mlpipes_tests.cluster.conftest import Namespace, make_namespace
 from mlpipes_tests.cluster.kubectl import in_phase
+from mlpipes_tests.cluster.trainings import EARLY, ONE, Training, assert_equal
 from mlpipes_tests.disks import fill
-from mlpipes_tests.integration import test_kubernetes
-from mlpipes_tests.integration.test_kubernetes import EARLY, ONE, Training, assert_equal
 
 pytestmark = pytest.mark.cluster
-expected = test_kubernetes.expected
+expected = trainings.expected
 MESSAGES_BYTES, TOO_MUCH_BYTES = 64 << 10, 400 << 20
 """Of a full disk: what messages need and no checkpoint has room in; and more than preflight lets be used."""
 OLD = "github.com/ray-project/kuberay/ray-operator@v1.2.2"

@@ -11,15 +11,14 @@ import pytest
 
 from mlpipes.store.layout import TrainingFolder
 from mlpipes.store.messages import Started, read_messages
-from mlpipes_tests.cluster import conftest, queues
+from mlpipes_tests.cluster import conftest, queues, trainings
 from mlpipes_tests.cluster.cluster import Cluster
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.faults import FAULTS
-from mlpipes_tests.integration import test_kubernetes
-from mlpipes_tests.integration.test_kubernetes import TWO, Training, assert_equal
+from mlpipes_tests.cluster.trainings import TWO, Training, assert_equal
 
 pytestmark = pytest.mark.cluster
-cluster, namespace, expected = conftest.cluster, conftest.namespace, test_kubernetes.expected
+cluster, namespace, expected = conftest.cluster, conftest.namespace, trainings.expected
 WEEK = {0.15: "worker pod", 0.3: "run", 0.45: "drain", 0.6: "head pod", 0.75: "preemption", 0.9: "node of a worker"}
 """The faults, by the place at which the training waits for each."""
 ASKING = ("drain", "preemption")
