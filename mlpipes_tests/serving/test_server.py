@@ -1,7 +1,6 @@
 """The real server process: formats, bits, limits, swaps under load, an absent registry, its end."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -10,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,76 +17,14 @@ import numpy as np
 import pytest
 import requests
 
-from mlpipes.serving.model import Registered, write_out
 from mlpipes.store.files import read_record
-from mlpipes.tracking.models import EXPORTED, FINGERPRINT, SCALE, WEIGHTS, register
-from mlpipes.workloads.deployables import PythonCode
-from mlpipes_tests import evidence
-from mlpipes_tests.sandbox import CHECKOUT, end
-from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered, run_in, tracker_in
+from mlpipes_tests.serving import server as servers
+from mlpipes_tests.serving.models import IMAGES, NAME, champion, registered
+from mlpipes_tests.serving.server import Serving
 from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 TOKEN = "0123456789abcdef-of-a-test"  # noqa: S105
-
-
-@dataclass
-class Serving:
-    """A home with registered models, and a server that is started in it."""
-
-    home: Path
-    versions: dict[str, np.ndarray]
-    """What the evaluation of each would say of `IMAGES`."""
-    tracker: Any
-    name: str = "server"
-    what: tuple[str, ...] = ("digits",)
-    process: "subprocess.Popen[bytes] | None" = None
-    address: str = ""
-
-    @property
-    def log(self) -> str:
-        return (self.home / f"{self.name}.log").read_text()
-
-    def start(self, *options: str, **environment: str) -> "Serving":
-        assert self.process is None
-        base = {name: value for name, value in os.environ.items() if not name.startswith(("MLPIPES_", "MLFLOW_"))}
-        environment = base | {"MLPIPES_HOME": str(self.home), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | environment
-        command = (f"{CHECKOUT}/.venv/bin/mlpipes", "serve", *self.what, "--port", "0", "--poll", "0.1", *options)
-        with (self.home / f"{self.name}.log").open("wb") as out:
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=self.home,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
-        until(lambda: "is served, after" in self.log, "the server has loaded its model", vain=self.ended)
-        found = re.search(r"(https?://\S+) \(try", self.log)
-        assert found
-        self.address = found[1]
-        return self
-
-    def ended(self) -> str:
-        assert self.process is not None
-        return f"it has ended: {self.log}" if self.process.poll() is not None else ""
-
-    def stop(self) -> None:
-        if self.process is not None:
-            end(self.process)
-            self.process = None
-
-    def ask(self, rows: Any, **options: Any) -> requests.Response:
-        return requests.post(
-            f"{self.address}/invocations", json={"inputs": IMAGES[rows].tolist()}, timeout=LIMIT_SECONDS, **options
-        )
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Serving:
-    home = tmp_path_factory.mktemp("serving")
-    evidence.collect_from(home)
-    tracker = tracker_in(home)
-    return Serving(home, dict(registered(tracker, seed) for seed in (1, 2)), tracker)
+registry = servers.registry
 
 
 @pytest.fixture(scope="module")
@@ -390,49 +326,6 @@ def _model(server: Serving, version: str) -> str:
     return str(server.tracker.client.get_model_version(NAME, version).source).rpartition("/")[2]
 
 
-def test_a_folder_is_served_without_mlflow_and_another_in_its_place_takes_over(
-    another: Serving, tmp_path: Path
-) -> None:
-    link, home = tmp_path / "model", tmp_path / "home"
-
-    def point_to(version: str) -> None:
-        new = tmp_path / "new"
-        new.symlink_to(exported(another, version, tmp_path))
-        new.replace(link)
-
-    def bits() -> str:
-        answer = another.ask([3, 1])
-        assert answer.headers["x-model-exact"] == "true"
-        version = answer.headers["x-model-version"]
-        found = np.array(answer.json()["predictions"], dtype=np.float32)
-        assert np.array_equal(found, another.versions[version][[3, 1]])
-        return version
-
-    point_to("1")
-    another.what = ("--model", str(link))
-    another.start(MLPIPES_HOME=str(home), MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert bits() == "1"
-    point_to("2")
-    until(lambda: bits() == "2", "the other one takes over", vain=another.ended)
-    link.unlink()
-    until(lambda: "is no folder with a model" in another.log, "it is told that it has gone", vain=another.ended)
-    assert bits() == "2"
-    assert not home.exists(), "it needs none"
-
-
-def exported(server: Serving, version: str, to: Path) -> Path:
-    """The folder of `mlpipes export`."""
-    from typer.testing import CliRunner
-
-    from mlpipes.cli.app import app
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLPIPES_HOME", str(server.home))
-        done = CliRunner().invoke(app, ["export", "digits", "--version", version, "--output", str(to / version)])
-    assert done.exit_code == 0, done.output
-    return to / version
-
-
 def test_with_a_token_and_tls_it_starts_without_its_registry_and_ends_in_peace(
     another: Serving, tmp_path: Path
 ) -> None:
@@ -535,46 +428,3 @@ def test_what_cannot_be_served_is_told_in_a_line(
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
     assert says in " ".join(done.output.split())
-
-
-_HANGS = """
-import threading
-
-import mlflow
-import pandas as pd
-
-
-class Model(mlflow.pyfunc.PythonModel):
-    def predict(self, context, model_input: pd.DataFrame, params=None):
-        if "hang" in list(model_input["text"]):
-            print("it hangs", flush=True)
-            threading.Event().wait()
-        return pd.DataFrame({"size": [len(text) for text in model_input["text"]]})
-
-
-mlflow.models.set_model(Model())
-"""
-
-
-def test_a_model_that_never_answers_does_not_keep_the_server_from_ending(registry: Serving, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(_HANGS)
-    own = PythonCode(tmp_path / "own.py", lambda folder: None, {"text": ["a"]}, {"size": [1]}, ("pandas", "mlflow"))
-    tags = {FINGERPRINT: "f", EXPORTED: "e", SCALE: "w1-b1-e1-g0", WEIGHTS: "w"}
-    version = register(registry.tracker, run_in(registry.tracker, "own", "f"), "mlpipes-own", own, tags, [])
-    found = registry.tracker.client.get_model_version("mlpipes-own", version)
-    write_out(registry.tracker, Registered("mlpipes-own", version, str(found.source), tags), tmp_path / "own")
-    server = Serving(registry.home, {}, registry.tracker, "hanging", ("--model", str(tmp_path / "own")))
-    try:
-        server.start()
-        assert server.process is not None
-        with ThreadPoolExecutor(1) as pool:
-            asked = {"inputs": {"text": ["hang"]}}
-            waiting = pool.submit(
-                requests.post, f"{server.address}/invocations", json=asked, timeout=LIMIT_SECONDS, stream=True
-            )
-            until(lambda: "it hangs" in server.log, "the model hangs", vain=server.ended)
-            server.process.terminate()
-            assert server.process.wait(LIMIT_SECONDS) == 0
-            assert waiting.exception() or waiting.result().status_code == 500
-    finally:
-        server.stop()
