@@ -20,7 +20,8 @@ from mlpipes.compute import stacks
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import submission_lock
-from mlpipes.store.layout import JobFolder, TrainingFolder
+from mlpipes.store.identity import identify
+from mlpipes.store.layout import JobFolder, Store, TrainingFolder
 from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 
@@ -158,9 +159,10 @@ class Jobs(ABC):
     def name_of(job: TrainingJob) -> str:
         """The name under which a training's jobs are found: its fingerprint, and which store it is for.
 
-        Two stores may ask one cluster for the same training, and neither may take the other's job for its own.
+        Two stores may ask one cluster for the same training, and neither may take the other's job for its own, also where
+        both are mounted at the same path.
         """
-        return f"{job.recipe.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
+        return f"{job.recipe.fingerprint}-{hashlib.sha256(identify(Store(Path(job.store))).encode()).hexdigest()[:8]}"
 
     def attach_or_submit(self, job: TrainingJob, name: str | None = None) -> JobHandle:
         """The job of a training: the one that is alive, or the next attempt, submitted.

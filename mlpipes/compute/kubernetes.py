@@ -31,7 +31,8 @@ from mlpipes.compute.kubernetes_watch import Watched
 from mlpipes.errors import PreflightError
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import claimed
-from mlpipes.store.layout import JobFolder
+from mlpipes.store.identity import identify
+from mlpipes.store.layout import JobFolder, Store
 from mlpipes.store.redaction import redact
 from mlpipes.store.training_job import TrainingJob
 
@@ -39,6 +40,8 @@ _LATE_SECONDS = 10.0
 """What a kubelet gets beyond a pod's grace to say that the pod is gone."""
 _REFUSAL_SECONDS = 10.0
 """How long a refusal must last: a queue that was just made is unknown to Kueue for a moment."""
+_FORBIDDEN_SECONDS = 120.0
+"""How long what was allowed before must be forbidden: an API server that has just started does not know all rights yet."""
 _NO_NEWS = ("Unhealthy", "FailedToCreateRayCluster", "BackOff")
 """Warnings that say no more than that a pod is not ready yet, or, of the operator, that it looked too early."""
 _LOG_LINES, _EVENTS = 400, 100
@@ -59,6 +62,7 @@ class KubernetesJobs(Jobs):
         self._folders: dict[str, JobFolder] = {}
         self._watched: dict[str, Watched] = {}
         self._refused: dict[str, float] = {}
+        self._forbidden: dict[str, float] = {}
         self._leaving: dict[str, float] = {}
         self._grown: set[str] = set()
 
@@ -92,6 +96,7 @@ class KubernetesJobs(Jobs):
         """Submit an attempt, or attach to it if somebody else has. Raises PreflightError if it is refused."""
         subject = self._subject(specification)
         self.settings.check_store(Path(subject.store))
+        identify(Store(Path(subject.store)))  # by which its RayJobs are found again
         made = Attempt(_short(name), attempt, specification, environment, subject)
         try:
             manifest = ray_job(made, self.scale, self.settings, self._owner())
@@ -144,12 +149,19 @@ class KubernetesJobs(Jobs):
             if not watched.is_due(now, grown, self.api, handle.id, urgent=bool(self._leaving or self._refused)):
                 return watched.status
             watched.about_to_ask()
-        job = self.api.find(self.api.ray_jobs(handle.id))
-        if job and handle.id not in self._folders:
-            self._folders[handle.id] = _folder(job)
-            if requeued := self._requeued(handle):
-                return requeued
-        status = self._standing(handle, job) if job else self._gone()
+        try:
+            job = self.api.find(self.api.ray_jobs(handle.id))
+            if job and handle.id not in self._folders:
+                self._folders[handle.id] = _folder(job)
+                if requeued := self._requeued(handle):
+                    return requeued
+            status = self._standing(handle, job) if job else self._gone()
+        except RefusedError as error:
+            since = self._forbidden.setdefault(handle.id, now)
+            if watched is None or error.status != 403 or now - since > _FORBIDDEN_SECONDS:
+                raise
+            return watched.status
+        self._forbidden.pop(handle.id, None)
         if watched is None:
             self._watched[handle.id] = Watched(self.settings.poll_seconds, now, status, grown)
         else:
@@ -195,6 +207,8 @@ class KubernetesJobs(Jobs):
             pods = self.api.items(self.api.core("pods"), labels=f"ray.io/cluster={cluster}")
             look = replace(look, pods=pods, dead=list(silent_nodes(pods)))
             self._bury(pods)
+        else:
+            self._leaving = {}
         if look.workload is None and standing(look).state in (JobState.PENDING, JobState.REFUSED):
             about = [job["metadata"]["name"], cluster, *(pod["metadata"]["name"] for pod in look.pods)]
             look = replace(look, events=self._warnings({name for name in about if name}), nodes=self._nodes(look))
@@ -205,7 +219,12 @@ class KubernetesJobs(Jobs):
         (group,), wanted = job["spec"]["rayClusterSpec"]["workerGroupSpecs"], shape(self.scale, self.settings).pods
         cluster = (job.get("status") or {}).get("rayClusterName")
         if group["replicas"] < wanted and cluster and cluster not in self._grown:
-            self.api.replace(self.api.ray_clusters(cluster), "/spec/workerGroupSpecs/0/replicas", wanted)
+            try:
+                self.api.replace(self.api.ray_clusters(cluster), "/spec/workerGroupSpecs/0/replicas", wanted)
+            except RefusedError as error:
+                if error.status not in (404, 409):
+                    raise
+                return  # it was replaced, or changed, meanwhile: at the next look
             self._grown.add(cluster)
 
     def _warnings(self, about: set[str]) -> list[dict[str, Any]]:
@@ -302,11 +321,7 @@ class KubernetesJobs(Jobs):
         parts, folder = [], _folder(job)
         for pod in self.api.items(self.api.core("pods"), labels=f"{PREFIX}/job={job['metadata']['name']}"):
             name = pod["metadata"]["name"]
-            try:
-                said = self.api.request("GET", self.api.core("pods", name, "log"), {"tailLines": str(_LOG_LINES)})
-            except (RefusedError, ConnectionError) as error:  # not started yet, or on a node that is away
-                said = str(error)
-            parts.append(f"==> {name} <==\n{said}")
+            parts.append(f"==> {name} <==\n{self.api.log(name, _LOG_LINES)}")
         if parts and folder.path.is_dir():
             _pod_log(folder, attempt).write_text(redact("\n".join(parts)), encoding="utf-8")
 

@@ -20,6 +20,8 @@ KUEUE = "kueue.x-k8s.io"
 _VISIBLE = "visibility.kueue.x-k8s.io"
 _TIMEOUTS = (5, 30)
 """Seconds to connect, and to answer."""
+_LOG_TIMEOUTS = (5, 10)
+"""The API server asks the pod's node for what it printed."""
 _EXECUTE_SECONDS = 120
 _PASSING = (408, 429, 500, 502, 503, 504)
 """Answers of an API server, a proxy before it or a webhook behind it, that is in trouble."""
@@ -88,7 +90,7 @@ class KubernetesApi:
     def glimpse(self, path: str, **query: str) -> dict[str, Any] | None:
         """What is at a path, for what one can do without; None if it is not to be had at once."""
         try:
-            return self._request("GET", path, query, None, "application/json")
+            return self._request("GET", path, query)
         except (RefusedError, ConnectionError):
             return None
 
@@ -139,6 +141,15 @@ class KubernetesApi:
             reraise=True,
         )(self._request, method, path, query or {}, body, content)
 
+    def log(self, pod: str, lines: int) -> str:
+        """The last lines that a pod printed, or why they are not to be had: its node may be away, and is asked once only."""
+        try:
+            return str(
+                self._request("GET", self.core("pods", pod, "log"), {"tailLines": str(lines)}, timeouts=_LOG_TIMEOUTS)
+            )
+        except (RefusedError, ConnectionError) as error:
+            return str(error)
+
     def execute(self, pod: str, command: Sequence[str]) -> str:
         """What a command prints in a pod's first container. Raises RefusedError or ConnectionError."""
         from kubernetes import client, stream
@@ -174,10 +185,23 @@ class KubernetesApi:
         finally:
             answer.close()
 
-    def _request(self, method: str, path: str, query: Mapping[str, str], body: Any, content: str) -> Any:
-        answer = self._call(method, path, query, body, content, _TIMEOUTS)
-        text = answer.data.decode(errors="replace")
-        return json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
+    def _request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Any = None,
+        content: str = "application/json",
+        timeouts: tuple[int, int] = _TIMEOUTS,
+    ) -> Any:
+        from urllib3.exceptions import HTTPError
+
+        answer = self._call(method, path, query, body, content, timeouts)
+        try:
+            text = answer.data.decode(errors="replace")
+            return json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
+        except (HTTPError, OSError, ValueError) as error:  # it died, or a proxy did, within the answer
+            raise ConnectionError(f"the API server broke off within an answer: {error}") from error
 
     def _call(
         self, method: str, path: str, query: Mapping[str, str], body: Any, content: str, timeouts: tuple[int, int]

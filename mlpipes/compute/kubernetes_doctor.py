@@ -118,8 +118,9 @@ def _kuberay(api: KubernetesApi) -> str:
     served = api.find(f"/apis/{GROUP}/{VERSION}")
     if served is None or PLURAL not in {kind["name"] for kind in served["resources"]}:
         raise PreflightError(
-            f"the cluster has no {PLURAL}.{GROUP}/{VERSION}: KubeRay 1.4 or newer is not installed. `helm install "
-            "kuberay-operator kuberay/kuberay-operator --version 1.6.0`."
+            f"the cluster has no {PLURAL}.{GROUP}/{VERSION}: KubeRay is not installed. `helm repo add kuberay "
+            "https://ray-project.github.io/kuberay-helm` and `helm install kuberay-operator kuberay/kuberay-operator "
+            "--version 1.6.0 --namespace ray-system --create-namespace`."
         )
     return f"serves {PLURAL}.{GROUP}/{VERSION}"
 
@@ -252,15 +253,18 @@ def _nodes(api: KubernetesApi, scale: RayScaleConfig) -> str:
     """Compare the nodes with a scale's pods, where we may see them. Raises PreflightError if a pod fits on none."""
     settings, needed = api.settings, shape(scale, api.settings)
     pods = f"{needed.pods} worker pods with {needed.cpus:g} CPUs and {needed.gpus} GPUs each"
+    if settings.autoscaled:
+        return f"{pods}; nodes are made for them"
     if not api.allows("list", "", "nodes", everywhere=True):
         return f"{pods}; the nodes are not for us to see"
-    nodes = [node for node in api.items("/api/v1/nodes") if not node["spec"].get("unschedulable")]
+    nodes = api.items("/api/v1/nodes")  # also those that are cordoned, for a while
     selector = dict(settings.node_selector) | (dict(settings.spot.node_selector) if settings.spot else {})
     chosen = [n for n in nodes if all(n["metadata"]["labels"].get(key) == value for key, value in selector.items())]
     if not chosen:
         wanted = ", ".join(f"{key}={value}" for key, value in selector.items()) or "any"
         raise PreflightError(
-            f"no node has the labels that workers ask for ({wanted}). `kubectl get nodes --show-labels` shows what there is."
+            f"no node has the labels that workers ask for ({wanted}). `kubectl get nodes --show-labels` shows what there "
+            "is; set `autoscaled: true` if nodes are made for pods that wait."
         )
     probe = _worker_pod(settings, scale)
     for name, amount in _requests(probe).items():
@@ -268,7 +272,7 @@ def _nodes(api: KubernetesApi, scale: RayScaleConfig) -> str:
         if largest < amount:
             raise PreflightError(
                 f"no node fits: a worker pod wants {amount:g} of {name}, the largest node has {largest:g}. Choose another "
-                "scale, or fewer `workers_per_pod`."
+                "scale, or fewer `workers_per_pod`, or set `autoscaled: true` if larger nodes are made for pods that wait."
             )
     return f"{pods} fit {len(chosen)} nodes by size"
 

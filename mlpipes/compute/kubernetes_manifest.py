@@ -13,7 +13,8 @@ from typing import Any
 from mlpipes.compute.kubernetes_pods import PREFIX, Pods, pod_template
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
 from mlpipes.scales import RayScaleConfig
-from mlpipes.store.layout import JobFolder
+from mlpipes.store.identity import identity_of
+from mlpipes.store.layout import JobFolder, Store
 from mlpipes.store.training_job import TrainingJob
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
@@ -88,8 +89,8 @@ def label_value(text: str) -> str:
 
 
 def store_label(store: str) -> str:
-    """By which the RayJobs of one store are told from those of another."""
-    return hashlib.sha256(store.encode()).hexdigest()[:8]
+    """By which the RayJobs of one store are told from those of another, also of one that is mounted at the same path."""
+    return identity_of(Store(Path(store))) or hashlib.sha256(store.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

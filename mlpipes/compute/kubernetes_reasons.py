@@ -200,7 +200,10 @@ def _starting(look: Look) -> str:
     ready, all_of_them = [pod for pod in look.pods if _is_ready(pod)], 1 + _wanted(look.job)
     if len(ready) < all_of_them:
         return f"{len(ready)} of {all_of_them} pods are ready{_because(look)}"
-    return "its pods are ready; KubeRay's operator starts the driver"
+    return (
+        "its pods are ready; KubeRay's operator starts the driver (if that lasts: does a network policy keep it from port "
+        "8265 of the head?)"
+    )
 
 
 def _because(look: Look) -> str:

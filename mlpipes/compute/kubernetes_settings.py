@@ -116,7 +116,7 @@ class SpotPool(_Strict):
 
 
 class KubernetesSettings(_Strict):
-    """What a cluster wants to know of a training's pods; all of it can differ by scale."""
+    """What a cluster wants to know of a training's pods; all of it but namespace and context can differ by scale."""
 
     image: Image
     store: StoreClaim
@@ -157,6 +157,9 @@ class KubernetesSettings(_Strict):
     resubmit_deleted: bool = Field(default=False, description="submit again what somebody has deleted")
     head_pod: dict[str, Any] = Field(default_factory=dict, description="merged into the head's pod template")
     worker_pod: dict[str, Any] = Field(default_factory=dict, description="merged into the workers' pod template")
+    autoscaled: bool = Field(
+        default=False, description="nodes are made for pods that wait: none is refused for its size"
+    )
     scales: dict[str, dict[str, Any]] = Field(default_factory=dict, description="settings that differ, by scale key")
 
     @model_validator(mode="after")
@@ -182,8 +185,11 @@ class KubernetesSettings(_Strict):
     def of_scale(self, key: str) -> "KubernetesSettings":
         """The settings of one scale. Raises ConfigError naming the setting that is unknown or unusable."""
         changes = self.scales.get(key, {})
-        if "scales" in changes:
-            raise ConfigError(f"Kubernetes settings, scale {key}: `scales` inside a scale is none of its settings")
+        for common in ("scales", "namespace", "context"):  # what is tidied up lies in one place
+            if common in changes:
+                raise ConfigError(
+                    f"Kubernetes settings, scale {key}: `{common}` inside a scale is none of its settings"
+                )
         return _validated({**self.model_dump(), **changes}, f"scale {key}")
 
     @classmethod

@@ -53,15 +53,20 @@ class PodWatch:
     def _listen(self) -> None:
         path, labels = self._api.core("pods"), f"{PREFIX}/job={self._job}"
         seconds = _STREAM_SECONDS[0] + zlib.crc32(self._job.encode()) % (_STREAM_SECONDS[1] - _STREAM_SECONDS[0])
+        heard = False
         while not self._ended.is_set():
             try:
                 for _ in self._api.stream(path, labels, seconds):
+                    heard = True
                     self._up.set()
                     self._stirred.set()  # at its begin too: who knows what happened before
                     if self._ended.is_set():
                         break
-            except RefusedError:  # we may not: it is asked as if there were no watch
-                self._ended.set()
+            except RefusedError:  # we may not: it is asked as if there were no watch, but for one that was heard before
+                if not heard:
+                    self._ended.set()
+                self._up.clear()
+                self._ended.wait(_AGAIN_SECONDS)
             except ConnectionError:
                 self._up.clear()
                 self._ended.wait(_AGAIN_SECONDS)

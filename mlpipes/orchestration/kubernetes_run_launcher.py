@@ -13,6 +13,8 @@ AWAY_SECONDS = 600.0
 """For so long nothing is concluded from an API server that does not answer: meanwhile the run's pod works on."""
 _LISTED_SECONDS = 2.0
 """Run monitoring checks all runs in one go: they share a list."""
+_ASKED_SECONDS = 120.0
+"""Who was not asked for so long may have answered meanwhile."""
 _RUN_WORKERS = "app.kubernetes.io/component=run_worker"
 _UNFINISHED = (dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING)
 
@@ -27,7 +29,8 @@ class PatientK8sRunLauncher(K8sRunLauncher):
     """
 
     _listed: tuple[float, str, Mapping[str, Any]] | None = None
-    _answered: float | None = None
+    _away: tuple[float, float] | None = None
+    """Since when the API server has not answered, and when it did not last."""
 
     def launch_run(self, context: LaunchRunContext) -> None:
         """Launch a run, whose Job goes when the ConfigMap with the instance's settings does, as a Helm release's do."""
@@ -50,13 +53,10 @@ class PatientK8sRunLauncher(K8sRunLauncher):
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """How the Job of a run stands."""
         namespace = self.get_container_context_for_run(run).namespace or self.job_namespace
-        now = time.monotonic()
-        if self._answered is None:
-            self._answered = now
         try:
             jobs = self._run_workers(namespace)
         except Exception as error:  # whatever a network, a proxy or the client's own code makes of it
-            away = now - self._answered
+            away = self._away_seconds()
             status = WorkerStatus.RUNNING if away < AWAY_SECONDS else WorkerStatus.UNKNOWN
             return CheckRunHealthResult(status, f"the API server has not answered for {away:.0f} s: {error}")
         name = get_job_name_from_run_id(run.run_id)
@@ -75,9 +75,15 @@ class PatientK8sRunLauncher(K8sRunLauncher):
             found: Any = self._api_client.batch_api.list_namespaced_job(
                 namespace, label_selector=_RUN_WORKERS, _request_timeout=10
             )
-            self._listed = (now, namespace, {job.metadata.name: job.status for job in found.items})
-            self._answered = now
+            self._listed, self._away = (now, namespace, {job.metadata.name: job.status for job in found.items}), None
         return self._listed[2]
+
+    def _away_seconds(self) -> float:
+        """How long the API server has not answered, now that it does not. Nobody asks it while there are no runs."""
+        now = time.monotonic()
+        since, last = self._away or (now, now)
+        self._away = (since if now - last < _ASKED_SECONDS else now, now)
+        return now - self._away[0]
 
     def get_run_worker_debug_info(self, run: dg.DagsterRun, include_container_logs: bool | None = True) -> str | None:
         """What is known of a run's pods. Of a run that is given up before it began or while it is cancelled, the Job goes.

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster import DagsterEventType
@@ -12,7 +14,15 @@ from mlpipes.orchestration.alerts import WEBHOOK_VARIABLE, failure_text, send
 from mlpipes.orchestration.resources import StoreResource
 from mlpipes.store.environment import value_of
 
+if TYPE_CHECKING:
+    from mlpipes.compute.kubernetes_tidy import Wanted
+
 _PARTITION = "dagster/partition"
+_UNFINISHED = [
+    status
+    for status in dg.DagsterRunStatus
+    if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+]
 _SETTLED_SECONDS = 20.0
 _FORGOTTEN_SECONDS = 3600.0
 
@@ -131,21 +141,30 @@ def retry_of(run: dg.DagsterRun, assets: Sequence[dg.AssetKey]) -> dg.RunRequest
     description="Leaves nothing on the cluster of trainings that nobody follows any more.",
 )
 def tidy_kubernetes(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SkipReason:
-    """Delete RayJobs that have ended and whose run is over, and pods of theirs that a dead node holds."""
+    """Delete RayJobs that have ended or were cancelled and that no run follows, and pods that a dead node holds."""
     from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE, KubernetesSettings
     from mlpipes.compute.kubernetes_tidy import tidy
-
-    def is_followed(run_id: str) -> bool:
-        run = context.instance.get_run_by_id(run_id) if run_id else None
-        return run is not None and not run.is_finished
 
     try:
         if not (path := value_of(SETTINGS_VARIABLE)):
             return dg.SkipReason(f"{SETTINGS_VARIABLE} is not set")
-        done = list(tidy(KubernetesSettings.load(Path(path)), str(store.store.root), is_followed))
+        done = list(tidy(KubernetesSettings.load(Path(path)), str(store.store.root), partial(wanted, context.instance)))
     except (UserError, ConnectionError) as error:
         return dg.SkipReason(str(error))
     return dg.SkipReason("; ".join(done) or "there was nothing to tidy")
+
+
+def wanted(instance: dg.DagsterInstance, run_id: str) -> "Wanted":
+    """Whether anybody wants what a run has asked for: that run, or one of its partition, which attaches to its training."""
+    from mlpipes.compute.kubernetes_tidy import Wanted
+
+    run = instance.get_run_by_id(run_id) if run_id else None
+    if run is None:
+        return Wanted.NO_MORE
+    unfinished = dg.RunsFilter(statuses=_UNFINISHED, tags={_PARTITION: run.tags.get(_PARTITION, "")})
+    if not run.is_finished or instance.get_run_records(unfinished, limit=1):
+        return Wanted.FOLLOWED
+    return Wanted.CANCELLED if run.status == dg.DagsterRunStatus.CANCELED else Wanted.NO_MORE
 
 
 def reports_follow() -> dg.AutomationConditionSensorDefinition:

@@ -7,8 +7,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
+from mlpipes.compute.jobs import ALIVE, Jobs
 from mlpipes.data.snapshot import open_snapshot
-from mlpipes.errors import ConfigError, CorruptionError, TrainingFailedError, UserError
+from mlpipes.errors import ConfigError, CorruptionError, PreflightError, TrainingFailedError, UserError
 from mlpipes.orchestration.following import follow_training, is_cancelled
 from mlpipes.orchestration.metadata import mapping_table, picture, run_link
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
@@ -118,7 +119,7 @@ def materialize_training(
         if not Checkpoints(folder.checkpoints).steps():
             check_model(recipe, snapshot)
         preflight.check_disk(store.store.root)
-        ray.jobs(recipe.scale).check(recipe.scale, snapshot.published.size, config.min_workers)
+        _check_place(context, ray.jobs(recipe.scale), _job(context, store, recipe, config), snapshot.published.size)
     recipe.write_to(folder.recipe)
     tracker = mlflow.tracker()
     run_id = tracker.run_of(
@@ -138,20 +139,7 @@ def materialize_training(
             follow_training(
                 context,
                 lambda: ray.jobs(recipe.scale),
-                TrainingJob(
-                    recipe=recipe,
-                    store=str(store.store.root),
-                    attempt=1,
-                    checkpointing=Checkpointing(
-                        every_seconds=config.checkpoint_every_seconds,
-                        mean_seconds_between_failures=config.mean_seconds_between_failures,
-                        keep_last=config.keep_last,
-                    ),
-                    tracking=Tracking(uri=tracker.uri, run_id=run_id),
-                    min_workers=config.min_workers,
-                    resize_seconds=config.resize_seconds,
-                    requested_by=context.run.run_id,
-                ),
+                _job(context, store, recipe, config, Tracking(uri=tracker.uri, run_id=run_id)),
                 config.stall_seconds,
                 {"mlflow": mlflow_link},
             )
@@ -175,6 +163,47 @@ def materialize_training(
         metadata=_metadata(entry, recipe, outcome, folder)
         | {"mlflow": mlflow_link, "step_seconds": time.monotonic() - started},
     )
+
+
+def _job(
+    context: dg.AssetExecutionContext,
+    store: StoreResource,
+    recipe: Recipe,
+    config: TrainingConfig,
+    tracking: Tracking | None = None,
+) -> TrainingJob:
+    return TrainingJob(
+        recipe=recipe,
+        store=str(store.store.root),
+        attempt=1,
+        checkpointing=Checkpointing(
+            every_seconds=config.checkpoint_every_seconds,
+            mean_seconds_between_failures=config.mean_seconds_between_failures,
+            keep_last=config.keep_last,
+        ),
+        tracking=tracking,
+        min_workers=config.min_workers,
+        resize_seconds=config.resize_seconds,
+        requested_by=context.run.run_id,
+    )
+
+
+def _check_place(context: dg.AssetExecutionContext, jobs: Jobs, job: TrainingJob, data_bytes: int) -> None:
+    """Raises PreflightError if the place cannot hold a training that is not under way there.
+
+    One that is goes on, whatever has become of queues, quotas and nodes since: it is there to be attached to.
+    """
+    scale = job.recipe.scale
+    try:
+        jobs.check(scale, data_bytes, job.min_workers)
+    except PreflightError as error:
+        if not any(job.folder.specification(0).parent.glob("a*.json")):
+            raise
+        latest = jobs.latest(jobs.name_of(job))  # patient, unlike the check
+        if latest is None or latest[1].state not in ALIVE:
+            jobs.check(scale, data_bytes, job.min_workers)
+        else:
+            context.log.warning(f"{jobs.name} {latest[0].id} is under way all the same: {error}")
 
 
 def _tags(context: dg.AssetExecutionContext, entry: Entry, recipe: Recipe) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 
 from mlpipes.compute import jobs
 from mlpipes.compute.jobs import Ended, JobHandle, Jobs, JobState, JobStatus, Requeued, ask_for_last_checkpoint
+from mlpipes.compute.kubernetes_manifest import store_label
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import JobFolder
 from mlpipes.store.messages import CheckpointSaved, DriverStarted, Finished, MessageWriter, Started, Stopping
@@ -214,3 +215,11 @@ def test_who_has_not_begun_to_train_has_nothing_to_save(job: TrainingJob, monkey
     ask_for_last_checkpoint(job.folder, 1, seconds=30)
     assert job.folder.stop_request(1).exists()
     assert clock.sleeps == 0
+
+
+def test_another_store_at_the_same_path_has_other_names(tmp_path: Path) -> None:
+    here = job_in(tmp_path)
+    name, label = Jobs.name_of(here), store_label(here.store)
+    (tmp_path / "store.json").unlink()  # as another volume in its place has another one, or none yet
+    assert Jobs.name_of(here) != name
+    assert store_label(here.store) != label

@@ -11,7 +11,7 @@ from mlpipes.compute.kubernetes_manifest import (
     FOLDER_ANNOTATION,
     PREFIX,
 )
-from mlpipes.compute.kubernetes_tidy import tidy
+from mlpipes.compute.kubernetes_tidy import Wanted, tidy
 from mlpipes_tests.compute.kubernetes_objects import (
     settings,
 )
@@ -24,6 +24,8 @@ from mlpipes_tests.compute.kubernetes_objects import (
         ("over", "Running", 0, True, True),
         ("over", "Complete", 10, False, True),
         ("goes-on", "Complete", 10, True, False),
+        ("cancelled", "Running", 0, False, True),  # whoever cancelled it did not reach the cluster
+        ("cancelled", "Suspended", 0, False, True),
         ("", "Running", 0, True, False),  # a video of the command line, delivered once before
         ("", "Failed", 10, False, False),  # whoever asked for it looks once a second or so, and goes on
         ("", "Failed", 4000, False, True),
@@ -46,16 +48,17 @@ def test_what_is_tidied_up(
         "status": {"jobDeploymentStatus": status, "endTime": end},
     }
     gone: list[str] = []
+    states = {"goes-on": Wanted.FOLLOWED, "cancelled": Wanted.CANCELLED}
     monkeypatch.setattr(KubernetesApi, "items", lambda api, path, **_: [job] if "rayjobs" in path else [])
     monkeypatch.setattr(KubernetesApi, "delete", lambda api, path, **_: gone.append(path))
-    said = list(tidy(settings(), str(tmp_path), lambda name: name == "goes-on"))
+    said = list(tidy(settings(), str(tmp_path), lambda run: states.get(run, Wanted.NO_MORE)))
     assert [path.endswith("j-a1") for path in gone] == [True] * deleted
     assert len(said) == deleted
 
 
-@pytest.mark.parametrize("followed", [True, False])
+@pytest.mark.parametrize("wanted", [Wanted.FOLLOWED, Wanted.NO_MORE])
 def test_pods_that_a_dead_node_holds_are_removed_whoever_follows(
-    followed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     annotations = {FOLDER_ANNOTATION: str(tmp_path), f"{PREFIX}/dagster-run": "some"}
     job = {"metadata": {"name": "j-a1", "annotations": annotations}, "status": {"jobDeploymentStatus": "Running"}}
@@ -78,6 +81,6 @@ def test_pods_that_a_dead_node_holds_are_removed_whoever_follows(
     gone: list[str] = []
     monkeypatch.setattr(KubernetesApi, "items", lambda api, path, **_: [job] if "rayjobs" in path else pods)
     monkeypatch.setattr(KubernetesApi, "delete", lambda api, path, **_: gone.append(path.rpartition("/")[2]))
-    (said,) = tidy(settings(), str(tmp_path), lambda _: followed)
+    (said,) = tidy(settings(), str(tmp_path), lambda _: wanted)
     assert gone == ["dead"]
     assert said == "pod dead of RayJob j-a1 was held by a node that does not answer: removed"

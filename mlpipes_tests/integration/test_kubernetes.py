@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlpipes.compute.kubernetes_settings import KubernetesSettings
-from mlpipes.compute.kubernetes_tidy import tidy
+from mlpipes.compute.kubernetes_tidy import Wanted, tidy
 from mlpipes.store.claims import claimed
 from mlpipes.store.messages import Resumed, Stopping, read_messages
 from mlpipes_tests.cluster import conftest, trainings
@@ -217,12 +217,12 @@ def test_a_training_that_nobody_follows_to_its_end_is_tidied_up(
     run.wait()
     monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
     settings, store = KubernetesSettings.load(training.file), str(training.store.root)
-    assert list(tidy(settings, store, lambda _: False)) == [], "it trains on"
+    assert list(tidy(settings, store, lambda _: Wanted.NO_MORE)) == [], "it trains on"
     training.barriers.open()
     training.until(training.folder().result.is_file, "the result is there")
-    assert list(tidy(settings, store, lambda _: True)) == [], "somebody sees it off"
-    assert list(tidy(settings, "/another/store", lambda _: False)) == []
-    training.until(lambda: list(tidy(settings, store, lambda _: False)), "it is tidied up")
+    assert list(tidy(settings, store, lambda _: Wanted.FOLLOWED)) == [], "somebody sees it off"
+    assert list(tidy(settings, "/another/store", lambda _: Wanted.CANCELLED)) == []
+    training.until(lambda: list(tidy(settings, store, lambda _: Wanted.NO_MORE)), "it is tidied up")
     training.assert_nothing_is_left()
     assert_equal(training.outcome(), expected)
 

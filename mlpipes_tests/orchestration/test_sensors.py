@@ -4,7 +4,9 @@ import time
 
 import dagster as dg
 import pytest
+from dagster._core.test_utils import create_run_for_test
 
+from mlpipes.compute.kubernetes_tidy import Wanted
 from mlpipes.orchestration import sensors
 from mlpipes.orchestration.sensors import lost_retries, retry_of
 
@@ -80,3 +82,20 @@ def test_the_retry_of_a_run_that_was_executed_again_by_hand_belongs_to_the_first
     request = retry_of(again, [dg.AssetKey("x")])
     assert request.tags["dagster/root_run_id"] == "first"
     assert request.tags["dagster/parent_run_id"] == "again"
+
+
+def test_what_a_run_asked_for_is_wanted_while_any_run_of_its_partition_is_not_over() -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def run(status: dg.DagsterRunStatus, partition: str) -> str:
+            return create_run_for_test(instance, status=status, tags={"dagster/partition": partition}).run_id
+
+        works, cancelled = run(dg.DagsterRunStatus.STARTED, "a"), run(dg.DagsterRunStatus.CANCELED, "b")
+        failed = run(dg.DagsterRunStatus.FAILURE, "c")
+        assert sensors.wanted(instance, works) == Wanted.FOLLOWED
+        assert sensors.wanted(instance, cancelled) == Wanted.CANCELLED
+        assert sensors.wanted(instance, failed) == Wanted.NO_MORE
+        assert sensors.wanted(instance, "") == sensors.wanted(instance, "of-another-dagster") == Wanted.NO_MORE
+        run(dg.DagsterRunStatus.NOT_STARTED, "b")
+        run(dg.DagsterRunStatus.STARTING, "c")
+        assert sensors.wanted(instance, cancelled) == sensors.wanted(instance, failed) == Wanted.FOLLOWED
