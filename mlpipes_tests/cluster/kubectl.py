@@ -26,7 +26,7 @@ class Kubectl:
 
     def tried(self, *arguments: str, text: str | None = None) -> "subprocess.CompletedProcess[str]":
         """Run it, and let it fail."""
-        return subprocess.run([*self.command, *arguments], input=text, capture_output=True, text=True, timeout=300)
+        return subprocess.run([*self.command, *arguments], input=text, capture_output=True, text=True, timeout=900)
 
     def apply(self, manifests: Manifest | Iterable[Manifest]) -> None:
         """Create or change objects, by server-side apply."""

@@ -12,16 +12,18 @@ import pytest
 import yaml
 
 from mlpipes.store.layout import Store
+from mlpipes.store.messages import Progressed, Stopping
 from mlpipes.workloads.catalog import CATALOG
 from mlpipes_tests import evidence
 from mlpipes_tests.browser import browser_page, picture
+from mlpipes_tests.chaos.runs import Trainings
 from mlpipes_tests.cluster import conftest
 from mlpipes_tests.cluster.chart import CHART, RELEASE, USER, Desk, database, helm
 from mlpipes_tests.cluster.cluster import Cluster, lacking
 from mlpipes_tests.cluster.conftest import Namespace
 from mlpipes_tests.cluster.kubectl import in_phase
 from mlpipes_tests.conftest import missing
-from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.sandbox import CHECKOUT, graphql
 from mlpipes_tests.training.harness import make_job, run_here
 from mlpipes_tests.waiting import until
 
@@ -127,6 +129,17 @@ def test_the_database_may_have_nodes_of_its_own_and_is_waited_for() -> None:
         command = pod["containers"][0].get("command", [])
         assert is_database or command[3:5] == [f"{RELEASE}-postgres", "5432"]
         assert is_database or command[5] in ("dagster-webserver", "dagster-daemon", "dagster", "mlflow")
+
+
+def test_numbers_reach_pods_as_they_were_written() -> None:
+    made = rendered({**GOOD, "environment": {"BYTES": 8388608, "SHARE": 0.25, "YES": True, "TEXT": "1e3"}})
+    (pod,) = [
+        m["spec"]["template"]["spec"]
+        for m in made
+        if (m["kind"], m["metadata"]["name"]) == ("Deployment", f"{RELEASE}-code")
+    ]
+    variables = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+    assert [variables[name] for name in ("BYTES", "SHARE", "YES", "TEXT")] == ["8388608", "0.25", "true", "1e3"]
 
 
 def test_dagsters_settings_take_the_sites_own() -> None:
@@ -271,17 +284,78 @@ def test_a_desk_is_installed_trains_is_changed_and_is_taken_away(
     with desk.forwarded("webserver", 3000) as ui:
         assert "Fresh, nothing to do" in mlpipes(desk, "backfill", "digits", f"--scale={TWO}", f"--ui={ui}")
 
+    kept = {f"persistentvolumeclaim/data-{RELEASE}-postgres-0", f"secret/{RELEASE}-postgres"}
+
+    def uninstall() -> None:
+        desk.helm("uninstall", RELEASE, "--wait")
+        left = f"nothing is left but {kept}"
+        until(lambda: set(cluster.kubectl.everything(namespace.name)) - before <= kept, left, every=1)
+
+    uninstall()
+    desk.install()  # it finds the database, and the password that it has
+    desk.until_up()
+    with desk.forwarded("webserver", 3000) as ui:
+        assert "Fresh, nothing to do" in mlpipes(desk, "backfill", "digits", f"--scale={TWO}", f"--ui={ui}")
+    uninstall()
+
+
+def test_who_installs_it_looks_backfills_and_cancels_as_the_documents_say(
+    cluster: Cluster, namespace: Namespace, desk: Desk
+) -> None:
+    long, scales = "w2-b128-e2000-g0", namespace.store / "scales.yaml"
+    scales.write_text(yaml.safe_dump({"digits": [ONE, long]}))
+    desk.install(environment=desk.values["environment"] | {"MLPIPES_SCALES": str(scales)})
+    desk.until_up()
+    program = str(CHECKOUT / ".venv" / "bin" / "mlpipes")
+
+    def within(part: str, *arguments: str) -> str:
+        (pod,) = desk.pods(part)
+        name = pod["metadata"]["name"]
+        return cluster.kubectl.execute(name, program, *arguments, namespace=namespace.name)
+
+    said = within("code", "doctor", "kubernetes", "--probe")
+    assert "missing" not in said, said
+    assert re.search(r"good +a pod: read here:", said), said
+    print(within("webserver", "backfill", "digits", f"--scale={ONE}", "--ui=http://localhost:3000"))
+    assert outcome_of(desk)["attempt"] == 1
+
+    with desk.forwarded("webserver", 3000) as ui:
+        trainings = At(ui, desk, long)
+        run = trainings.launch()
+        folder = trainings.folder_of(run)
+        until(lambda: any(isinstance(m, Progressed) for m in trainings.messages(folder)), "it trains", every=1)
+        trainings.cancel(run)
+        until(lambda: trainings.family(run) == ["CANCELED"], "it is cancelled", every=1)
+    assert any(isinstance(m, Stopping) for m in trainings.messages(folder)), "a last checkpoint was asked for and made"
+    assert cluster.kubectl.objects("rayjobs", namespace.name) == []
+    runs = "app.kubernetes.io/component=run_worker"
+    until(lambda: not working(cluster, namespace, runs), "no pod of a run works any more", every=1)
+    until(lambda: not working(cluster, namespace, "ray.io/node-type"), "no pod of Ray is left", every=1)
     desk.helm("uninstall", RELEASE, "--wait")
-    kept = {f"persistentvolumeclaim/data-{RELEASE}-postgres-0"}
-    until(
-        lambda: set(cluster.kubectl.everything(namespace.name)) - before <= kept, f"nothing is left but {kept}", every=1
-    )
+
+
+class At(Trainings):
+    """Trainings of a scale of digits at a desk whose webserver is forwarded."""
+
+    workload = "digits"
+
+    def __init__(self, ui: str, desk: Desk, scale: str) -> None:
+        self.ui, self.scale, self.store = ui, scale, Store(desk.home / "store")
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        return graphql(self.ui, query, **variables)
+
+
+def working(cluster: Cluster, namespace: Namespace, selector: str) -> list[str]:
+    """Pods that have not ended."""
+    found = cluster.kubectl.objects("pods", namespace.name, selector=selector)
+    return [pod["metadata"]["name"] for pod in found if pod["status"].get("phase") in ("Pending", "Running")]
 
 
 def test_a_desk_with_a_database_and_a_password_of_the_sites_own_trains(
     cluster: Cluster, namespace: Namespace, desk: Desk
 ) -> None:
-    user, databases, password = "ml", ("history", "tracking"), "pass-of-the-site"
+    user, databases, password = "ml", ("history", "tracking"), "pass@of%41the/site:1"
     where = [f"--namespace={namespace.name}"]
     made = database("site", user, databases, password)
     cluster.kubectl("create", *where, "-f", "-", text=yaml.safe_dump_all(made))
@@ -301,10 +375,8 @@ def test_a_desk_with_a_database_and_a_password_of_the_sites_own_trains(
     assert outcome_of(desk)["attempt"] == 1
 
     def rows(database: str, table: str) -> int:
-        program = (
-            f"PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH PGPASSWORD={password} psql -h 127.0.0.1 -U {user}"
-        )
-        query = f"{program} -d {database} -Atc 'SELECT count(*) FROM {table}'"  # noqa: S608
+        program = f"PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH PGPASSWORD='{password}' psql"
+        query = f"{program} -h 127.0.0.1 -U {user} -d {database} -Atc 'SELECT count(*) FROM {table}'"  # noqa: S608
         return int(cluster.kubectl.execute("site", "bash", "-c", query, namespace=namespace.name))
 
     assert rows(databases[0], "event_logs") > 0

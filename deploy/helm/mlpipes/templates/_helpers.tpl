@@ -111,6 +111,8 @@ seccompProfile: { type: RuntimeDefault }
 - name: {{ $name }}
 {{- if kindIs "map" $value }}
   valueFrom: { secretKeyRef: { name: {{ $value.secret }}, key: {{ $value.key }} } }
+{{- else if and (kindIs "float64" $value) (eq (floor $value) $value) }}
+  value: {{ $value | int64 | toString | quote }}
 {{- else }}
   value: {{ $value | toString | quote }}
 {{- end }}
@@ -120,6 +122,25 @@ seccompProfile: { type: RuntimeDefault }
 {{- define "mlpipes.password" -}}
 - name: DAGSTER_PG_PASSWORD
   valueFrom: { secretKeyRef: { name: {{ include "mlpipes.secret" . }}, key: postgresql-password } }
+{{- end }}
+
+{{- /* Where MLflow's tables are, for a container with their password in PGPASSWORD, which any characters may be in. */ -}}
+{{- define "mlpipes.mlflowStore" -}}
+postgresql+psycopg2://{{ .Values.postgres.username }}@{{ include "mlpipes.postgresHost" . }}:{{ int .Values.postgres.port }}/{{ .Values.postgres.mlflowDatabase }}
+{{- end }}
+
+{{- define "mlpipes.mlflowEnvironment" -}}
+- name: PGPASSWORD
+  valueFrom: { secretKeyRef: { name: {{ include "mlpipes.secret" . }}, key: postgresql-password } }
+{{ include "mlpipes.ownEnvironment" . }}
+- { name: MLFLOW_SERVER_ENABLE_JOB_EXECUTION, value: "false" } # eight processes more, for what nobody here does
+- { name: MLFLOW_BACKEND_STORE_URI, value: {{ include "mlpipes.mlflowStore" . | quote }} }
+{{- end }}
+
+{{- /* A command that changes tables for newer programs. Those of a database that is newer still, as after a rollback, stay. */ -}}
+{{- define "mlpipes.migration" -}}
+{{- $script := "\"$@\" || echo 'The tables were left as they are; see above.'" -}}
+{{ include "mlpipes.whenDatabaseAnswers" (list (index . 0) (concat (list "sh" "-c" $script "migrate") (index . 1))) }}
 {{- end }}
 
 {{- /* What all pods of the chart have in common. */ -}}

@@ -50,7 +50,10 @@ run_launcher:
         command: ["/usr/bin/env"] # a Job of dagster-k8s has arguments only, and an image's own entry point could be anything
         env: {{ include "mlpipes.environment" . | nindent 10 }}
         security_context: {{ include "mlpipes.security" . | nindent 10 }}
-      pod_spec_config: {{ include "mlpipes.pod" . | nindent 8 }}
+      pod_spec_config:
+        {{- include "mlpipes.pod" . | nindent 8 }}
+        terminationGracePeriodSeconds: 90 # a cancelled run waits for its training's last checkpoint, and ends the training
+      job_spec_config: { ttl_seconds_after_finished: 3600 } # run monitoring lists them all, again and again
 run_monitoring:
   enabled: true
   poll_interval_seconds: 10
