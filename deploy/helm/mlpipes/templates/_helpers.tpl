@@ -108,9 +108,9 @@ seccompProfile: { type: RuntimeDefault }
 - { name: HOME, value: /tmp }
 {{- end }}
 {{- range $name, $value := .Values.environment }}
-- name: {{ $name }}
+- name: {{ $name | quote }}
 {{- if kindIs "map" $value }}
-  valueFrom: { secretKeyRef: { name: {{ $value.secret }}, key: {{ $value.key }} } }
+  valueFrom: { secretKeyRef: { name: {{ $value.secret | quote }}, key: {{ $value.key | quote }} } }
 {{- else if and (kindIs "float64" $value) (eq (floor $value) $value) }}
   value: {{ $value | int64 | toString | quote }}
 {{- else }}
