@@ -132,14 +132,14 @@ def test_the_database_may_have_nodes_of_its_own_and_is_waited_for() -> None:
 
 
 def test_numbers_reach_pods_as_they_were_written() -> None:
-    made = rendered({**GOOD, "environment": {"BYTES": 8388608, "SHARE": 0.25, "YES": True, "TEXT": "1e3"}})
+    made = rendered({**GOOD, "environment": {"BYTES": 8388608, "SHARE": 0.25, "YES": True, "TEXT": "007"}})
     (pod,) = [
         m["spec"]["template"]["spec"]
         for m in made
         if (m["kind"], m["metadata"]["name"]) == ("Deployment", f"{RELEASE}-code")
     ]
     variables = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
-    assert [variables[name] for name in ("BYTES", "SHARE", "YES", "TEXT")] == ["8388608", "0.25", "true", "1e3"]
+    assert [variables[name] for name in ("BYTES", "SHARE", "YES", "TEXT")] == ["8388608", "0.25", "true", "007"]
 
 
 def test_dagsters_settings_take_the_sites_own() -> None:
