@@ -4,7 +4,6 @@ Whoever needs a training looks for its job first and attaches to one that waits 
 submitted. What a job achieved is read from the store by the caller; this module only tells when it has ended.
 """
 
-import hashlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -20,8 +19,8 @@ from mlpipes.compute import stacks
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import submission_lock
-from mlpipes.store.identity import identify
-from mlpipes.store.layout import JobFolder, Store, TrainingFolder
+from mlpipes.store.identity import mark_of
+from mlpipes.store.layout import JobFolder, TrainingFolder
 from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 
@@ -162,7 +161,7 @@ class Jobs(ABC):
         Two stores may ask one cluster for the same training, and neither may take the other's job for its own, also where
         both are mounted at the same path.
         """
-        return f"{job.recipe.fingerprint}-{hashlib.sha256(identify(Store(Path(job.store))).encode()).hexdigest()[:8]}"
+        return f"{job.recipe.fingerprint}-{mark_of(job.store)}"
 
     def attach_or_submit(self, job: TrainingJob, name: str | None = None) -> JobHandle:
         """The job of a training: the one that is alive, or the next attempt, submitted.

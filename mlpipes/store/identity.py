@@ -1,5 +1,6 @@
 """The store's identity: an id of its own, so that whoever remembers one store never takes another one for it."""
 
+import hashlib
 import secrets
 import time
 from pathlib import Path
@@ -28,6 +29,14 @@ def identify(store: Store) -> str:
             known = secrets.token_hex(8)
             write_record(_path(store), {"id": known, "since": time.time()})
         return known
+
+
+def mark_of(store: str) -> str:
+    """Eight hexadecimal digits in the names of a store's jobs, by which no other store's are taken for them.
+
+    They go by its id, which is given to it now if it has none: where two programs run, both may have theirs at one path.
+    """
+    return hashlib.sha256(identify(Store(Path(store))).encode()).hexdigest()[:8]
 
 
 def is_empty(store: Store) -> bool:

@@ -1,6 +1,5 @@
 """Following a video: its Ray job is submitted or found again, watched by what it leaves in the store, submitted again."""
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from mlpipes.errors import UpscalingFailedError
 from mlpipes.scales import workers_of
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
 from mlpipes.store.heartbeat import Pulse
+from mlpipes.store.identity import mark_of
 from mlpipes.store.layout import Store, home
 from mlpipes.store.messages import Failed, Warned, read_messages
 from mlpipes.video.disk import check_disk, expected_frames
@@ -146,7 +146,7 @@ def stop(job: VideoJob, jobs: Jobs) -> None:
 
 def _name(job: VideoJob) -> str:
     """The name under which a video's jobs are found: which video, and for which store."""
-    return f"video-{job.fingerprint}-{hashlib.sha256(job.store.encode()).hexdigest()[:8]}"
+    return f"video-{job.fingerprint}-{mark_of(job.store)}"
 
 
 def attach_or_submit(jobs: Jobs, job: VideoJob) -> JobHandle:
