@@ -262,7 +262,7 @@ def test_a_cluster_without_kuberay_or_with_an_old_one_or_without_kueue_is_told(
     made = Namespace("t", tmp_path / "store")
     bare.kubectl.apply(software.namespace(made.name, made.store))
     site = Site(bare, made, tmp_path, monkeypatch)
-    absent = "the cluster has no rayjobs.ray.io/v1: KubeRay 1.4 or newer is not installed. `helm install"
+    absent = "the cluster has no rayjobs.ray.io/v1: KubeRay is not installed. `helm repo add kuberay"
     assert absent in site.refusal()
 
     kinds = next((configuration("ray-operator").parent / "crd" / "bases").glob("*rayjobs.yaml")).read_text()
