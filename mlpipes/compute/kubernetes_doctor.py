@@ -257,7 +257,7 @@ def _nodes(api: KubernetesApi, scale: RayScaleConfig) -> str:
         return f"{pods}; nodes are made for them"
     if not api.allows("list", "", "nodes", everywhere=True):
         return f"{pods}; the nodes are not for us to see"
-    nodes = api.items("/api/v1/nodes")  # also those that are cordoned, for a while
+    nodes = [node for node in api.items("/api/v1/nodes") if not node["spec"].get("unschedulable")]
     selector = dict(settings.node_selector) | (dict(settings.spot.node_selector) if settings.spot else {})
     chosen = [n for n in nodes if all(n["metadata"]["labels"].get(key) == value for key, value in selector.items())]
     if not chosen:
