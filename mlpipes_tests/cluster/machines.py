@@ -21,8 +21,8 @@ MAX_NODES = 15
 _CHOICE = range(200, 250)
 _SYSTEM_FOLDERS = ("/run", "/var/lib", "/var/log")
 """Where programs keep state at fixed paths: each machine has its own."""
-
-
+_AGAIN = 'for _ in $(seq "$0"); do "$@"; code=$?; echo "$1 ended with $code"; sleep 1; done; exit "$code"'
+"""Shell: run a program again whenever it has ended, `$0` times in all."""
 DISK = Path("/run/disk")
 """Where a machine finds its folder: a path short enough for the sockets in it."""
 
@@ -102,8 +102,10 @@ class Machine:
         """Run a command on it; returns its output. Raises AssertionError with what it said when it fails."""
         return run(*self.inside(*command))
 
-    def spawn(self, name: str, *command: str) -> None:
-        """Start a program that stays; its output is in `NAME.log`."""
+    def spawn(self, name: str, *command: str, tries: int = 1) -> None:
+        """Start a program that stays; its output is in `NAME.log`. With more tries, it is started again when it ends."""
+        if tries > 1:
+            command = ("sh", "-c", _AGAIN, str(tries), *command)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 self.group.joining(*self.inside(*command)),
@@ -116,7 +118,7 @@ class Machine:
     def end(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """End one of its programs and wait until it has ended."""
         process = self.processes.pop(name)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # with who would start it again
         process.wait(60)
 
     def died(self) -> str:

@@ -74,6 +74,7 @@ class Node:
             f"--root-dir={DISK / 'kubelet'}",
             f"--hostname-override={self.name}",
             f"--node-ip={self.address}",
+            tries=5,  # as under systemd: one may crash as it starts, of a race in wiping resource slices (seen, 1.34.4)
         )
         self.machine.spawn(
             *("proxy", kube, "proxy"),

@@ -4,6 +4,7 @@ import json
 import sys
 from typing import Any
 
+import psutil
 import pytest
 
 from mlpipes_tests.cluster import addons, queues, software
@@ -205,6 +206,18 @@ def test_cut_network_makes_a_node_unready_until_it_is_healed(cluster: Cluster) -
     finally:
         cluster.heal_network("node-2")
     cluster.wait_until_ready("node-2")
+
+
+def test_crashed_kubelet_is_started_again(cluster: Cluster) -> None:
+    kubelet = psutil.Process(cluster.nodes["node-1"].machine.processes["kubelet"].pid)
+    (before,) = kubelet.children()
+    name = before.name()
+    before.kill()
+    until(
+        lambda: [c for c in kubelet.children() if c.name() == name and c != before], "another kubelet runs", every=0.2
+    )
+    assert cluster.died() == ""
+    cluster.wait_until_ready("node-1")
 
 
 def test_frozen_node_hangs_and_a_killed_one_comes_back(cluster: Cluster, namespace: Namespace) -> None:
