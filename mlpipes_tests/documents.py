@@ -38,7 +38,7 @@ HERE = {
 }
 ELSEWHERE = {
     "make demo": "integration/test_documents.py::test_make_demo_prints_the_table_and_stops_what_it_started",
-    "make dev": "ui/test_demo_ui.py::test_the_ui_shows_graph_partition_and_report",
+    "make dev": "integration/test_documents.py::test_the_ui_shows_graph_partition_and_report",
     "make test": "test_pages.py::test_every_command_is_run_by_a_test",  # which runs in it
     "make test-all": "test_pages.py::test_every_command_is_run_by_a_test",
     '.venv/bin/mlpipes predict docstrings w1-b64-e6-g0 "Compute the singular value decomposition of a sparse matrix"': (

@@ -11,6 +11,7 @@ import yaml
 
 from mlpipes.definitions import build_defs
 from mlpipes.workloads.catalog import CATALOG
+from mlpipes_tests.browser import OUTPUT, browser_page, see, see_picture
 from mlpipes_tests.conftest import missing
 from mlpipes_tests.documents import HERE, page, pages
 from mlpipes_tests.sandbox import CHECKOUT, Sandbox, end, free_port, graphql, wait_for
@@ -36,6 +37,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
         yield made
     finally:
         made.run(".venv/bin/mlpipes ray down")
+
+
+@pytest.fixture
+def ui(folder: Sandbox) -> Iterator[str]:
+    """The address of the Dagster UI that `mlpipes dev` serves of what the demo has left behind, with MLflow's beside it."""
+    port, mlflow = free_port(), free_port()
+    options = ("--port", str(port), "--mlflow", "--mlflow-port", str(mlflow))
+    server = folder.start(".venv/bin/mlpipes", "dev", *options, log="dev.log")
+    try:
+        wait_for(f"http://127.0.0.1:{port}/server_info")
+        wait_for(f"http://127.0.0.1:{mlflow}/health")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end(server)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +84,24 @@ def test_make_demo_prints_the_table_and_stops_what_it_started(folder: Sandbox) -
     assert re.search(r"Done in \d+ s", demo.stdout)
     # The head's record is there while one runs that nobody has ended.
     assert not (folder.home / "ray" / "head.json").exists()
+
+
+@pytest.mark.documents
+@pytest.mark.browser
+def test_the_ui_shows_graph_partition_and_report(ui: str) -> None:
+    with browser_page(1000) as page:
+        assets = ("dataset", "snapshot", "checkpoints", "model", "eval_report", "champion", "scaling_report")
+        group = f"{ui}/locations/mlpipes.definitions/asset-groups/digits"
+        see(page, group, *(page.get_by_text(name, exact=True) for name in assets))
+        page.screenshot(path=OUTPUT / "graph.png")
+
+        partition = f"{ui}/assets/digits/checkpoints?view=partitions&partition=w2-b128-e30-g0"
+        see(page, partition, page.get_by_text("weights_digest", exact=True))
+        see_picture(page, partition, "loss and validation curves", page.get_by_text("[Show Markdown]"))
+        page.screenshot(path=OUTPUT / "checkpoints.png")
+
+        see(page, f"{ui}/assets/digits/scaling_report", page.get_by_text("efficiency"))
+        page.screenshot(path=OUTPUT / "scaling_report.png")
 
 
 @pytest.mark.documents
