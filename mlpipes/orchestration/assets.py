@@ -6,6 +6,7 @@ from typing import Any, cast
 import dagster as dg
 
 from mlpipes.compute.places import has_queue
+from mlpipes.orchestration.database import outlives_database
 from mlpipes.orchestration.live import live_asset
 from mlpipes.orchestration.metadata import mapping_table, user_errors
 from mlpipes.orchestration.model import materialize_champion, materialize_evaluation, materialize_model
@@ -133,7 +134,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         ray: RayResource,
         mlflow: MlflowResource,
     ) -> dg.MaterializeResult:
-        with user_errors():
+        with user_errors(), outlives_database(context):
             return materialize_training(context, entry, snapshot, config, store, ray, mlflow)
 
     def made_of(

@@ -13,6 +13,7 @@ import dagster as dg
 from pydantic import Field
 
 from mlpipes.errors import ConfigError
+from mlpipes.orchestration.database import outlives_database
 from mlpipes.orchestration.folders import settled
 from mlpipes.orchestration.following import is_cancelled
 from mlpipes.orchestration.metadata import mapping_table, picture, user_errors
@@ -135,7 +136,7 @@ def video_assets() -> Sequence[dg.AssetsDefinition]:
     def upscaled_chunks(
         context: dg.AssetExecutionContext, store: StoreResource, ray: RayResource
     ) -> dg.MaterializeResult:
-        with user_errors():
+        with user_errors(), outlives_database(context):
             return _upscale(context, store.store, ray)
 
     @dg.asset(
@@ -145,7 +146,7 @@ def video_assets() -> Sequence[dg.AssetsDefinition]:
         pool=UPSCALING_POOL,
     )
     def final_video(context: dg.AssetExecutionContext, store: StoreResource, ray: RayResource) -> dg.MaterializeResult:
-        with user_errors():
+        with user_errors(), outlives_database(context):
             return _finish(context, store.store, ray)
 
     return cast("list[dg.AssetsDefinition]", [source_video, chunks, upscaled_chunks, final_video])
