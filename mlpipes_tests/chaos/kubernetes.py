@@ -43,7 +43,9 @@ FREQUENT = ("worker pod", "head pod", "node of a worker", "run pod", "preemption
 """What any cluster has every week."""
 PARTS = ("webserver", "daemon", "code", "postgres", "mlflow")
 """The chart's pods."""
-_UNNOTICED = {"API server", "etcd", "Kueue", "kubelet", "run pod", *PARTS}
+AWAY = "postgres away"
+"""The database for a minute, which is longer than Dagster's client tries."""
+_UNNOTICED = {"API server", "etcd", "Kueue", "kubelet", "run pod", *PARTS, AWAY}
 """What workers train on through."""
 _NEARLY_DONE = 0.85
 _LOOK_SECONDS = 20.0
@@ -238,10 +240,27 @@ def _part(campaign: Campaign, part: str) -> Fault:
     return lost
 
 
+def _database_away(campaign: Campaign) -> Fault:
+    @contextmanager
+    def away(target: Target) -> Iterator[float]:
+        scale = ("scale", "statefulset/mlpipes-postgres", f"--namespace={campaign.namespace.name}")
+        struck = time.time()
+        campaign.cluster.kubectl(*scale, "--replicas=0")
+        try:
+            yield struck
+        finally:
+            time.sleep(max(0.0, struck + faults.AWAY_SECONDS - time.time()))
+            campaign.cluster.kubectl(*scale, "--replicas=1")
+        campaign.desk.until_up()
+
+    return away
+
+
 def rows_of(campaign: Campaign, rounds: int, rare: int, seed: int, only: Sequence[str]) -> Iterator[Row]:
     """Strike, round after round, with all faults or `only` some; yields what each did, and what came out of trainings."""
     chance = random.Random(seed)  # noqa: S311 - for moments, not secrets
     own = {"run pod": _run_pod(campaign)} | {part: _part(campaign, part) for part in PARTS}
+    own[AWAY] = _database_away(campaign)
     seldom = [name for name in FAULTS | own if name not in FREQUENT]
     for names in [list(FREQUENT)] * rounds + [seldom] * rare:
         chosen = [name for name in names if name in (only or names)]
