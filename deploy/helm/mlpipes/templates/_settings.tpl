@@ -110,6 +110,10 @@ store:
 
 {{- define "mlpipes.dagsterEnvironment" -}}
 - { name: DAGSTER_HOME, value: /etc/dagster }
+{{- if not (hasKey .Values.environment "DAGSTER_GRPC_TIMEOUT_SECONDS") }}
+# Instead of 60: the daemon asks one sensor after the other, and a code location on a node that hangs answers none.
+- { name: DAGSTER_GRPC_TIMEOUT_SECONDS, value: "30" }
+{{- end }}
 {{ include "mlpipes.password" . }}
 {{ include "mlpipes.environment" . }}
 {{- end }}
