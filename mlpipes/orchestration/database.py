@@ -14,6 +14,7 @@ AWAY_SECONDS = 1800.0
 _LOOK_SECONDS = 5.0
 _TIMES = 20
 """How often one step may lose the database."""
+_MLFLOW = "MlflowException"  # by name: MLflow is heavy to import
 
 
 @contextmanager
@@ -38,10 +39,20 @@ def outlives_database(context: dg.AssetExecutionContext) -> Iterator[None]:
         raise dg.RetryRequested(max_retries=_TIMES) from error
 
 
-def _is_of_database(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that of a PostgreSQL that cannot be reached; MLflow's own is not meant."""
-    while error is not None and type(error).__name__ != "MlflowException" and not isinstance(error, UserError):
-        if isinstance(error, OperationalError | InterfaceError):
-            return type(error.orig).__module__.startswith("psycopg")
+def _is_of_database(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, is that of a PostgreSQL that cannot be reached.
+
+    MLflow's own is not meant, nor one that was noticed while something else ended the step: an error of the user's, or an
+    interruption.
+    """
+    chain = list(_chain(error))
+    if any(isinstance(e, UserError) or not isinstance(e, Exception) or type(e).__name__ == _MLFLOW for e in chain):
+        return False
+    found = [e.orig for e in chain if isinstance(e, OperationalError | InterfaceError)]
+    return any(type(original).__module__.startswith("psycopg") for original in found)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return False

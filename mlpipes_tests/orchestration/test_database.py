@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import sqlalchemy
-from dagster_postgres.utils import retry_pg_connection_fn
+from dagster_postgres.utils import DagsterPostgresException, retry_pg_connection_fn
 
 from mlpipes.errors import ConfigError
 from mlpipes.orchestration import database
@@ -78,6 +78,14 @@ def of_the_user() -> None:
 
 def of_a_file() -> None:
     sqlalchemy.create_engine("sqlite:////nowhere/at/all.db").connect()
+
+
+def test_an_interruption_stays_one() -> None:
+    with pytest.raises(DagsterPostgresException), outlives_database(dg.build_asset_context()):
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            connect()  # as whoever asks whether the run was cancelled
 
 
 @pytest.mark.parametrize("loss", [of_mlflow, of_the_user, of_a_file, lambda: 1 / 0])
