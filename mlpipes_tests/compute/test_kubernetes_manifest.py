@@ -220,6 +220,17 @@ def test_a_videos_pods_have_nothing_to_save_and_its_driver_reserves_nothing(tmp_
         assert pod["terminationGracePeriodSeconds"] < 30
 
 
+def test_head_and_workers_agree_on_pings_and_workers_notice_another_head_in_seconds(tmp_path: Path) -> None:
+    made = manifest(tmp_path)
+    head, worker = (
+        {v["name"]: v.get("value") for v in template(made, role)["spec"]["containers"][0]["env"]}
+        for role in ("head", "worker")
+    )
+    for name in ("RAY_grpc_client_keepalive_time_ms", "RAY_grpc_client_keepalive_timeout_ms"):
+        assert head[name] == worker[name] == "10000"
+    assert worker["RAY_raylet_liveness_self_check_interval_ms"] == "2000"
+
+
 def test_workers_wait_for_their_head_before_they_start_ray(tmp_path: Path) -> None:
     """KubeRay puts a container's command before its own."""
     made = manifest(tmp_path, python=sys.executable)
