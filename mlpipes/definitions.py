@@ -11,11 +11,13 @@ from mlpipes.compute.kubernetes_settings import SETTINGS_VARIABLE
 from mlpipes.orchestration.assets import partitions_of, workload_assets
 from mlpipes.orchestration.checks import workload_checks
 from mlpipes.orchestration.jobs import jobs_of
+from mlpipes.orchestration.pool_waiting import sleep_while_waiting
 from mlpipes.orchestration.predictions import inputs_sensor, predictions_asset, predictions_jobs
 from mlpipes.orchestration.resources import MlflowResource, RayResource, ReferenceIOManager, StoreResource
 from mlpipes.orchestration.schedules import nightly
 from mlpipes.orchestration.sensors import failure_message, lost_retries, reports_follow, tidy_kubernetes
 from mlpipes.orchestration.video import video_assets, video_job, video_sensor
+from mlpipes.orchestration.warm_runs import warm_runs
 from mlpipes.training.code_version import unreadable
 from mlpipes.workloads.catalog import Entry, configured, offered, problems
 
@@ -61,4 +63,6 @@ def build_defs(*, catalog: Sequence[Entry] | None = None, resources: Mapping[str
     )
 
 
+warm_runs()
+sleep_while_waiting()
 defs = build_defs()

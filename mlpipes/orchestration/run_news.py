@@ -56,18 +56,19 @@ class RunNews:
 
     def _line(self, record: dg.RunRecord) -> str:
         run, number = record.dagster_run, int(record.dagster_run.tags.get("dagster/retry_number", 0))
-        name = name_of(run)
+        name, link = name_of(run), f": {self._ui}/runs/{run.run_id}"
         match run.status:
             case dg.DagsterRunStatus.STARTED:
                 again = f" again (retry {number})" if number else ""
-                return f"{name} started{again}: {self._ui}/runs/{run.run_id}"
+                return f"{name} started{again}{link}"
             case dg.DagsterRunStatus.SUCCESS:
                 seconds = (record.end_time or 0) - (record.start_time or record.end_time or 0)
-                return f"{name} succeeded after {seconds:.0f} s"
+                # With the link, if it was over before it could be said that it had started.
+                return f"{name} succeeded after {seconds:.0f} s{'' if run.run_id in self._told else link}"
             case dg.DagsterRunStatus.CANCELED:
                 return f"{name} was cancelled"
         retried = "; it is tried again" if run.tags.get("dagster/will_retry") == "true" else ""
-        return f"{name} failed: {self._cause(run.run_id)}{retried}: {self._ui}/runs/{run.run_id}"
+        return f"{name} failed: {self._cause(run.run_id)}{retried}{link}"
 
     def _cause(self, run_id: str) -> str:
         kinds = {DagsterEventType.STEP_FAILURE, DagsterEventType.RUN_FAILURE}

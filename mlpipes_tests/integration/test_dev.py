@@ -164,10 +164,35 @@ def test_the_servers_are_told_to_be_patient_and_mlflow_to_run_no_jobs(dev: Dev) 
 
 
 def test_a_run_is_told_when_it_starts_and_when_it_succeeds(dev: Dev) -> None:
+    """Once with its link, also if it is over before it could be said that it had started."""
     dev.until(dev.serves_code, "the code is served")
     run_id = dev.launch("dataset", SCALE)["run"]["runId"]
-    assert dev.line(f"digits_chain {SCALE} started").endswith(f"{dev.ui}/runs/{run_id}")
-    dev.line(rf"^\d\d:\d\d:\d\d digits_chain {SCALE} succeeded after \d+ s$")
+    dev.line(rf"^\d\d:\d\d:\d\d digits_chain {SCALE} succeeded after \d+ s")
+    told = [line for line in dev.lines if f"digits_chain {SCALE}" in line]
+    assert [line.endswith(f"{dev.ui}/runs/{run_id}") for line in told] == [True] + [False] * (len(told) - 1)
+
+
+def test_runs_are_forked_from_a_warm_process_and_another_takes_its_place(dev: Dev) -> None:
+    def run() -> psutil.Process:
+        """The warm process after a run."""
+
+        def succeeded() -> int:
+            return sum("succeeded after" in line for line in dev.lines)
+
+        dev.until(dev.serves_code, "the code is served")
+        before = succeeded()
+        dev.launch("dataset", SCALE)
+        dev.until(lambda: succeeded() > before, "the run succeeds")
+        servers = psutil.Process(dev.process.pid).children(recursive=True)
+        (warm,) = [process for process in servers if "'dagster._grpc.impl'" in command_of(process)]
+        return warm
+
+    warm = run()
+    imported = {mapped.path for mapped in warm.memory_maps()}
+    assert any("libtorch_cpu" in path for path in imported), "it has imported what runs need"
+    assert "'mlpipes" not in command_of(warm), "but nothing that a reload is to read again"
+    warm.kill()
+    assert run().pid != warm.pid
 
 
 def test_a_run_that_fails_is_told_with_its_cause(dev: Dev) -> None:

@@ -1,0 +1,24 @@
+"""Waiting for a slot of a pool, asleep: in Dagster's own executor, each run that waits takes a core until it has one."""
+
+from time import sleep, time
+
+from dagster._core.errors import raise_execution_interrupts
+from dagster._core.execution.plan.active import ActiveExecution
+
+
+def _sleep_til_ready(execution: ActiveExecution) -> None:
+    moments, claims = list(execution._waiting_to_retry.values()), execution._instance_concurrency_context
+    if claims is not None and claims.has_pending_claims():
+        moments += claims._pending_timeouts.values()
+    now = time()
+    with raise_execution_interrupts():
+        sleep(max(0.0, min(moments, default=now) - now))
+
+
+def sleep_while_waiting() -> None:
+    """Have executions in this process do so.
+
+    Dagster 1.13 takes the lesser of nothing and the time until the next claim, which is none, and looks for interruptions in
+    steps only.
+    """
+    ActiveExecution.sleep_til_ready = _sleep_til_ready
