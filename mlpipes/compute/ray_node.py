@@ -51,6 +51,7 @@ def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
         *(f"--{name}={port}" for name, port in ports),
         *("--min-worker-port=0", "--max-worker-port=0"),
         *(f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+        *["--no-monitor"] * head,  # the autoscaler's, a process: there is nothing to scale
     ]
 
 
