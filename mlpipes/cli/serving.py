@@ -52,6 +52,9 @@ def serve(
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8100,
     poll: Annotated[float, typer.Option(min=0.1, help="seconds between two looks whether another is wanted")] = 5.0,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="where there is no version yet, wait for the first instead of ending")
+    ] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="certificate, PEM; with --tls-key")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
     behind_proxy: Annotated[bool, typer.Option("--behind-proxy", help="something in front of it speaks TLS")] = False,
@@ -63,6 +66,7 @@ def serve(
     drain: Annotated[float, typer.Option(min=0, help="seconds of not being ready before the end, for balancers")] = 0.0,
 ) -> None:
     """Serve a workload's champion over HTTP; when another model becomes champion, it takes over without a pause."""
+    from mlpipes.serving.current import await_first
     from mlpipes.serving.limits import Limits
     from mlpipes.serving.server import Address, serve
     from mlpipes.serving.web import State
@@ -85,6 +89,8 @@ def serve(
         with suppress(OSError, SystemExit):  # who has read it has gone, or its disk is full: the server serves on
             console.print(redact(text), markup=False, highlight=False, soft_wrap=True)
 
+    if wait:
+        await_first(source, tell, poll)
     limits = Limits(max_body << 20, in_flight=max_requests, token=token)
     serve(State(source, poll, tell, limits, canary=beside, share=share, shadowed=shadow, sample=sample), address)
 

@@ -266,6 +266,23 @@ class Current:
         return f"{describe(found)} is served" + (f", instead of version {before.version}" if before else "")
 
 
+def await_first(source: Source, tell: Callable[[str], None], every: float) -> None:
+    """Wait until there is a version to serve, with a look every so many seconds, and say once what is waited for."""
+    said = ""
+    while True:
+        try:
+            source.wanted_now()
+        except ConfigError as error:
+            if str(error) != said:
+                said = str(error)
+                tell(f"{error}; it is waited for")
+            time.sleep(every)
+        except OSError:
+            return  # what was served last may do
+        else:
+            return
+
+
 def describe(model: ServedModel) -> str:
     """A version in a line."""
     bits = "with the bits of its evaluation" if model.exact else f"not exactly as it was evaluated: {model.caveat}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlpipes.errors import ConfigError
-from mlpipes.serving.current import Current
+from mlpipes.serving.current import Current, await_first
 from mlpipes.serving.model import RefusedError, Registered
 from mlpipes_tests.serving.fakes import Fake, served
 
@@ -77,6 +77,22 @@ def test_a_registry_that_is_away_or_has_lost_the_alias_is_said_once_and_so_is_it
         assert len(said) == 2
         assert str(error) in said[0]
         assert "is found again" in said[1]
+
+
+@pytest.mark.parametrize("ends", [None, OSError("MLflow does not answer, and what was kept may do")])
+def test_the_first_version_is_waited_for_and_what_is_missing_is_said_once(ends: Any) -> None:
+    class Empty(Fake):
+        looks = 0
+
+        def wanted_now(self) -> Registered:
+            self.looks += 1
+            self.now = ends or "1" if self.looks > 3 else ConfigError("is not registered")
+            return super().wanted_now()
+
+    source, said = Empty(), []
+    await_first(source, said.append, 0.0)
+    assert source.looks == 4
+    assert said == ["is not registered; it is waited for"]
 
 
 def test_another_model_under_the_same_number_takes_over(scene: Scene) -> None:
