@@ -13,7 +13,7 @@ DOCKER ?= docker
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo dev test quick test-all test-cluster test-week test-docker test-gpu checks definitions format lint types bench bench-page chaos chaos-cluster cluster cluster-down cluster-programs images hashes clean
+.PHONY: install demo dev test quick test-long test-all test-cluster test-week test-docker test-gpu checks definitions format lint types bench bench-page chaos chaos-cluster cluster cluster-down cluster-programs images hashes clean
 install: .venv/.installed
 
 demo: install
@@ -33,9 +33,15 @@ test: lint definitions
 quick: install
 	$(PYTEST) -n 4 -m "not (long or slurm or browser or chaos or documents or cluster or docker or gpu)"
 
-# All but the Kubernetes cluster, Docker and a GPU; what a program is missing for is skipped, and says so.
-test-all: checks
-	FUZZ_FILES=4000 $(PYTEST) -n 2 -m "not cluster and not docker and not gpu"
+# What a laptop, a Slurm and a browser can show, in minutes each; what a program is missing for is skipped, and says so.
+test-long: install
+	$(PYTEST) -n 2 -m "(long or slurm or browser or chaos or documents) and not (cluster or docker or gpu)"
+
+# All but the Kubernetes cluster, Docker and a GPU.
+test-all: export FUZZ_FILES = 4000
+test-all:
+	$(MAKE) test
+	$(MAKE) test-long
 
 # On a real Kubernetes, which this builds (once, about 20 CPU-minutes) and starts.
 test-cluster: install cluster-programs
