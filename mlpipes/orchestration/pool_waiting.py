@@ -6,8 +6,8 @@ from dagster._core.errors import raise_execution_interrupts
 from dagster._core.execution.plan.active import ActiveExecution
 
 
-def _sleep_til_ready(execution: ActiveExecution) -> None:
-    moments, claims = list(execution._waiting_to_retry.values()), execution._instance_concurrency_context
+def _sleep_til_ready(self: ActiveExecution) -> None:
+    moments, claims = list(self._waiting_to_retry.values()), self._instance_concurrency_context
     if claims is not None and claims.has_pending_claims():
         moments += claims._pending_timeouts.values()
     now = time()

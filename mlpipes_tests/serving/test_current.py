@@ -90,7 +90,7 @@ def test_the_first_version_is_waited_for_and_what_is_missing_is_said_once(ends: 
             return super().wanted_now()
 
     source, said = Empty(), []
-    await_first(source, said.append, 0.0)
+    await_first(source, said.append, 0.0)  # type: ignore[arg-type]
     assert source.looks == 4
     assert said == ["is not registered; it is waited for"]
 
