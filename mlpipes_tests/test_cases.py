@@ -80,7 +80,8 @@ def test_an_encoder_of_the_cases_trains_with_each_pooling(name: str, cases: Path
 def test_what_is_no_encoder_is_refused_when_it_is_prepared(name: str, cases: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=NO_ENCODERS[name]) as caught:
         model_snapshot(model_case(cases, name), tmp_path)
-    assert str((cases / "models" / name).resolve()) in str(caught.value)
+    folder = cases / "models" / name
+    assert any(str(path) in str(caught.value) for path in (folder, folder.resolve())), "it is named"
     assert "\n" not in str(caught.value)
 
 
