@@ -15,6 +15,8 @@ from dagster._utils.interrupts import capture_interrupts
 import mlpipes.definitions  # noqa: F401 - which has runs wait so
 from mlpipes.orchestration import pool_waiting
 
+pytestmark = pytest.mark.timeout(600)  # a run that does not sleep never ends here
+
 
 @dg.op(pool="training")
 def trained() -> None:
