@@ -27,6 +27,7 @@ from mlpipes.compute.ray_node import (
     start_environment,
     temporary_files,
 )
+from mlpipes.compute.warm_driver import FOLDER_VARIABLE
 from mlpipes.errors import ConfigError, CorruptionError, PreflightError, UserError
 from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_atomic, write_record
@@ -162,7 +163,7 @@ class LocalRay:
         command = start_command(role, os.cpu_count() or 1, head=True)
         # Without the user's token, which is another cluster's, and which Ray would prefer to ours.
         environment = for_children("RAY_AUTH_TOKEN") | self._client_environment() | start_environment(mark, LOOPBACK)
-        environment |= temporary_files(temporary)
+        environment |= temporary_files(temporary) | {FOLDER_VARIABLE: str(temporary)}
         state = {
             "pid": 0,
             "created": 0.0,

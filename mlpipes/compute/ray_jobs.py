@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
+from mlpipes.compute import warm_driver
 from mlpipes.compute.address import RayAddress, as_given
 from mlpipes.compute.jobs import JobHandle, Jobs, JobState, JobStatus
 from mlpipes.compute.preflight import check_cluster, nodes_of
@@ -40,6 +41,7 @@ class RayJobs(Jobs):
         self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
         self._client: JobSubmissionClient | None = None
         self.shares_machine, self.python = address.local, shlex.quote(sys.executable) if address.local else "python"
+        self._module = f"{warm_driver.__name__} {self.module}" if address.local else self.module
 
     def check(self, scale: RayScaleConfig, data_bytes: int, min_workers: int | None = None) -> None:
         """Raises PreflightError if the cluster's nodes cannot hold a scale's workers."""
@@ -59,7 +61,7 @@ class RayJobs(Jobs):
         """Submit an attempt, or attach to it if somebody else has."""
         submission_id, reserved = f"{name}-a{attempt}", self._reserved(specification)
         # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
-        command = f"exec {self.python} -m {self.module} {shlex.quote(str(specification))}"
+        command = f"exec {self.python} -m {self._module} {shlex.quote(str(specification))}"
         try:
             self._patiently(
                 lambda client: client.submit_job(

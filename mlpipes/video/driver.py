@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+from mlpipes.compute.warm_driver import end_driver
 from mlpipes.errors import CorruptionError, UserError
 from mlpipes.store.heartbeat import HEARTBEAT_SECONDS
 from mlpipes.store.lease import Lease
@@ -77,4 +78,4 @@ def _make(job: VideoJob, path: Path, notify: Notify) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    end_driver(main(Path(sys.argv[1])))

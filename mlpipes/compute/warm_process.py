@@ -1,0 +1,223 @@
+"""The warm process, from which drivers are forked: it imports what all of them need, and nothing of ours or of a user's.
+
+Run as `python -m mlpipes.compute.warm_process <socket> <key>` by the first driver of a private Ray. It ends when it was idle
+for long, with that Ray, or when an environment is asked for that is not its own.
+"""
+
+import ctypes
+import hashlib
+import importlib
+import json
+import os
+import re
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
+
+IDLE_SECONDS = 300.0
+"""After so long without a driver it ends: it holds half a gigabyte."""
+PRELOADED = ("numpy", "torch", "torch._dynamo", "ray", "ray.train", "ray.train.torch", "mlflow")
+"""What drivers import of others. Not our own code, nor a user's: each driver reads that anew."""
+_OF_ONE_JOB = re.compile(
+    rf"{FINGERPRINT_VARIABLE}|CUDA_VISIBLE_DEVICES|RAY_JOB_\w+|RAY_EXPERIMENTAL_NOSET_\w+|(OLD)?PWD|SHLVL|_"
+)
+"""Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
+_FINGERPRINT_BYTES = 128
+_REQUEST_SECONDS = 10.0
+_SET_DEATH_SIGNAL = 1
+"""`PR_SET_PDEATHSIG` of prctl(2): a process gets a signal when the one that forked it ends."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A driver that is to be forked."""
+
+    arguments: list[str]
+    """A module, and the arguments that it gets."""
+    environment: dict[str, str]
+    folder: str
+    path: list[str]
+    """Where Python looks for modules."""
+
+    @classmethod
+    def of_this_process(cls, arguments: Sequence[str]) -> "Request":
+        """A driver as it would be in this process."""
+        return cls(list(arguments), dict(os.environ), str(Path.cwd()), list(sys.path))
+
+    @property
+    def key(self) -> str:
+        """Digest of all that a process has taken in when it has imported: its environment, and what is installed."""
+        # Whatever is installed or removed changes the folder.
+        places = [(place, Path(place).stat().st_mtime_ns) for place in self.path if place.endswith("-packages")]
+        told = json.dumps([sorted(_of_all(self.environment).items()), sys.executable, places])
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+
+def environment_of_all(environment: Mapping[str, str]) -> dict[str, str]:
+    """The warm process's environment: a driver's, with room for its fingerprint.
+
+    The room comes last: psutil takes the end of a shorter fingerprint for the end of the environment.
+    """
+    return _of_all(environment) | {FINGERPRINT_VARIABLE: "-" * _FINGERPRINT_BYTES}
+
+
+def _of_all(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not _OF_ONE_JOB.fullmatch(name)}
+
+
+class WarmProcess:
+    """Forks a driver for everyone who asks, and tells how it has ended."""
+
+    def __init__(self, listener: socket.socket, key: str) -> None:
+        self.key, self._listener, self._selector = key, listener, selectors.DefaultSelector()
+        self._drivers: dict[int, tuple[socket.socket, int]] = {}
+        """By process number: whose stand-in is at the other end, and the descriptor that tells of the driver's end."""
+        self._pid, self._libc = os.getpid(), ctypes.CDLL(None)
+        self._libc.getenv.restype = ctypes.c_void_p
+        self._fingerprint: int | None = self._libc.getenv(FINGERPRINT_VARIABLE.encode())
+        """Where others read it: the environment that a process shows is what it was started with."""
+
+    def serve(self) -> Request | None:
+        """Fork until nobody has asked for long; returns, in a driver, what it is to do."""
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        while self._selector.get_map():
+            events = self._selector.select(None if self._drivers else IDLE_SECONDS)
+            if not events:
+                break
+            for key, _ in events:
+                if key.data is not None:
+                    self._look_at(key.data, key.fd)
+                elif (request := self._take()) is not None:
+                    return request
+        return None
+
+    def _take(self) -> Request | None:
+        """Answer one who asks; returns, in the driver that was forked for him, what it is to do."""
+        connection, _ = self._listener.accept()
+        files: list[int] = []
+        try:
+            asked = _read(connection, files)
+            key = asked.pop("key")
+            if key != self.key:
+                self._selector.unregister(self._listener)
+                self._listener.close()
+                connection.sendall(b'{"pid": 0}\n')
+                connection.close()
+                return None
+            if (pid := os.fork()) == 0:
+                try:
+                    request = Request(**asked)
+                    self._become(request, files, connection)
+                    return request
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)  # it is not to go on as another warm process
+            descriptor = os.pidfd_open(pid)
+            self._drivers[pid] = connection, descriptor
+            self._selector.register(descriptor, selectors.EVENT_READ, pid)
+            self._selector.register(connection, selectors.EVENT_READ, pid)
+            _tell(connection, pid=pid)
+        except (OSError, ValueError):  # who asked has gone
+            connection.close()
+        finally:
+            for file in files:
+                os.close(file)
+        return None
+
+    def _look_at(self, pid: int, descriptor: int) -> None:
+        """A driver has ended, or who stands in for it has: then it is to end, too."""
+        if pid not in self._drivers:
+            return
+        connection, end = self._drivers[pid]
+        if descriptor != end:
+            self._selector.unregister(connection)
+            os.kill(pid, signal.SIGKILL)  # it has not been waited for, so the number is still its own
+            return
+        _, status = os.waitpid(pid, 0)
+        for each in (connection, end):
+            with suppress(KeyError):
+                self._selector.unregister(each)
+        _tell(connection, code=os.waitstatus_to_exitcode(status))
+        connection.close()
+        os.close(end)
+        del self._drivers[pid]
+
+    def _become(self, request: Request, files: list[int], connection: socket.socket) -> None:
+        """Have a new fork look like a process that was started by itself."""
+        self._libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != self._pid:
+            os._exit(1)
+        os.setpgid(0, 0)
+        self._selector.close()
+        for mine in (self._listener, connection, *(theirs for theirs, _ in self._drivers.values())):
+            mine.close()
+        for _, end in self._drivers.values():
+            os.close(end)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.environ.clear()
+        os.environ.update(request.environment)
+        fingerprint = request.environment.get(FINGERPRINT_VARIABLE, "").encode()[:_FINGERPRINT_BYTES]
+        if self._fingerprint:
+            ctypes.memmove(self._fingerprint, fingerprint.ljust(_FINGERPRINT_BYTES, b"\0"), _FINGERPRINT_BYTES)
+        os.chdir(request.folder)
+        sys.path[:] = request.path
+        importlib.invalidate_caches()
+        sys.modules["numpy"].random.seed()  # drivers are not to draw the same numbers; Python's own are seeded anew
+        sys.modules["ray"]._raylet.setproctitle(" ".join(request.arguments))  # as Ray's workers do
+
+
+def _read(connection: socket.socket, files: list[int]) -> dict:
+    """What is asked; the descriptors that come along are added to `files`. Raises OSError or ValueError if it breaks off."""
+    connection.settimeout(_REQUEST_SECONDS)
+    head, received, _, _ = socket.recv_fds(connection, 8, 3)
+    files += received
+    size, told = int.from_bytes(head, "big"), b""
+    while len(told) < size:
+        if not (more := connection.recv(size - len(told))):
+            raise ConnectionError("it broke off")
+        told += more
+    if len(files) != 3:
+        raise ConnectionError("input, output and errors did not come along")
+    connection.settimeout(None)
+    return json.loads(told)
+
+
+def _tell(connection: socket.socket, **what: int) -> None:
+    with suppress(OSError):  # who asked has gone, which shows at the next look
+        connection.sendall(json.dumps(what).encode() + b"\n")
+
+
+def run_here(request: Request) -> int:
+    """Run a request's module in this process; returns its exit code."""
+    sys.argv = request.arguments
+    try:
+        runpy.run_module(request.arguments[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        raise
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve on a socket; returns the exit code, of a driver's module in a driver."""
+    listener, key = socket.socket(fileno=int(arguments[0])), arguments[1]
+    process = WarmProcess(listener, key)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    request = process.serve()
+    return 0 if request is None else run_here(request)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,208 @@
+"""Drivers forked from a warm process: like processes of their own, for themselves and for whoever looks at them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlpipes.compute import warm_process
+from mlpipes.compute.processes import kill, with_variable
+from mlpipes.compute.ray_node import MARK
+from mlpipes.compute.stacks import keep_stacks, processes_of
+from mlpipes.compute.warm_driver import FOLDER_VARIABLE
+from mlpipes.compute.warm_process import Request, WarmProcess
+from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.waiting import until
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")]
+
+
+class Place:
+    """Where the files of a private Ray would be, and drivers beside it."""
+
+    def __init__(self, folder: Path, files: Path) -> None:
+        self.folder, self.files, self.mark = folder, files, f"test-{files}"
+
+    def start(self, name: str, *end: str, **environment: str) -> "subprocess.Popen[str]":
+        """A driver under a name, which is its fingerprint, too."""
+        known = {FOLDER_VARIABLE: str(self.folder), MARK: self.mark, "MLPIPES_FINGERPRINT": name} | environment
+        command = ["mlpipes.compute.warm_driver", "mlpipes_tests.compute.driver_subject", str(self.files / name), *end]
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=self.files,
+            env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | known,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What a driver has found; waits for it."""
+        until((self.files / name).is_file, f"{name} has told what it finds", seconds=300)
+        return json.loads((self.files / name).read_text())
+
+    def run(self, name: str, *end: str, **environment: str) -> tuple[int, str, str, dict[str, Any]]:
+        """A driver to its end: exit code, output, errors, and what it found."""
+        process = self.start(name, *end, **environment)
+        output, errors = process.communicate(timeout=300)
+        return process.returncode, output, errors, self.told(name)
+
+    def close(self) -> None:
+        """End whatever there is."""
+        kill(with_variable(MARK, self.mark))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """One with no warm process yet."""
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
+        made = Place(Path(folder), tmp_path)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def test_drivers_are_forked_and_look_like_processes_of_their_own(place: Place) -> None:
+    code, output, errors, first = place.run("one", "exit", "3", MLPIPES_TEST="a")
+    assert (code, output, errors) == (3, "to output by one\n", "to errors by one\n")
+    assert first["warm"]
+    assert first["module"] == "__main__"
+    assert first["arguments"] == [str(place.files / "one"), "exit", "3"]
+    assert first["folder"] == str(place.files)
+    assert first["path"][:2] == [str(place.files), str(CHECKOUT)]
+    expected = os.environ | {FOLDER_VARIABLE: str(place.folder), MARK: place.mark, "MLPIPES_TEST": "a"}
+    assert first["environment"] == expected | {"MLPIPES_FINGERPRINT": "one", "PYTHONPATH": str(CHECKOUT)}
+
+    waiting = place.start("two", "wait", MLPIPES_TEST="a")
+    second = place.told("two")
+    code, _, errors, third = place.run("three", "error", MLPIPES_TEST="a")
+    assert code == 1
+    assert "RuntimeError: an error of the driver's" in errors
+    assert first["parent"] == second["parent"] == third["parent"], "one process forks them all"
+    assert len({first["drawn"], second["drawn"], third["drawn"]}) == 3, "they draw random numbers of their own"
+    assert third["sockets"] == [], "it has neither the warm process's sockets nor another driver's"
+    # Whoever looks finds the driver by its fingerprint and by its name, as long as it lives, and it ends as it is asked to.
+    found = {process.pid: " ".join(process.cmdline()) for process in processes_of("two")}
+    assert set(found) == {waiting.pid, second["pid"]}
+    assert all("mlpipes_tests.compute.driver_subject" in words for words in found.values())
+    waiting.terminate()
+    assert waiting.wait(300) == 7
+    assert processes_of("one") == processes_of("two") == []
+
+
+def test_a_driver_and_its_stand_in_end_together(place: Place) -> None:
+    waiting = place.start("killed", "wait")
+    os.kill(place.told("killed")["pid"], signal.SIGKILL)
+    assert waiting.wait(300) == -signal.SIGKILL
+
+    waiting = place.start("left", "wait")
+    told = place.told("left")
+    waiting.kill()
+    until(lambda: not alive(told["pid"]), "the driver has ended with its stand-in", seconds=300)
+
+    waiting = place.start("orphaned", "wait")
+    told = place.told("orphaned")
+    os.kill(told["parent"], signal.SIGKILL)
+    assert waiting.wait(300) == 1
+    until(lambda: not alive(told["pid"]), "the driver has ended with the warm process", seconds=300)
+    code, _, _, next_one = place.run("next", "exit")
+    assert code == 0
+    assert next_one["warm"]
+    assert next_one["parent"] != told["parent"], "the next driver starts another warm process"
+
+
+def test_another_environment_or_another_package_gets_another_process(place: Place) -> None:
+    waiting = place.start("old", "wait", MLPIPES_TEST="a")
+    old = place.told("old")
+    code, _, _, new = place.run("new", "exit", MLPIPES_TEST="b")
+    assert code == 0
+    assert new["warm"]
+    assert new["environment"]["MLPIPES_TEST"] == "b"
+    assert new["parent"] != old["parent"]
+    assert waiting.poll() is None, "who trains is left alone"
+    waiting.terminate()
+    assert waiting.wait(300) == 7
+    until(lambda: not alive(old["parent"]), "the old process ends with its last driver", seconds=300)
+    assert alive(new["parent"])
+
+
+def test_what_was_installed_since_counts(tmp_path: Path) -> None:
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    request = Request([], {"A": "1", "MLPIPES_FINGERPRINT": "x"}, "/", [str(packages)])
+    before = request.key
+    assert Request([], {"A": "1", "MLPIPES_FINGERPRINT": "y"}, "/", [str(packages)]).key == before
+    assert Request([], {"A": "2", "MLPIPES_FINGERPRINT": "x"}, "/", [str(packages)]).key != before
+    os.utime(packages, ns=(1, 1))
+    assert request.key != before
+
+
+def test_two_that_come_at_once_share_one_process(place: Place) -> None:
+    both = [place.start(name, "exit") for name in ("a", "b")]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert place.told("a")["parent"] == place.told("b")["parent"]
+
+
+@pytest.mark.parametrize("trouble", ["nowhere", "no place for a socket", "a process that cannot import"])
+def test_without_a_warm_process_a_driver_runs_by_itself(place: Place, trouble: str) -> None:
+    environment = {FOLDER_VARIABLE: ""}
+    if trouble == "no place for a socket":
+        (place.folder / ("x" * 100)).mkdir()
+        environment = {FOLDER_VARIABLE: str(place.folder / ("x" * 100))}
+    elif trouble == "a process that cannot import":
+        (place.files / "ray.py").write_text("raise ImportError('broken')")
+        environment = {"PYTHONPATH": f"{place.files}:{CHECKOUT}"}
+    code, output, _, told = place.run("alone", "exit", "3", **environment)
+    assert code == 3
+    assert not told["warm"]
+    assert "to output by alone" in output
+    assert ("without a warm process" in output) == (trouble != "nowhere")
+
+
+def test_the_stacks_of_a_training_have_its_forked_driver(place: Place, tmp_path: Path) -> None:
+    waiting = place.start("stacked", "wait")
+    place.told("stacked")
+    kept = keep_stacks("stacked", tmp_path / "stacks.txt").read_text()
+    waiting.terminate()
+    assert waiting.wait(300) == 7
+    assert "driver_subject.py" in kept, kept
+
+
+def test_it_ends_when_nobody_has_asked_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_process, "IDLE_SECONDS", 0.01)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0" + tmp_path.name + str(time.time_ns()))
+        listener.listen()
+        assert WarmProcess(listener, "key").serve() is None
+
+
+def test_who_breaks_off_harms_nobody(place: Place) -> None:
+    code, _, _, first = place.run("before", "exit")
+    assert code == 0
+    for said in (b"", b"\0\0", (1 << 40).to_bytes(8, "big"), (2).to_bytes(8, "big") + b"{}"):
+        with socket.socket(socket.AF_UNIX) as broken:
+            broken.connect(str(place.folder / "warm.socket"))
+            broken.sendall(said)
+    code, _, _, second = place.run("after", "exit")
+    assert code == 0
+    assert second["parent"] == first["parent"]
