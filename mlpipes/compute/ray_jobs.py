@@ -41,7 +41,6 @@ class RayJobs(Jobs):
         self.address, self.patience_seconds = address, patience_seconds or (3 if address.local else 180)
         self._client: JobSubmissionClient | None = None
         self.shares_machine, self.python = address.local, shlex.quote(sys.executable) if address.local else "python"
-        self._module = f"{warm_driver.__name__} {self.module}" if address.local else self.module
 
     def check(self, scale: RayScaleConfig, data_bytes: int, min_workers: int | None = None) -> None:
         """Raises PreflightError if the cluster's nodes cannot hold a scale's workers."""
@@ -60,14 +59,19 @@ class RayJobs(Jobs):
     ) -> JobHandle:
         """Submit an attempt, or attach to it if somebody else has."""
         submission_id, reserved = f"{name}-a{attempt}", self._reserved(specification)
+        start: str = f"{self.python} -m"
+        runtime: dict[str, Any] = {"env_vars": dict(environment)}
+        if self.address.local:
+            start = f"env OMP_NUM_THREADS={self._threads(specification)} {self.python} -m {warm_driver.__name__}"
+            runtime["py_executable"] = start  # by which Ray starts a job's workers
         # exec: without it a shell stands between Ray and the driver, and the driver survives the head's death.
-        command = f"exec {self.python} -m {self._module} {shlex.quote(str(specification))}"
+        command = f"exec {start} {self.module} {shlex.quote(str(specification))}"
         try:
             self._patiently(
                 lambda client: client.submit_job(
                     entrypoint=command,
                     submission_id=submission_id,
-                    runtime_env={"env_vars": dict(environment)},
+                    runtime_env=runtime,
                     metadata={"about": about},
                     **reserved,
                 )
@@ -78,6 +82,10 @@ class RayJobs(Jobs):
             return JobHandle(submission_id, attempt, attached=True)
         self.submitted.add(submission_id)
         return JobHandle(submission_id, attempt, attached=False)
+
+    def _threads(self, specification: Path) -> int:
+        """Compute threads of each process, as Ray would set them; NumPy and torch look at them when they are imported."""
+        return TrainingJob.read(specification).recipe.scale.threads
 
     def _reserved(self, specification: Path) -> dict[str, Any]:
         """What a driver itself needs of the cluster: a worker's part, where it is the worker."""

@@ -1,7 +1,8 @@
 """How drivers begin and end: beside a private Ray they are forked from a process that has imported what all of them need.
 
 Run as `python -m mlpipes.compute.warm_driver <module> <argument>…`, this is to whoever looks on as if the module ran in it:
-same output, same signals, same end. Where there cannot be a warm process, it does run in it.
+same output, same signals, same end. Where there cannot be a warm process, it does run in it. Ray starts its workers so, too,
+with its own program in the place of a module.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""The warm process, from which drivers are forked: it imports what all of them need, and nothing of ours or of a user's.
+"""The warm process, from which drivers and workers are forked: it imports what they need of others, and nothing of ours.
 
 Run as `python -m mlpipes.compute.warm_process <socket> <key>` by the first driver of a private Ray. It ends when it was idle
 for long, with that Ray, or when an environment is asked for that is not its own.
@@ -25,11 +25,13 @@ from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 
 IDLE_SECONDS = 300.0
 """After so long without a driver it ends: it holds half a gigabyte."""
-PRELOADED = ("numpy", "torch", "torch._dynamo", "ray", "ray.train", "ray.train.torch", "mlflow")
-"""What drivers import of others. Not our own code, nor a user's: each driver reads that anew."""
-_OF_ONE_JOB = re.compile(
-    rf"{FINGERPRINT_VARIABLE}|CUDA_VISIBLE_DEVICES|RAY_JOB_\w+|RAY_EXPERIMENTAL_NOSET_\w+|(OLD)?PWD|SHLVL|_"
+PRELOADED = (
+    *("numpy", "torch", "torch._dynamo", "mlflow"),
+    *("pyarrow.fs", "pandas", "fsspec", "jsonschema", "msgpack", "filelock"),  # what most of Ray's imports take
 )
+"""What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
+Nor Ray, which takes in at its import to which job a worker belongs."""
+_OF_ONE_JOB = re.compile(rf"{FINGERPRINT_VARIABLE}|CUDA_VISIBLE_DEVICES|RAY_\w+|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
 _FINGERPRINT_BYTES = 128
 _REQUEST_SECONDS = 10.0
@@ -84,7 +86,6 @@ class WarmProcess:
         self._pid, self._libc = os.getpid(), ctypes.CDLL(None)
         self._libc.getenv.restype = ctypes.c_void_p
         self._fingerprint: int | None = self._libc.getenv(FINGERPRINT_VARIABLE.encode())
-        """Where others read it: the environment that a process shows is what it was started with."""
 
     def serve(self) -> Request | None:
         """Fork until nobody has asked for long; returns, in a driver, what it is to do."""
@@ -166,14 +167,26 @@ class WarmProcess:
             os.dup2(file, number)
         os.environ.clear()
         os.environ.update(request.environment)
-        fingerprint = request.environment.get(FINGERPRINT_VARIABLE, "").encode()[:_FINGERPRINT_BYTES]
+        # Whoever looks reads this of the memory that the warm process was started with.
         if self._fingerprint:
-            ctypes.memmove(self._fingerprint, fingerprint.ljust(_FINGERPRINT_BYTES, b"\0"), _FINGERPRINT_BYTES)
+            _overwrite(self._fingerprint, _FINGERPRINT_BYTES, request.environment.get(FINGERPRINT_VARIABLE, ""))
+        _overwrite(*_command_line(), "\0".join([sys.executable, "-m", *request.arguments]))
         os.chdir(request.folder)
         sys.path[:] = request.path
         importlib.invalidate_caches()
         sys.modules["numpy"].random.seed()  # drivers are not to draw the same numbers; Python's own are seeded anew
-        sys.modules["ray"]._raylet.setproctitle(" ".join(request.arguments))  # as Ray's workers do
+
+
+def _overwrite(address: int, room: int, text: str) -> None:
+    """Write a text where there is room for so many bytes; what is too long is cut."""
+    ctypes.memmove(address, text.encode()[: room - 1].ljust(room, b"\0"), room)
+
+
+def _command_line() -> tuple[int, int]:
+    """Where this process's command line lies in its memory, and how many bytes it takes; proc_pid_stat(5)."""
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    return start, end - start
 
 
 def _read(connection: socket.socket, files: list[int]) -> dict:
@@ -199,9 +212,12 @@ def _tell(connection: socket.socket, **what: int) -> None:
 
 def run_here(request: Request) -> int:
     """Run a request's module in this process; returns its exit code."""
-    sys.argv = request.arguments
+    sys.argv, what = request.arguments, request.arguments[0]
     try:
-        runpy.run_module(request.arguments[0], run_name="__main__", alter_sys=True)
+        if what.endswith(".py"):  # Ray's workers
+            runpy.run_path(what, run_name="__main__")
+        else:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if isinstance(end.code, int | None):
             return end.code or 0

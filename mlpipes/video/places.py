@@ -54,6 +54,9 @@ class VideoRayJobs(RayJobs):
             self.placed.add(job.fingerprint)
         return super().submit(name, specification, attempt, environment, about)
 
+    def _threads(self, specification: Path) -> int:
+        return 1
+
     def _reserved(self, specification: Path) -> dict[str, Any]:
         return {}  # the driver reads the source and joins the result: little beside what its workers do
 

@@ -42,7 +42,8 @@ PARTS = {
     "text": Part("text", (), 8),
     "serving": Part("serving", ("4",), 2),
     "backfill": Part("backfill", ("10",), 6),
-    "start": Part("start", (), 4),
+    "start": Part("start", (), 7),
+    "demo": Part("demo", (), 2),
     "growth": Part("growth", (), 4),
     "ettr": Part("ettr", ("60x20", "300x6"), 58),
 }

@@ -170,7 +170,7 @@ def test_without_a_warm_process_a_driver_runs_by_itself(place: Place, trouble: s
         (place.folder / ("x" * 100)).mkdir()
         environment = {FOLDER_VARIABLE: str(place.folder / ("x" * 100))}
     elif trouble == "a process that cannot import":
-        (place.files / "ray.py").write_text("raise ImportError('broken')")
+        (place.files / "mlflow.py").write_text("raise ImportError('broken')")
         environment = {"PYTHONPATH": f"{place.files}:{CHECKOUT}"}
     code, output, _, told = place.run("alone", "exit", "3", **environment)
     assert code == 3
