@@ -170,7 +170,10 @@ class WarmProcess:
         # Whoever looks reads this of the memory that the warm process was started with.
         if self._fingerprint:
             _overwrite(self._fingerprint, _FINGERPRINT_BYTES, request.environment.get(FINGERPRINT_VARIABLE, ""))
-        _overwrite(*_command_line(), "\0".join([sys.executable, "-m", *request.arguments]))
+        if not request.arguments[0].endswith(
+            ".py"
+        ):  # Ray's workers write their titles there, and look for what was there
+            _overwrite(*_command_line(), "\0".join([sys.executable, "-m", *request.arguments]))
         os.chdir(request.folder)
         sys.path[:] = request.path
         importlib.invalidate_caches()
