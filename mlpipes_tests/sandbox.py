@@ -26,10 +26,11 @@ LOCATION = "mlpipes.definitions"
 class Sandbox:
     """The checkout's programs and settings in a folder of their own.
 
-    `held`: the trainings of `digits` wait at barriers that the test closes.
+    `held`: the trainings of `digits` wait at barriers that the test closes. `definitions`: a module with other definitions
+    than the project's.
     """
 
-    def __init__(self, path: Path, *, held: bool = False) -> None:
+    def __init__(self, path: Path, *, held: bool = False, definitions: str | None = None) -> None:
         self.path, self.home = path, path / ".mlpipes"
         for name in ("Makefile", "pyproject.toml", "constraints.txt", "dagster.yaml", "workspace.yaml", ".venv"):
             (path / name).symlink_to(CHECKOUT / name)
@@ -39,9 +40,9 @@ class Sandbox:
         self.environment |= {name: value for name, value in os.environ.items() if name == HASTE}
         self.environment |= {"MLPIPES_HOME": str(self.home), "COLUMNS": "160"}
         self.barriers = Barriers(self.home)
-        if held:
+        if served := definitions or ("mlpipes_tests.held_definitions" if held else None):
             (path / "workspace.yaml").unlink()
-            module = {"module_name": "mlpipes_tests.held_definitions", "location_name": LOCATION}
+            module = {"module_name": served, "location_name": LOCATION}
             (path / "workspace.yaml").write_text(yaml.safe_dump({"load_from": [{"python_module": module}]}))
             self.environment["PYTHONPATH"] = str(CHECKOUT)
         evidence.collect_from(path)

@@ -3,7 +3,8 @@
 The effective training time ratio (ETTR) is useful step time ÷ wall time (Kokolis et al. 2024, arXiv:2410.21680): a step
 counts once, however often it was computed, and starting, evaluating and waiting for a checkpoint are not useful. Run as
 `python -m mlpipes_tests.benchmarks.ettr [SECONDSxFAULTS …]`, such as `60x20 300x6`: a training of two workers under
-`mlpipes dev`, of which something is killed (-9) every so many seconds, chosen at random; then the training is cancelled.
+`mlpipes dev`, of which something is killed (-9) every so many seconds, chosen at random; then the training is cancelled. Its
+evaluations are short (`ettr_definitions`).
 """
 
 import random
@@ -25,6 +26,7 @@ from mlpipes_tests.chaos.faults import processes, strike
 from mlpipes_tests.chaos.session import Session
 
 WORKLOAD, BATCH = "docstrings", 64
+DEFINITIONS = "mlpipes_tests.benchmarks.ettr_definitions"
 SCALE = f"w2-b{BATCH}-e5000-g0"
 """Longer than any measurement."""
 VICTIMS = ("train worker", "Ray driver", "Train controller", "raylet", "Ray head", "run worker")
@@ -112,7 +114,7 @@ def measure(every: float, faults: int, seed: int = 0) -> Measured:
     chance = random.Random(seed)  # noqa: S311 - for moments, not secrets
     with (
         tempfile.TemporaryDirectory(prefix="mlpipes-ettr-", ignore_cleanup_errors=True) as folder,
-        Session(Path(folder), workload=WORKLOAD, scale=SCALE, reference=None) as session,
+        Session(Path(folder), workload=WORKLOAD, scale=SCALE, reference=None, definitions=DEFINITIONS) as session,
     ):
         session.until(session.is_ready, "Dagster can launch runs")
         launched = time.time()

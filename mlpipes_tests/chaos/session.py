@@ -38,10 +38,11 @@ class Session(Trainings):
         workload: str = "digits",
         scale: str = SCALE,
         reference: str | None = REFERENCE,
+        definitions: str | None = None,
         disk_can_be_full: bool = False,
     ) -> None:
         self.workload, self.scale = workload, scale
-        self.sandbox = Sandbox(path, held=reference is not None)
+        self.sandbox = Sandbox(path, held=reference is not None, definitions=definitions)
         self.store = Store(self.sandbox.home / "store")
         self.own_disk = disk_can_be_full
         if disk_can_be_full:
