@@ -41,11 +41,12 @@ PARTS = {
     "vision": Part("vision", (), 4),
     "text": Part("text", (), 8),
     "serving": Part("serving", ("4",), 2),
-    "backfill": Part("backfill", ("10",), 6),
+    "backfill": Part("backfill", ("10", "50"), 9),
     "start": Part("start", (), 7),
     "demo": Part("demo", (), 2),
     "growth": Part("growth", (), 4),
-    "ettr": Part("ettr", ("60x20", "300x6"), 58),
+    "ettr": Part("ettr", ("60x20",), 22),
+    "ettr-rare": Part("ettr", ("300x6",), 36),
 }
 
 
