@@ -39,7 +39,7 @@ def _logs(folder: Path) -> Iterator[Path]:
         except (OSError, ValueError, KeyError):
             continue
         for pattern in _RAY_PATTERNS:
-            yield from _matching(temporary, f"session_*/logs/{pattern}")
+            yield from _matching(temporary, f"r/session_*/logs/{pattern}")
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:

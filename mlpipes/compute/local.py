@@ -158,7 +158,8 @@ class LocalRay:
         token.chmod(0o600)
         temporary = short_folder("mlpipes-ray-")  # the home folder could be too deep
         (port, dashboard), mark = free_ports(2), secrets.token_hex(8)
-        role = ["--head", f"--node-ip-address={LOOPBACK}", f"--port={port}", f"--temp-dir={temporary}"]
+        role = ["--head", f"--node-ip-address={LOOPBACK}", f"--port={port}"]
+        role.append(f"--temp-dir={temporary / 'r'}")  # Ray lets everybody into the folder that it is given
         role += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
         command = start_command(role, os.cpu_count() or 1, head=True)
         # Without the user's token, which is another cluster's, and which Ray would prefer to ours.

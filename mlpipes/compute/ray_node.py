@@ -33,7 +33,7 @@ _STARTS, _STARTED = 3, "Ray runtime started"
 """How often a node is started, and what Ray says once it has registered: it gives up on that after 30 s, which cannot be
 set, and which a busy machine may need."""
 _END_SECONDS, _LOOKS = 2.0, 5
-_FOLDER_CHARACTERS, _RANDOM_CHARACTERS, _TEMPORARY_CHARACTERS = 38, 8, 60
+_FOLDER_CHARACTERS, _RANDOM_CHARACTERS, _TEMPORARY_CHARACTERS = 36, 8, 60
 
 
 def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:

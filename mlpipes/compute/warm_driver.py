@@ -13,28 +13,35 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mlpipes.compute.warm_process import Request, environment_of_all, run_here
 
 FOLDER_VARIABLE = "MLPIPES_RAY_FOLDER"
 """Environment variable that has the folder of the private Ray, which nobody else may look into; not set anywhere else."""
-_ANSWER_SECONDS = 120.0
-"""What a warm process gets to import and to answer, on a machine that is very busy."""
+_PATIENCE_SECONDS = 30.0
+"""What there is for a warm process to import and to answer: Ray ends a worker that has not come after 60 s."""
+_POLL_SECONDS = 0.05
 
 
 def main(arguments: Sequence[str]) -> int:
     """Have a module run to its end in a fork of the warm process; returns its exit code."""
-    request, folder = Request.of_this_process(arguments), os.environ.get(FOLDER_VARIABLE)
-    if folder and hasattr(os, "pidfd_open"):  # Linux
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stream, whose number something else would get
+        pass
+    os.close(descriptor)
+    request = Request.of_this_process(arguments)
+    if folder := os.environ.get(FOLDER_VARIABLE):
         try:
+            os.close(os.pidfd_open(os.getpid()))  # Linux, and allowed
             connection, pid = _forked(Path(folder), request)
-        except OSError as error:
-            print(f"This driver starts without a warm process: {error}", flush=True)
+        except (OSError, AttributeError) as error:
+            with suppress(OSError):
+                print(f"This process starts without a warm one: {error}", flush=True)
         else:
             return _follow(connection, pid)
     return run_here(request)
@@ -42,44 +49,49 @@ def main(arguments: Sequence[str]) -> int:
 
 def _forked(folder: Path, request: Request) -> tuple[socket.socket, int]:
     """A connection to the warm process, and the driver that it has forked. Raises OSError if there is none to be had."""
-    path = folder / "warm.socket"
-    with _one_at_a_time(folder / "warm.lock"):
-        for connect in (lambda: _connected(path), lambda: _started(path, request)):
-            connection = connect()
+    path, deadline = folder / f"warm-{request.key}", time.monotonic() + _PATIENCE_SECONDS
+    with _one_at_a_time(path.with_suffix(".lock"), deadline):
+        for connect in (_connected, lambda path: _started(path, request)):
+            connection = connect(path.with_suffix(".socket"))
             if connection is None:
                 continue
             with ExitStack() as stack:
                 stack.callback(connection.close)
-                # One that has just ended, or is another environment's, forks no more: the next one is a new one.
-                if pid := _asked(connection, request):
-                    stack.pop_all()
-                    return connection, pid
-    raise ConnectionError("it does not fork; its log is beside Ray's")
-
-
-def _asked(connection: socket.socket, request: Request) -> int:
-    """The driver that was forked; 0 if the warm process forks no more. Raises TimeoutError if it says nothing for long."""
-    connection.settimeout(_ANSWER_SECONDS)
-    said = json.dumps(asdict(request) | {"key": request.key}).encode()
-    try:
-        socket.send_fds(connection, [len(said).to_bytes(8, "big")], [0, 1, 2])
-        connection.sendall(said)
-        pid = _answer(connection)["pid"]
-    except ConnectionError:
-        return 0
-    connection.settimeout(None)
-    return pid
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
+                try:
+                    pid = _asked(connection, request)
+                except ConnectionError:  # it was just ending
+                    continue
+                except TimeoutError:
+                    path.with_suffix(".socket").unlink(missing_ok=True)  # it may hang: the next one starts another
+                    raise
+                connection.settimeout(None)
+                stack.pop_all()
+                return connection, pid
+    raise ConnectionError(f"it has ended; its log is {path.with_suffix('.log')}")
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def _one_at_a_time(path: Path, deadline: float) -> Iterator[None]:
+    """Raises TimeoutError where somebody else does not come to an end."""
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("somebody else is asking for it") from error
+                time.sleep(_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _connected(path: Path) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(1.0)
     try:
         connection.connect(str(path))
     except (FileNotFoundError, ConnectionRefusedError):
@@ -94,23 +106,36 @@ def _started(path: Path, request: Request) -> socket.socket | None:
     with socket.socket(socket.AF_UNIX) as listener, path.with_suffix(".log").open("wb") as log:
         listener.bind(str(path))
         listener.listen()
-        subprocess.Popen(
-            [sys.executable, "-m", "mlpipes.compute.warm_process", str(listener.fileno()), request.key],
-            env=environment_of_all(request.environment),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )
+        if (between := os.fork()) == 0:  # so that it is no child of a job's, with which Ray would end it
+            try:
+                subprocess.Popen(
+                    [sys.executable, "-m", "mlpipes.compute.warm_process", str(listener.fileno())],
+                    env=environment_of_all(request.environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[listener.fileno()],
+                    start_new_session=True,
+                )
+            finally:
+                os._exit(0)
+        os.waitpid(between, 0)
         return _connected(path)
 
 
-def _answer(connection: socket.socket) -> dict[str, Any]:
-    """What the warm process says. Raises ConnectionError if it has ended, TimeoutError if it says nothing for long."""
+def _asked(connection: socket.socket, request: Request) -> int:
+    """The driver that was forked. Raises TimeoutError if the warm process says nothing for long."""
+    said = json.dumps(asdict(request)).encode()
+    socket.send_fds(connection, [len(said).to_bytes(8, "big")], [0, 1, 2])
+    connection.sendall(said)
+    return _answer(connection)["pid"]
+
+
+def _answer(connection: socket.socket) -> dict[str, int]:
+    """The next that the warm process says. Raises ConnectionError if it has ended."""
     said = b""
     while not said.endswith(b"\n"):
-        if not (more := connection.recv(4096)):
+        if not (more := connection.recv(1)):
             raise ConnectionError("it has ended")
         said += more
     return json.loads(said)
@@ -121,8 +146,10 @@ def _follow(connection: socket.socket, pid: int) -> int:
 
     Should this process end first, the warm process kills the driver.
     """
-    for asked in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(asked, lambda number, _: _send(pid, number))
+    with suppress(ProcessLookupError):  # it has ended already
+        driver = os.pidfd_open(pid)
+        for asked in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(asked, lambda number, _: _send(driver, number))
     try:
         code = _answer(connection)["code"]
     except ConnectionError:  # and the driver with it
@@ -134,9 +161,9 @@ def _follow(connection: socket.socket, pid: int) -> int:
     return code
 
 
-def _send(pid: int, number: int) -> None:
+def _send(driver: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.kill(pid, number)
+        signal.pidfd_send_signal(driver, number)
 
 
 def end_driver(code: int) -> NoReturn:

@@ -1,7 +1,7 @@
 """The warm process, from which drivers and workers are forked: it imports what they need of others, and nothing of ours.
 
-Run as `python -m mlpipes.compute.warm_process <socket> <key>` by the first driver of a private Ray. It ends when it was idle
-for long, with that Ray, or when an environment is asked for that is not its own.
+Run as `python -m mlpipes.compute.warm_process <socket>` by the first that asks for it beside a private Ray. It ends when it
+was idle for long, or with that Ray.
 """
 
 import ctypes
@@ -18,10 +18,8 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 
 IDLE_SECONDS = 300.0
 """After so long without a driver it ends: it holds half a gigabyte."""
@@ -31,7 +29,8 @@ PRELOADED = (
 )
 """What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
 Nor Ray, which takes in at its import to which job a worker belongs."""
-_OF_ONE_JOB = re.compile(rf"{FINGERPRINT_VARIABLE}|CUDA_VISIBLE_DEVICES|RAY_\w+|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
+_FINGERPRINT = "MLPIPES_FINGERPRINT"
+_OF_ONE_JOB = re.compile(rf"{_FINGERPRINT}|CUDA_VISIBLE_DEVICES|RAY_\w+|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
 _FINGERPRINT_BYTES = 128
 _REQUEST_SECONDS = 10.0
@@ -44,24 +43,30 @@ class Request:
     """A driver that is to be forked."""
 
     arguments: list[str]
-    """A module, and the arguments that it gets."""
+    """A module, or a file of Python code, and the arguments that it gets."""
     environment: dict[str, str]
     folder: str
     path: list[str]
     """Where Python looks for modules."""
+    blocked: list[int] = field(default_factory=list)
+    """Signals that are held back."""
+    umask: int = 0o022
 
     @classmethod
     def of_this_process(cls, arguments: Sequence[str]) -> "Request":
         """A driver as it would be in this process."""
-        return cls(list(arguments), dict(os.environ), str(Path.cwd()), list(sys.path))
+        os.umask(umask := os.umask(0))
+        blocked = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+        return cls(list(arguments), dict(os.environ), os.path.realpath("."), list(sys.path), blocked, umask)
 
     @property
     def key(self) -> str:
         """Digest of all that a process has taken in when it has imported: its environment, and what is installed."""
         # Whatever is installed or removed changes the folder.
-        places = [(place, Path(place).stat().st_mtime_ns) for place in self.path if place.endswith("-packages")]
-        told = json.dumps([sorted(_of_all(self.environment).items()), sys.executable, places])
-        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        places = [__file__, *(place for place in self.path if place.endswith("-packages"))]
+        seen = [(place, Path(place).stat().st_mtime_ns) for place in places if Path(place).exists()]
+        told = json.dumps([sorted(_of_all(self.environment).items()), sys.executable, seen])
+        return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def environment_of_all(environment: Mapping[str, str]) -> dict[str, str]:
@@ -69,7 +74,7 @@ def environment_of_all(environment: Mapping[str, str]) -> dict[str, str]:
 
     The room comes last: psutil takes the end of a shorter fingerprint for the end of the environment.
     """
-    return _of_all(environment) | {FINGERPRINT_VARIABLE: "-" * _FINGERPRINT_BYTES}
+    return _of_all(environment) | {_FINGERPRINT: "-" * _FINGERPRINT_BYTES}
 
 
 def _of_all(environment: Mapping[str, str]) -> dict[str, str]:
@@ -79,21 +84,18 @@ def _of_all(environment: Mapping[str, str]) -> dict[str, str]:
 class WarmProcess:
     """Forks a driver for everyone who asks, and tells how it has ended."""
 
-    def __init__(self, listener: socket.socket, key: str) -> None:
-        self.key, self._listener, self._selector = key, listener, selectors.DefaultSelector()
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener, self._selector = listener, selectors.DefaultSelector()
         self._drivers: dict[int, tuple[socket.socket, int]] = {}
         """By process number: whose stand-in is at the other end, and the descriptor that tells of the driver's end."""
         self._pid, self._libc = os.getpid(), ctypes.CDLL(None)
         self._libc.getenv.restype = ctypes.c_void_p
-        self._fingerprint: int | None = self._libc.getenv(FINGERPRINT_VARIABLE.encode())
+        self._fingerprint: int | None = self._libc.getenv(_FINGERPRINT.encode())
 
     def serve(self) -> Request | None:
         """Fork until nobody has asked for long; returns, in a driver, what it is to do."""
         self._selector.register(self._listener, selectors.EVENT_READ)
-        while self._selector.get_map():
-            events = self._selector.select(None if self._drivers else IDLE_SECONDS)
-            if not events:
-                break
+        while events := self._selector.select(None if self._drivers else IDLE_SECONDS):
             for key, _ in events:
                 if key.data is not None:
                     self._look_at(key.data, key.fd)
@@ -103,45 +105,46 @@ class WarmProcess:
 
     def _take(self) -> Request | None:
         """Answer one who asks; returns, in the driver that was forked for him, what it is to do."""
-        connection, _ = self._listener.accept()
-        files: list[int] = []
+        connection, files, pid = None, list[int](), 0
         try:
-            asked = _read(connection, files)
-            key = asked.pop("key")
-            if key != self.key:
-                self._selector.unregister(self._listener)
-                self._listener.close()
-                connection.sendall(b'{"pid": 0}\n')
-                connection.close()
-                return None
+            connection, _ = self._listener.accept()
+            request = _read(connection, files)
             if (pid := os.fork()) == 0:
                 try:
-                    request = Request(**asked)
                     self._become(request, files, connection)
                     return request
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)  # it is not to go on as another warm process
-            descriptor = os.pidfd_open(pid)
-            self._drivers[pid] = connection, descriptor
-            self._selector.register(descriptor, selectors.EVENT_READ, pid)
+            with suppress(OSError):
+                os.setpgid(pid, pid)  # whichever of both is first
+            end = os.pidfd_open(pid)
+            self._drivers[pid] = connection, end
+            self._selector.register(end, selectors.EVENT_READ, pid)
             self._selector.register(connection, selectors.EVENT_READ, pid)
             _tell(connection, pid=pid)
-        except (OSError, ValueError):  # who asked has gone
-            connection.close()
+        except Exception:  # who asked has gone, or there is no room for another; those who are there go on
+            traceback.print_exc()
+            if pid and pid not in self._drivers:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            if connection is not None and pid not in self._drivers:
+                connection.close()
         finally:
             for file in files:
                 os.close(file)
         return None
 
     def _look_at(self, pid: int, descriptor: int) -> None:
-        """A driver has ended, or who stands in for it has: then it is to end, too."""
+        """A driver has ended, or who stands in for it has: then it is to end, too, with what it has started."""
         if pid not in self._drivers:
             return
         connection, end = self._drivers[pid]
         if descriptor != end:
             self._selector.unregister(connection)
-            os.kill(pid, signal.SIGKILL)  # it has not been waited for, so the number is still its own
+            for kill in (os.killpg, os.kill):  # it has not been waited for, so the number is still its own
+                with suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
             return
         _, status = os.waitpid(pid, 0)
         for each in (connection, end):
@@ -169,20 +172,24 @@ class WarmProcess:
         os.environ.update(request.environment)
         # Whoever looks reads this of the memory that the warm process was started with.
         if self._fingerprint:
-            _overwrite(self._fingerprint, _FINGERPRINT_BYTES, request.environment.get(FINGERPRINT_VARIABLE, ""))
+            _overwrite(self._fingerprint, _FINGERPRINT_BYTES, request.environment.get(_FINGERPRINT, ""))
         if not request.arguments[0].endswith(
             ".py"
         ):  # Ray's workers write their titles there, and look for what was there
             _overwrite(*_command_line(), "\0".join([sys.executable, "-m", *request.arguments]))
         os.chdir(request.folder)
+        os.umask(request.umask)
         sys.path[:] = request.path
         importlib.invalidate_caches()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mlpipes"]:
+            del sys.modules[name]  # ours may have changed since
         sys.modules["numpy"].random.seed()  # drivers are not to draw the same numbers; Python's own are seeded anew
+        signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
 
 
 def _overwrite(address: int, room: int, text: str) -> None:
     """Write a text where there is room for so many bytes; what is too long is cut."""
-    ctypes.memmove(address, text.encode()[: room - 1].ljust(room, b"\0"), room)
+    ctypes.memmove(address, os.fsencode(text)[: room - 1].ljust(room, b"\0"), room)
 
 
 def _command_line() -> tuple[int, int]:
@@ -192,20 +199,24 @@ def _command_line() -> tuple[int, int]:
     return start, end - start
 
 
-def _read(connection: socket.socket, files: list[int]) -> dict:
+def _read(connection: socket.socket, files: list[int]) -> Request:
     """What is asked; the descriptors that come along are added to `files`. Raises OSError or ValueError if it breaks off."""
     connection.settimeout(_REQUEST_SECONDS)
     head, received, _, _ = socket.recv_fds(connection, 8, 3)
     files += received
     size, told = int.from_bytes(head, "big"), b""
     while len(told) < size:
-        if not (more := connection.recv(size - len(told))):
-            raise ConnectionError("it broke off")
+        if not (more := connection.recv(min(size - len(told), 1 << 20))):
+            raise ConnectionError("a request broke off")
         told += more
     if len(files) != 3:
         raise ConnectionError("input, output and errors did not come along")
-    connection.settimeout(None)
-    return json.loads(told)
+    connection.setblocking(False)
+    with suppress(BlockingIOError):
+        if not connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionError("who asked has given up")
+    connection.setblocking(True)
+    return Request(**json.loads(told))
 
 
 def _tell(connection: socket.socket, **what: int) -> None:
@@ -214,7 +225,7 @@ def _tell(connection: socket.socket, **what: int) -> None:
 
 
 def run_here(request: Request) -> int:
-    """Run a request's module in this process; returns its exit code."""
+    """Run a request's program in this process; returns its exit code."""
     sys.argv, what = request.arguments, request.arguments[0]
     try:
         if what.endswith(".py"):  # Ray's workers
@@ -230,8 +241,7 @@ def run_here(request: Request) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve on a socket; returns the exit code, of a driver's module in a driver."""
-    listener, key = socket.socket(fileno=int(arguments[0])), arguments[1]
-    process = WarmProcess(listener, key)
+    process = WarmProcess(socket.socket(fileno=int(arguments[0])))
     for name in PRELOADED:
         importlib.import_module(name)
     request = process.serve()

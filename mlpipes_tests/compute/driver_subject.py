@@ -1,11 +1,13 @@
 """A driver to be forked in tests: it tells what it finds, and ends as it is asked to.
 
-Run as `<file> <end>`, where an end is `exit <code>`, `error`, or `wait`, for a SIGTERM, upon which it exits with 7.
+Run as `<file> <end>`, where an end is `exit <code>`, `error`, or `wait`, for a SIGTERM, upon which it exits with 7; it has
+started a process of its own then.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,7 +20,11 @@ def main(target: Path, end: str, code: str = "0") -> None:
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     descriptors = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    child = subprocess.Popen(["sleep", "1000"]) if end == "wait" else None
     told = {
+        "child": child.pid if child else None,
+        "umask": os.umask(0o077),
+        "blocked": sorted(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "pid": os.getpid(),
         "parent": os.getppid(),
         "arguments": sys.argv[1:],
@@ -41,6 +47,8 @@ def main(target: Path, end: str, code: str = "0") -> None:
             raise RuntimeError("an error of the driver's")
         case _:
             over.wait()
+            assert child is not None
+            child.kill()
             sys.exit(7)
 
 

@@ -1,7 +1,9 @@
 """Drivers forked from a warm process: like processes of their own, for themselves and for whoever looks at them."""
 
+import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mlpipes.compute import warm_process
+from mlpipes.compute import warm_driver, warm_process
 from mlpipes.compute.processes import kill, with_variable
 from mlpipes.compute.ray_node import MARK
 from mlpipes.compute.stacks import keep_stacks, processes_of
@@ -27,6 +29,13 @@ from mlpipes_tests.waiting import until
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")]
 
 
+_MASKED = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR1])
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Place:
     """Where the files of a private Ray would be, and drivers beside it."""
 
@@ -35,17 +44,25 @@ class Place:
 
     def start(self, name: str, *end: str, **environment: str) -> "subprocess.Popen[str]":
         """A driver under a name, which is its fingerprint, too."""
-        known = {FOLDER_VARIABLE: str(self.folder), MARK: self.mark, "MLPIPES_FINGERPRINT": name} | environment
-        command = ["mlpipes.compute.warm_driver", "mlpipes_tests.compute.driver_subject", str(self.files / name), *end]
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            self.command(name, *end),
             cwd=self.files,
-            env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | known,
+            env=self.environment(name) | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def command(self, name: str, *end: str) -> list[str]:
+        """A driver's command line."""
+        module = "mlpipes_tests.compute.driver_subject"
+        return [sys.executable, "-m", "mlpipes.compute.warm_driver", module, str(self.files / name), *end]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """A driver's environment."""
+        known = {FOLDER_VARIABLE: str(self.folder), MARK: self.mark, "MLPIPES_FINGERPRINT": name}
+        return os.environ | {"PYTHONPATH": str(CHECKOUT)} | known
 
     def told(self, name: str) -> dict[str, Any]:
         """What a driver has found; waits for it."""
@@ -102,7 +119,9 @@ def test_drivers_are_forked_and_look_like_processes_of_their_own(place: Place) -
     assert len({first["drawn"], second["drawn"], third["drawn"]}) == 3, "they draw random numbers of their own"
     assert third["sockets"] == [], "it has neither the warm process's sockets nor another driver's"
     # Whoever looks finds the driver by its fingerprint and by its name, as long as it lives, and it ends as it is asked to.
-    found = {process.pid: " ".join(process.cmdline()) for process in processes_of("two")}
+    found = {
+        process.pid: " ".join(process.cmdline()) for process in processes_of("two") if process.pid != second["child"]
+    }
     assert set(found) == {waiting.pid, second["pid"]}
     assert all("mlpipes_tests.compute.driver_subject" in words for words in found.values())
     waiting.terminate()
@@ -119,6 +138,7 @@ def test_a_driver_and_its_stand_in_end_together(place: Place) -> None:
     told = place.told("left")
     waiting.kill()
     until(lambda: not alive(told["pid"]), "the driver has ended with its stand-in", seconds=300)
+    until(lambda: not alive(told["child"]), "what it had started has ended, too", seconds=300)
 
     waiting = place.start("orphaned", "wait")
     told = place.told("orphaned")
@@ -142,8 +162,7 @@ def test_another_environment_or_another_package_gets_another_process(place: Plac
     assert waiting.poll() is None, "who trains is left alone"
     waiting.terminate()
     assert waiting.wait(300) == 7
-    until(lambda: not alive(old["parent"]), "the old process ends with its last driver", seconds=300)
-    assert alive(new["parent"])
+    assert alive(old["parent"]), "it is there for others with its environment"
 
 
 def test_what_was_installed_since_counts(tmp_path: Path) -> None:
@@ -155,6 +174,42 @@ def test_what_was_installed_since_counts(tmp_path: Path) -> None:
     assert Request([], {"A": "2", "MLPIPES_FINGERPRINT": "x"}, "/", [str(packages)]).key != before
     os.utime(packages, ns=(1, 1))
     assert request.key != before
+
+
+def test_one_that_does_not_answer_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request.of_this_process(["module"])
+    monkeypatch.setattr(warm_driver, "_PATIENCE_SECONDS", 0.2)
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder, socket.socket(socket.AF_UNIX) as frozen:
+        path = Path(folder, f"warm-{request.key}.socket")
+        frozen.bind(str(path))
+        frozen.listen()
+        with pytest.raises(TimeoutError):
+            warm_driver._forked(Path(folder), request)
+        assert not path.exists(), "the next one starts another"
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(TimeoutError):
+                warm_driver._forked(Path(folder), request)
+
+
+def test_two_answers_at_once_are_two() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b'{"pid": 5}\n{"code": 0}\n')
+        assert warm_driver._answer(here) == {"pid": 5}
+        assert warm_driver._answer(here) == {"code": 0}
+
+
+def test_a_driver_has_the_masks_of_its_command(place: Place) -> None:
+    command = shlex.join([sys.executable, "-c", _MASKED, *place.command("masked", "exit")])
+    done = subprocess.run(
+        ["bash", "-c", f"umask 027; exec {command} <&-"], env=place.environment("masked"), timeout=300
+    )
+    assert done.returncode == 0
+    told = place.told("masked")
+    assert told["warm"]
+    assert told["umask"] == 0o027
+    assert told["blocked"] == [int(signal.SIGUSR1)]
 
 
 def test_two_that_come_at_once_share_one_process(place: Place) -> None:
@@ -176,7 +231,7 @@ def test_without_a_warm_process_a_driver_runs_by_itself(place: Place, trouble: s
     assert code == 3
     assert not told["warm"]
     assert "to output by alone" in output
-    assert ("without a warm process" in output) == (trouble != "nowhere")
+    assert ("without a warm one" in output) == (trouble != "nowhere")
 
 
 def test_the_stacks_of_a_training_have_its_forked_driver(place: Place, tmp_path: Path) -> None:
@@ -193,7 +248,7 @@ def test_it_ends_when_nobody_has_asked_for_long(tmp_path: Path, monkeypatch: pyt
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0" + tmp_path.name + str(time.time_ns()))
         listener.listen()
-        assert WarmProcess(listener, "key").serve() is None
+        assert WarmProcess(listener).serve() is None
 
 
 def test_who_breaks_off_harms_nobody(place: Place) -> None:
@@ -201,7 +256,7 @@ def test_who_breaks_off_harms_nobody(place: Place) -> None:
     assert code == 0
     for said in (b"", b"\0\0", (1 << 40).to_bytes(8, "big"), (2).to_bytes(8, "big") + b"{}"):
         with socket.socket(socket.AF_UNIX) as broken:
-            broken.connect(str(place.folder / "warm.socket"))
+            broken.connect(str(next(place.folder.glob("warm-*.socket"))))
             broken.sendall(said)
     code, _, _, second = place.run("after", "exit")
     assert code == 0
