@@ -35,11 +35,11 @@ def main(arguments: Sequence[str]) -> int:
         pass
     os.close(descriptor)
     request = Request.of_this_process(arguments)
-    if folder := os.environ.get(FOLDER_VARIABLE):
+    if (folder := os.environ.get(FOLDER_VARIABLE)) and sys.platform == "linux":
         try:
-            os.close(os.pidfd_open(os.getpid()))  # Linux, and allowed
+            os.close(os.pidfd_open(os.getpid()))  # not every sandbox allows it
             connection, pid = _forked(Path(folder), request)
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             with suppress(OSError):
                 print(f"This process starts without a warm one: {error}", flush=True)
         else:
