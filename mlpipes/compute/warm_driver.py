@@ -27,6 +27,9 @@ FOLDER_VARIABLE = "MLPIPES_RAY_FOLDER"
 _PATIENCE_SECONDS = 30.0
 """What there is for a warm process to import and to answer: Ray ends a worker that has not come after 60 s."""
 _POLL_SECONDS = 0.05
+_ABOUT = (
+    "drivers and workers of a private Ray are forked from this process, and write their own command lines in this place"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,7 +112,7 @@ def _started(path: Path, request: Request) -> socket.socket | None:
         if (between := os.fork()) == 0:  # so that it is no child of a job's, with which Ray would end it
             try:
                 subprocess.Popen(
-                    [sys.executable, "-m", "mlpipes.compute.warm_process", str(listener.fileno())],
+                    [sys.executable, "-m", "mlpipes.compute.warm_process", str(listener.fileno()), str(path), _ABOUT],
                     env=environment_of_all(request.environment),
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -1,7 +1,7 @@
 """The warm process, from which drivers and workers are forked: it imports what they need of others, and nothing of ours.
 
-Run as `python -m mlpipes.compute.warm_process <socket>` by the first that asks for it beside a private Ray. It ends when it
-was idle for long, or with that Ray.
+Run as `python -m mlpipes.compute.warm_process <socket> …` by the first that asks for it beside a private Ray. It ends when
+it was idle for long, or with that Ray.
 """
 
 import ctypes
