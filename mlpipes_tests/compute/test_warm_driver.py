@@ -24,9 +24,9 @@ from mlpipes.compute.stacks import keep_stacks, processes_of
 from mlpipes.compute.warm_driver import FOLDER_VARIABLE
 from mlpipes.compute.warm_process import Request, WarmProcess
 from mlpipes_tests.sandbox import CHECKOUT
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 
 
 _MASKED = """
@@ -57,7 +57,7 @@ class Place:
     def command(self, name: str, *end: str) -> list[str]:
         """A driver's command line."""
         module = "mlpipes_tests.compute.driver_subject"
-        return [sys.executable, "-m", "mlpipes.compute.warm_driver", module, str(self.files / name), *end]
+        return [sys.executable, "-m", "mlpipes_tests.compute.patient_driver", module, str(self.files / name), *end]
 
     def environment(self, name: str) -> dict[str, str]:
         """A driver's environment."""
@@ -66,13 +66,13 @@ class Place:
 
     def told(self, name: str) -> dict[str, Any]:
         """What a driver has found; waits for it."""
-        until((self.files / name).is_file, f"{name} has told what it finds", seconds=300)
+        until((self.files / name).is_file, f"{name} has told what it finds")
         return json.loads((self.files / name).read_text())
 
     def run(self, name: str, *end: str, **environment: str) -> tuple[int, str, str, dict[str, Any]]:
         """A driver to its end: exit code, output, errors, and what it found."""
         process = self.start(name, *end, **environment)
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=LIMIT_SECONDS)
         return process.returncode, output, errors, self.told(name)
 
     def close(self) -> None:
@@ -125,26 +125,26 @@ def test_drivers_are_forked_and_look_like_processes_of_their_own(place: Place) -
     assert set(found) == {waiting.pid, second["pid"]}
     assert all("mlpipes_tests.compute.driver_subject" in words for words in found.values())
     waiting.terminate()
-    assert waiting.wait(300) == 7
+    assert waiting.wait(LIMIT_SECONDS) == 7
     assert processes_of("one") == processes_of("two") == []
 
 
 def test_a_driver_and_its_stand_in_end_together(place: Place) -> None:
     waiting = place.start("killed", "wait")
     os.kill(place.told("killed")["pid"], signal.SIGKILL)
-    assert waiting.wait(300) == -signal.SIGKILL
+    assert waiting.wait(LIMIT_SECONDS) == -signal.SIGKILL
 
     waiting = place.start("left", "wait")
     told = place.told("left")
     waiting.kill()
-    until(lambda: not alive(told["pid"]), "the driver has ended with its stand-in", seconds=300)
-    until(lambda: not alive(told["child"]), "what it had started has ended, too", seconds=300)
+    until(lambda: not alive(told["pid"]), "the driver has ended with its stand-in")
+    until(lambda: not alive(told["child"]), "what it had started has ended, too")
 
     waiting = place.start("orphaned", "wait")
     told = place.told("orphaned")
     os.kill(told["parent"], signal.SIGKILL)
-    assert waiting.wait(300) == 1
-    until(lambda: not alive(told["pid"]), "the driver has ended with the warm process", seconds=300)
+    assert waiting.wait(LIMIT_SECONDS) == 1
+    until(lambda: not alive(told["pid"]), "the driver has ended with the warm process")
     code, _, _, next_one = place.run("next", "exit")
     assert code == 0
     assert next_one["warm"]
@@ -161,7 +161,7 @@ def test_another_environment_or_another_package_gets_another_process(place: Plac
     assert new["parent"] != old["parent"]
     assert waiting.poll() is None, "who trains is left alone"
     waiting.terminate()
-    assert waiting.wait(300) == 7
+    assert waiting.wait(LIMIT_SECONDS) == 7
     assert alive(old["parent"]), "it is there for others with its environment"
 
 
@@ -203,7 +203,7 @@ def test_two_answers_at_once_are_two() -> None:
 def test_a_driver_has_the_masks_of_its_command(place: Place) -> None:
     command = shlex.join([sys.executable, "-c", _MASKED, *place.command("masked", "exit")])
     done = subprocess.run(
-        ["bash", "-c", f"umask 027; exec {command} <&-"], env=place.environment("masked"), timeout=300
+        ["bash", "-c", f"umask 027; exec {command} <&-"], env=place.environment("masked"), timeout=LIMIT_SECONDS
     )
     assert done.returncode == 0
     told = place.told("masked")
@@ -214,7 +214,7 @@ def test_a_driver_has_the_masks_of_its_command(place: Place) -> None:
 
 def test_two_that_come_at_once_share_one_process(place: Place) -> None:
     both = [place.start(name, "exit") for name in ("a", "b")]
-    assert [process.wait(300) for process in both] == [0, 0]
+    assert [process.wait(LIMIT_SECONDS) for process in both] == [0, 0]
     assert place.told("a")["parent"] == place.told("b")["parent"]
 
 
@@ -239,7 +239,7 @@ def test_the_stacks_of_a_training_have_its_forked_driver(place: Place, tmp_path:
     place.told("stacked")
     kept = keep_stacks("stacked", tmp_path / "stacks.txt").read_text()
     waiting.terminate()
-    assert waiting.wait(300) == 7
+    assert waiting.wait(LIMIT_SECONDS) == 7
     assert "driver_subject.py" in kept, kept
 
 

@@ -42,7 +42,8 @@ def test_a_killed_job_is_followed_by_one_that_ends_in_the_same_bits(ray_home: Pa
         first = jobs.attach_or_submit(job)
         barriers.wait_for(0.5, vain=lambda: "" if jobs.status(first).state in ALIVE else jobs.logs(first, job.folder))
         trains = [p for p in processes_of(job.recipe.fingerprint) if "mlpipes.training.driver" in _words(p)]
-        trains = [p for p in trains if "mlpipes.compute.warm_driver" not in _words(p)]  # which stands in for it
+        # Another stands in for it, unless a busy machine had it run there.
+        trains = [p for p in trains if "mlpipes.compute.warm_driver" not in _words(p)] or trains
         assert len(trains) == 1
         workers = [p for p in processes_of(job.recipe.fingerprint) if "RayTrainWorker" in " ".join(_words(p))]
         assert not workers, "the driver is the worker"
