@@ -45,12 +45,12 @@ def served_predictions(
     model.eval()
     found: list[dict[str, Tensor]] = []
     order: list[Tensor] = []
-    with one_thread():
+    with one_thread(), autocast(device, precision):  # around all of it, for leaving it forgets the rounded weights
         for length in np.unique(alike):
             for part in torch.from_numpy(np.flatnonzero(alike == length)).split(size):
-                batch = workload.served_batch(columns, _filled(part, size), hp)
-                with autocast(device, precision):
-                    outputs = workload.predict(model, batch, hp)
+                with torch.autocast(device.type, enabled=False):
+                    batch = workload.served_batch(columns, _filled(part, size), hp)
+                outputs = workload.predict(model, batch, hp)
                 seen = {name: value[: len(part)] if value.ndim else value for name, value in outputs.items()}
                 found.append(each_row("predict", seen, len(part)))
                 order.append(part)

@@ -26,7 +26,14 @@ class TextModel(PythonModel):
 
         folder = context.artifacts["model"]
         options = {"local_files_only": True, "trust_remote_code": False}
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **options).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **options).eval()
+        # As `attending` and `build` in mlpipes/workloads/encoder_models.py.
+        short = model.config.mlpipes["lengths"][-1] <= SHORT_TOKENS
+        if short and model._supports_sdpa and model._can_set_attn_implementation():
+            model.set_attn_implementation("eager")
+        if model.config.mlpipes["rounds_states"]:
+            model.base_model.embeddings.register_forward_hook(_rounded)
+        self.model = model
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
 
     @torch.no_grad()
@@ -109,6 +116,10 @@ class TextModel(PythonModel):
             return model(**inputs).logits
         finally:
             handle.remove()
+
+
+def _rounded(module, arguments, states):
+    return states.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else states
 
 
 def _has_native_bf16():

@@ -3,7 +3,6 @@
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlpipes.data.dataset import Columns, Source
 from mlpipes.data.docstrings import DocstringSource
@@ -28,7 +26,7 @@ from mlpipes.workloads import text_serving
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import PythonCode
-from mlpipes.workloads.encoder_models import Pooling, build, freeze, logits_of, pool
+from mlpipes.workloads.encoder_models import Pooling, attending, build, freeze, logits_of, pool, rounds_states
 from mlpipes.workloads.encoder_trial import Trial
 from mlpipes.workloads.encoders import Encoder, Pretrained, Tiny, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
@@ -39,7 +37,6 @@ from mlpipes.workloads.tensors import RaggedTensor, has_native_bf16, on_device
 
 SST2_VARIABLE = "MLPIPES_SST2"
 SST2_MODEL_VARIABLE = "MLPIPES_SST2_MODEL"
-SHORT_TOKENS = 128
 _SHOWN_CHARACTERS = 300
 _CPU = torch.device("cpu")
 
@@ -226,9 +223,7 @@ class TextWorkload(Workload):
             real, inputs = real.gather(1, turned), {name: rows.gather(1, turned) for name, rows in inputs.items()}
         # Without padding no mask is needed, and attention is faster.
         mask = None if bool(real.all()) else real.long()
-        # The fused kernel for CPUs is slow for short texts: 93 against 124 samples per CPU-second of 13 tokens each.
-        short = real.device.type == "cpu" and real.shape[1] <= SHORT_TOKENS
-        with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
+        with attending(model, real.device, real.shape[1], self.max_length):
             return logits_of(model, hp.pooling, mask, **inputs)
 
     # -- serving ------------------------------------------------------------------------------------------------------
@@ -251,6 +246,7 @@ class TextWorkload(Workload):
         answers = self.answers(served_predictions(self, model.cpu(), raw, hp, precision), info)
         size = served_rows(self, hp)
         how = {"pooling": hp.pooling, "rows": size, "lengths": text_serving.lengths(self.max_length)}
+        how["rounds_states"] = rounds_states(model)
         return text_serving.deployed(model, info, how, example, answers)
 
     @abstractmethod
