@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 
 from mlpipes.training.loop import Trainer
-from mlpipes.workloads.tensors import autocast
 
 
 def plain_steps(trainer: Trainer) -> Iterator[None]:
     """Training steps of one worker, endlessly: no shards, no position-dependent random numbers, no digests, no lease."""
     workload, hp, size = trainer.workload, trainer.hp, trainer.scale.batch_size
+    rounded = trainer.progress.precision == "bf16"
     clip, order, epoch = workload.gradient_clip(hp), trainer.order, 0
     while True:
         for number in range(order.steps_per_epoch):
@@ -18,7 +18,7 @@ def plain_steps(trainer: Trainer) -> Iterator[None]:
             batch = workload.batch(trainer.train_columns, rows, workload.stage(0.0, hp), augment=True)
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad()
-            with autocast(trainer.device, trainer.progress.precision):
+            with torch.autocast(trainer.device.type, torch.bfloat16, enabled=rounded):
                 loss = workload.loss(trainer.model, batch, hp) / size
             loss.backward()
             if clip is not None:
