@@ -30,7 +30,11 @@ _DROPOUTS = (
 SHORT_TOKENS = 128
 """Up to so many, attention on a CPU is faster where it is written out than in its fused kernel."""
 _NORMED = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
-"""Kinds whose every sum of states goes through a norm before it is added to again, so that rounding does not add up."""
+"""Kinds whose every sum of states goes through a norm before it is added to again, so that rounding does not add up.
+
+In bf16, on a CPU, the states between their layers are rounded, and what attention multiplies. Autocast would keep the states
+in float32, and round them anew for each layer that takes them, which is a tenth of a step of MiniLM.
+"""
 
 
 def build(
@@ -64,17 +68,10 @@ def build(
     settings = files / TOKENIZER / "tokenizer_config.json"
     side = json.loads(settings.read_text(encoding="utf-8")).get("padding_side") if settings.is_file() else None
     model.pads_left = side == "left"
-    if rounds_states(model):
+    model.rounds_states = config.model_type in _NORMED
+    if model.rounds_states:
         model.base_model.embeddings.register_forward_hook(_rounded)
     return model
-
-
-def rounds_states(model: Any) -> bool:
-    """Whether in bf16, on a CPU, not only what is multiplied is rounded but also the states between layers.
-
-    Autocast would keep those in float32, and round them anew for each layer that takes them: a tenth of a step of MiniLM.
-    """
-    return model.config.model_type in _NORMED and hasattr(model.base_model, "embeddings")
 
 
 def _rounded(_module: nn.Module, _arguments: Any, states: Tensor) -> Tensor:
@@ -87,13 +84,15 @@ def attending(model: Any, device: torch.device, length: int, longest: int) -> Ab
     """The context for a forward pass of texts of `length` tokens, where none of the workload's is longer than `longest`.
 
     Of sentences of 13 tokens, a step takes 1.2 times the CPU-seconds with torch's parts of the fused operation (MATH)
-    instead of transformers' own ("eager"), and more with the fused kernel for CPUs. One way for all texts of a workload:
-    the served code, which answers several at once, cannot change it from one to the next.
+    instead of transformers' own ("eager"), and more with the fused kernel for CPUs. In bf16, "eager" rounds scores and
+    probabilities, where MATH does not: so it is for kinds that round their states as well. One way for all texts of a
+    workload: the served code, which answers several at once, cannot change it from one to the next.
     """
     on_cpu = device.type == "cpu"
     wanted = "eager" if on_cpu and longest <= SHORT_TOKENS else "sdpa"
     # Some kinds have only one of both.
-    if model.config._attn_implementation != wanted and model._supports_sdpa and model._can_set_attn_implementation():
+    switches = getattr(model, "rounds_states", False) and model._supports_sdpa
+    if switches and model.config._attn_implementation != wanted and model._can_set_attn_implementation():
         model.set_attn_implementation(wanted)
     return sdpa_kernel(SDPBackend.MATH) if on_cpu and length <= SHORT_TOKENS else nullcontext()
 
@@ -136,7 +135,7 @@ def logits_of(model: Any, pooling: Pooling, mask: Tensor | None, **inputs: Tenso
 
     def averaged(module: nn.Module, arguments: Any, output: Any) -> Any:
         # Whichever token's state the head takes, it takes the mean of all.
-        hidden = output[0]
+        hidden = output[0].float()
         output["last_hidden_state"] = mean_of_tokens(model, hidden, mask).unsqueeze(1).expand_as(hidden)
         return output
 

@@ -28,9 +28,8 @@ class TextModel(PythonModel):
         options = {"local_files_only": True, "trust_remote_code": False}
         model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **options).eval()
         # As `attending` and `build` in mlpipes/workloads/encoder_models.py.
-        short = model.config.mlpipes["lengths"][-1] <= SHORT_TOKENS
-        if short and model._supports_sdpa and model._can_set_attn_implementation():
-            model.set_attn_implementation("eager")
+        if model.config._attn_implementation != model.config.mlpipes["attention"]:
+            model.set_attn_implementation(model.config.mlpipes["attention"])
         if model.config.mlpipes["rounds_states"]:
             model.base_model.embeddings.register_forward_hook(_rounded)
         self.model = model
@@ -93,7 +92,7 @@ class TextModel(PythonModel):
         return inputs
 
     def _logits(self, inputs):
-        # As `_logits` in mlpipes/workloads/text_classification.py.
+        # As `attending` in mlpipes/workloads/encoder_models.py.
         short = inputs["input_ids"].shape[1] <= SHORT_TOKENS
         with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
             return self._pooled(inputs).float()

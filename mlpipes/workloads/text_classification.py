@@ -26,7 +26,7 @@ from mlpipes.workloads import text_serving
 from mlpipes.workloads.base import Batch, DataInfo, Hyperparameters, Workload
 from mlpipes.workloads.classification import Classification
 from mlpipes.workloads.deployables import PythonCode
-from mlpipes.workloads.encoder_models import Pooling, attending, build, freeze, logits_of, pool, rounds_states
+from mlpipes.workloads.encoder_models import Pooling, attending, build, freeze, logits_of, pool
 from mlpipes.workloads.encoder_trial import Trial
 from mlpipes.workloads.encoders import Encoder, Pretrained, Tiny, tokenizer_of
 from mlpipes.workloads.optimization import adamw, trapezoid
@@ -49,7 +49,9 @@ class TextHyperparameters(Hyperparameters):
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     clip: float | None = Field(default=1.0, gt=0, description="greatest norm of the global batch's gradient")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="None: the encoder's own")
-    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="fused attention kernels need 0 on a CPU")
+    attention_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="fused attention kernels, for long texts, need 0 on a CPU"
+    )
     pooling: Pooling = Field(
         default="own", description="mean: the head sees the mean of all tokens, as encoders of sentences are pretrained"
     )
@@ -246,7 +248,8 @@ class TextWorkload(Workload):
         answers = self.answers(served_predictions(self, model.cpu(), raw, hp, precision), info)
         size = served_rows(self, hp)
         how = {"pooling": hp.pooling, "rows": size, "lengths": text_serving.lengths(self.max_length)}
-        how["rounds_states"] = rounds_states(model)
+        # Another `build_model` than ours says nothing of the kind, and computes as transformers has it.
+        how |= {"rounds_states": getattr(model, "rounds_states", False), "attention": model.config._attn_implementation}
         return text_serving.deployed(model, info, how, example, answers)
 
     @abstractmethod

@@ -11,11 +11,12 @@ def plain_steps(trainer: Trainer) -> Iterator[None]:
     """Training steps of one worker, endlessly: no shards, no position-dependent random numbers, no digests, no lease."""
     workload, hp, size = trainer.workload, trainer.hp, trainer.scale.batch_size
     rounded = trainer.progress.precision == "bf16"
+    stage = getattr(workload, "stage", lambda _, same: same)  # not every commit that is measured has stages
     clip, order, epoch = workload.gradient_clip(hp), trainer.order, 0
     while True:
         for number in range(order.steps_per_epoch):
             rows = order.batch(epoch, number)
-            batch = workload.batch(trainer.train_columns, rows, workload.stage(0.0, hp), augment=True)
+            batch = workload.batch(trainer.train_columns, rows, stage(0.0, hp), augment=True)
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad()
             with torch.autocast(trainer.device.type, torch.bfloat16, enabled=rounded):

@@ -17,6 +17,8 @@ from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.determinism import DataOrder
 from mlpipes.training.model import evaluate, export_best, load_model
 from mlpipes.workloads.base import DataInfo
+from mlpipes.workloads.encoder_models import attending
+from mlpipes.workloads.served import served_predictions
 from mlpipes.workloads.tensors import on_device
 from mlpipes.workloads.text_classification import TextClassification, TextRegression, TextWorkload
 from mlpipes_tests.texts import (
@@ -146,6 +148,42 @@ def test_padding_says_nothing_and_the_served_model_computes_the_same(tables: Pat
         again = served._logits({"input_ids": ids, "attention_mask": batch["attention_mask"].long()})
     assert torch.allclose(again[0], beside, atol=1e-4)
     assert (again[0] - again[1]).abs().max() > 1e-2
+
+
+def test_on_a_cpu_short_texts_are_computed_in_bf16_from_state_to_state(
+    tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlpipes.data.snapshot import open_snapshot
+
+    snapshot = open_snapshot(make_job(tables, "w1-b32-e1-g0", WORDS).snapshot)
+    info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
+    model: Any = words.build_model(HYPER(), info).eval()
+    cpu, ids = torch.device("cpu"), torch.arange(1, 9).view(2, 4)
+
+    def states() -> torch.Tensor:
+        with torch.no_grad():
+            return model.base_model(input_ids=ids).last_hidden_state
+
+    assert states().dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert states().dtype == torch.bfloat16
+    for longest, way in ((128, "eager"), (129, "sdpa"), (128, "eager")):
+        with attending(model, cpu, 4, longest):
+            assert model.config._attn_implementation == way
+    rounds: dict[str, set[bool]] = {"served_batch": set(), "predict": set()}
+
+    def noting(name: str, before: Any) -> Any:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            rounds[name].add(torch.is_autocast_enabled("cpu"))
+            return before(*arguments, **named)
+
+        return noted
+
+    for name in rounds:
+        monkeypatch.setattr(words, name, noting(name, getattr(words, name)))
+    columns = on_device({name: each[np.arange(9)] for name, each in snapshot.columns("test").items()}, cpu)
+    served_predictions(words, model, columns, HYPER(), "bf16")
+    assert rounds == {"served_batch": {False}, "predict": {True}}, "texts are not rounded, their model is"
 
 
 def judged(job: Any) -> Any:
