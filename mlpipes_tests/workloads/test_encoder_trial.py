@@ -226,11 +226,11 @@ def test_each_kind_trains_with_each_pooling_and_is_served_as_it_was_trained(
             assert torch.allclose(alone["logits"][0], logits[0], atol=1e-5), "padding makes none"
         raw = pd.DataFrame({n: list(columns[n].texts()) for n in ("text", "text_pair") if n in columns})
         names = [f"p({name})" for name in info.facts["class_names"]]
+        served: Any = TextModel()
         # In bf16, transformers 5.23 masks DeBERTa's scores with a number that bfloat16 does not have.
         for precision in ("fp32",) if kind == "deberta" else ("bf16", "fp32"):
             (served_folder := tmp_path / f"served-{pooling}-{precision}").mkdir()
             workload.deployable(model, hp, replace(info, precision=precision), columns).write(served_folder)
-            served: Any = TextModel()
             served.load_context(SimpleNamespace(artifacts={"model": str(served_folder)}))
             evaluated = workload.answers(served_predictions(workload, model, moved, hp, precision), info)
             for asked in (rows, np.arange(len(raw))):
