@@ -153,9 +153,11 @@ def test_the_model_evaluates_to_the_same_figures(store: Store) -> None:
         model = load_model(folder.model, snapshot)
         assert model.calibration is None, "it is evaluated as it is served"
         report, scores = evaluate(model, snapshot, "test")
-        np.testing.assert_allclose(scores, old.scores(), atol=1e-4)
+        # An encoder in bf16 has been rounded at other places since.
+        rounding = 1e-4 if model.meta["precision"] == "fp32" else 1e-2
+        np.testing.assert_allclose(scores, old.scores(), atol=rounding)
         for metric, estimate in report.estimates.items():
-            assert estimate.value == pytest.approx(old.estimate(metric).value, abs=1e-4)
+            assert estimate.value == pytest.approx(old.estimate(metric).value, abs=rounding / 10)
         assert old.is_good
 
 
