@@ -1,8 +1,9 @@
-"""Benchmark: what Dagster, Ray, MLflow and checkpoints take from a worker: its steps' CPU-seconds, and the engine's alone.
+"""Benchmark: what Dagster, Ray and MLflow take from a worker: its steps' CPU-seconds, and the engine's alone.
 
 Run as `python -m mlpipes_tests.benchmarks.tax [PAIRS]`. Paragraphs of documentation are classified on one worker, launched
-in a Dagster that `mlpipes dev` serves, with a checkpoint every few seconds, and then the same batches by the engine alone,
-in turns. Only the worker's own process counts, with all of its threads, and no evaluation.
+in a Dagster that `mlpipes dev` serves, and then the same batches by the engine alone, in turns. Checkpoints are rarer than
+the seconds that are clocked, so they are not in it (`checkpoints` measures those).
+Only the worker's own process counts, with all of its threads, and no evaluation.
 """
 
 import json
