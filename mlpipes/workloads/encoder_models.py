@@ -38,11 +38,18 @@ in float32, and round them anew for each layer that takes them, which is a tenth
 
 
 def build(
-    files: Path, outputs: int, names: Mapping[int, str] | None, dropout: float | None, attention_dropout: float
+    files: Path,
+    outputs: int,
+    names: Mapping[int, str] | None,
+    dropout: float | None,
+    attention_dropout: float,
+    layers: int | None = None,
 ) -> Any:
     """The encoder of a snapshot's files with a fresh head of so many outputs; pretrained weights where there are any.
 
-    Raises DataError if the weights are not those of the configuration.
+    With `layers`, of so many of its layers from below (Sajjad et al. 2023, On the effect of dropping layers of pre-trained
+    transformer models). Raises DataError if the weights are not those of the configuration, ConfigError if there are fewer
+    layers, or none can be left out.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
@@ -54,6 +61,8 @@ def build(
             for field in names_of_it if value is not None else ():
                 if hasattr(config, field):
                     setattr(config, field, value)
+        if layers is not None:
+            _keep(config, layers)
         kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
         # Not every kind has fused attention.
         options = {"attn_implementation": "sdpa" if kind._supports_sdpa else "eager", "trust_remote_code": False}
@@ -72,6 +81,25 @@ def build(
     if model.rounds_states:
         model.base_model.embeddings.register_forward_hook(_rounded)
     return model
+
+
+def _keep(config: Any, layers: int) -> None:
+    kind, count = config.model_type, config.num_hidden_layers
+    if layers > count:
+        raise ConfigError(f"keep_layers is {layers}, but the encoder has {_layers(count)}")
+    if layers == count:
+        return
+    try:
+        config.num_hidden_layers = layers
+    except NotImplementedError:
+        raise ConfigError(f"keep_layers is {layers}, but the layers of {kind} come in blocks; leave it out") from None
+    for each in ("layer_types", "attention_window"):  # ModernBERT's, Longformer's: one a layer
+        if isinstance(values := getattr(config, each, None), list) and len(values) == count:
+            setattr(config, each, values[:layers])
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count != 1 else ''}"
 
 
 def _rounded(_module: nn.Module, _arguments: Any, states: Tensor) -> Tensor:
@@ -169,7 +197,7 @@ def freeze(model: Any, embeddings: bool, layers: int) -> None:
     """
     base, count = model.base_model, model.config.num_hidden_layers
     if layers > count:
-        raise ConfigError(f"freeze_layers is {layers}, but the encoder has {count} layers")
+        raise ConfigError(f"freeze_layers is {layers}, but the encoder has {_layers(count)}")
     frozen: list[nn.Module] = []
     if embeddings:
         own = getattr(base, "embeddings", None)

@@ -62,6 +62,9 @@ class TextHyperparameters(Hyperparameters):
         ge=0,
         description="leave so many of the encoder's layers, from below, and the embeddings as pretrained",
     )
+    keep_layers: int | None = Field(
+        default=None, ge=1, description="so many of the encoder's layers, from below, and no more; None: all"
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -168,7 +171,7 @@ class TextWorkload(Workload):
         """The encoder with a head."""
         assert info.files is not None  # noqa: S101 - `prepare` has put the encoder there
         outputs, names = self._outputs(info)
-        model = build(info.files, outputs, names, hp.dropout, hp.attention_dropout)
+        model = build(info.files, outputs, names, hp.dropout, hp.attention_dropout, hp.keep_layers)
         pool(model, hp.pooling)
         if hp.freeze_embeddings or hp.freeze_layers:
             freeze(model, True, hp.freeze_layers)

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -117,6 +119,33 @@ def test_what_is_frozen_stays_as_it_was_and_the_rest_learns(tables: Path) -> Non
     assert not {name for name in before if "layer.1." in name or "classifier" in name} & same
     with pytest.raises(ConfigError, match="freeze_layers is 3, but the encoder has 2 layers"):
         deep.build_model(HYPER(freeze_layers=3), info)
+
+
+def test_what_is_left_out_is_neither_trained_nor_served(tables: Path, tmp_path: Path) -> None:
+    from mlpipes.data.snapshot import open_snapshot
+    from mlpipes.workloads.served_text_model import TextModel
+
+    job, hp = make_job(tables, "w1-b32-e1-g0", DEEP, keep_layers=1), HYPER(keep_layers=1)
+    run_here(job)
+    checkpoints, snapshot = Checkpoints(job.folder.checkpoints), open_snapshot(job.snapshot)
+    trained = checkpoints.load(checkpoints.steps()[-1]).model_state()
+    assert any("layer.0." in name for name in trained)
+    assert not any("layer.1." in name for name in trained)
+    info = DataInfo(snapshot.facts, snapshot.meta["statistics"], snapshot.files)
+    model: Any = deep.build_model(hp, info)
+    model.load_state_dict(trained)
+    columns, served = snapshot.columns("train"), cast(Any, TextModel())
+    (tmp_path / "served").mkdir()
+    deep.deployable(model.eval(), hp, info, columns).write(tmp_path / "served")
+    served.load_context(SimpleNamespace(artifacts={"model": str(tmp_path / "served")}))
+    assert len(served.model.base_model.encoder.layer) == 1
+    found = served.predict(None, pd.DataFrame({"text": list(columns["text"].texts())}))
+    evaluated = served_predictions(deep, model, on_device(columns, torch.device("cpu")), hp, info.precision)
+    assert found["label"].tolist() == deep.answers(evaluated, info)["label"]
+    with pytest.raises(ConfigError, match="keep_layers is 3, but the encoder has 2 layers"):
+        deep.build_model(HYPER(keep_layers=3), info)
+    with pytest.raises(ConfigError, match="freeze_layers is 2, but the encoder has 1 layer"):
+        deep.build_model(HYPER(keep_layers=1, freeze_layers=2), info)
 
 
 @pytest.mark.parametrize("pooling", ["own", "mean"])
