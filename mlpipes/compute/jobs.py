@@ -115,6 +115,12 @@ def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float
         time.sleep(0.1)
 
 
+def environment_of_jobs(home: Path, shares_machine: bool) -> dict[str, str]:
+    """The variables that each training's job of a home folder gets, less what tells it from others."""
+    environment = {"MLPIPES_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONUNBUFFERED": "1"}
+    return environment | ({"PYTHONPATH": python_path()} if shares_machine else {})
+
+
 def python_path() -> str:
     """`PYTHONPATH` for a job that shares this machine's files: this checkout, then what it is here.
 
@@ -179,14 +185,8 @@ class Jobs(ABC):
             # so specifications count as well as messages.
             earlier = [*folder.messages(0).parent.glob("a*.jsonl"), *jobs.glob("a*.json")]
             attempt = 1 + max([latest[0].attempt if latest else 0, *(int(path.stem[1:]) for path in earlier)])
-            environment = {
-                FINGERPRINT_VARIABLE: recipe.fingerprint if name == self.name_of(job) else name,
-                "MLPIPES_HOME": str(Path(job.store).parent),
-                "MLFLOW_DISABLE_TELEMETRY": "true",
-                "PYTHONUNBUFFERED": "1",
-            }
-            if self.shares_machine:
-                environment["PYTHONPATH"] = python_path()
+            environment = environment_of_jobs(Path(job.store).parent, self.shares_machine)
+            environment[FINGERPRINT_VARIABLE] = recipe.fingerprint if name == self.name_of(job) else name
             forget_handovers(folder)
             specification = job.model_copy(update={"attempt": attempt}).write()
             about = f"{recipe.workload} {recipe.scale.key} Dagster run {job.requested_by}"

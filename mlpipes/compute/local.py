@@ -17,6 +17,7 @@ from filelock import FileLock
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from mlpipes.compute.address import RayAddress
+from mlpipes.compute.jobs import environment_of_jobs
 from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_node import (
     LOOPBACK,
@@ -27,7 +28,7 @@ from mlpipes.compute.ray_node import (
     start_environment,
     temporary_files,
 )
-from mlpipes.compute.warm_driver import FOLDER_VARIABLE
+from mlpipes.compute.warm_driver import FOLDER_VARIABLE, start_ahead
 from mlpipes.errors import ConfigError, CorruptionError, PreflightError, UserError
 from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_atomic, write_record
@@ -195,6 +196,8 @@ class LocalRay:
             raise
         state["raylet"] = _raylet_of(process.pid)
         write_record(self._state, state)
+        # Not earlier: it would take from the head's start.
+        start_ahead(environment | environment_of_jobs(self.folder.parent, shares_machine=True))
         return state
 
     def _has_a_node(self, state: dict[str, Any]) -> bool:

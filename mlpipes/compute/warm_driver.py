@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,13 +27,26 @@ FOLDER_VARIABLE = "MLPIPES_RAY_FOLDER"
 _PATIENCE_SECONDS = 30.0
 """What there is for a warm process to import and to answer: Ray ends a worker that has not come after 60 s."""
 _POLL_SECONDS = 0.05
+_AHEAD = "--ahead"
 _ABOUT = (
     "drivers and workers of a private Ray are forked from this process, and write their own command lines in this place"
 )
 
 
+def start_ahead(environment: Mapping[str, str], threads: int = 1) -> None:
+    """Start the warm process of a private Ray, for drivers with this environment and so many threads.
+
+    It imports while the first job is made, and that need not wait for it. A driver with another environment starts its own.
+    """
+    told = dict(environment) | {"OMP_NUM_THREADS": str(threads)}
+    with suppress(OSError, subprocess.SubprocessError):  # then the first driver starts it
+        subprocess.run([sys.executable, "-m", __name__, _AHEAD], env=told, timeout=_PATIENCE_SECONDS, check=False)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Have a module run to its end in a fork of the warm process; returns its exit code."""
+    if list(arguments) == [_AHEAD]:
+        return _ahead()
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stream, whose number something else would get
         pass
     os.close(descriptor)
@@ -48,6 +61,15 @@ def main(arguments: Sequence[str]) -> int:
         else:
             return _follow(connection, pid)
     return run_here(request)
+
+
+def _ahead() -> int:
+    folder, request = Path(os.environ[FOLDER_VARIABLE]), Request.of_this_process([])
+    path, deadline = folder / f"warm-{request.key}", time.monotonic() + _PATIENCE_SECONDS
+    with _one_at_a_time(path.with_suffix(".lock"), deadline):
+        if (connection := _connected(place := path.with_suffix(".socket")) or _started(place, request)) is not None:
+            connection.close()
+    return 0
 
 
 def _forked(folder: Path, request: Request) -> tuple[socket.socket, int]:

@@ -162,6 +162,11 @@ def _seconds(text: str) -> None:
         raise ValueError("write whole seconds, such as 1")
 
 
+def _interval(text: str) -> None:
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text, re.ASCII) or float(text) == 0:
+        raise ValueError("write seconds, such as 0.5")
+
+
 def _retries(text: str) -> None:
     if not re.fullmatch(r"\d", text, re.ASCII):  # MLflow's client takes no more than 10
         raise ValueError("write a number of retries, such as 1")
@@ -252,6 +257,7 @@ TABLE: Mapping[str, Variable] = {
         Variable("RAY_AUTH_MODE", _K, _mode),
         Variable("RAY_AUTH_TOKEN", secret=True),
         Variable("RAY_AUTH_TOKEN_PATH", _K, _file),
+        Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _K, _interval),
         Variable("GLOO_SOCKET_IFNAME", _K, _interface),
         Variable("CUDA_VISIBLE_DEVICES", _K, _devices),
         Variable("CUBLAS_WORKSPACE_CONFIG", _K, _workspace),

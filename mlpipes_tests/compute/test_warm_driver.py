@@ -129,6 +129,13 @@ def test_drivers_are_forked_and_look_like_processes_of_their_own(place: Place) -
     assert processes_of("one") == processes_of("two") == []
 
 
+def test_one_that_was_started_ahead_is_the_one_that_is_asked(place: Place) -> None:
+    warm_driver.start_ahead(place.environment("ahead"))
+    ahead = [p.pid for p in with_variable(MARK, place.mark) if "mlpipes.compute.warm_process" in p.cmdline()]
+    code, _, _, told = place.run("one", "exit", OMP_NUM_THREADS="1")
+    assert (code, [told["parent"]]) == (0, ahead)
+
+
 def test_a_driver_and_its_stand_in_end_together(place: Place) -> None:
     waiting = place.start("killed", "wait")
     os.kill(place.told("killed")["pid"], signal.SIGKILL)

@@ -2,9 +2,11 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from mlpipes.compute.jobs import ALIVE, JobState
 from mlpipes.compute.local import LocalRay
@@ -60,3 +62,20 @@ def test_a_killed_job_is_followed_by_one_that_ends_in_the_same_bits(ray_home: Pa
     assert any(isinstance(message, Resumed) and message.step > 0 for message in messages), "it began anew"
     assert any(isinstance(message, EpochEnded) for message in messages)
     assert _digest(job.folder.result) == _digest(expected.folder.result)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+def test_the_first_job_of_a_ray_is_forked_from_what_was_started_with_it(tmp_path: Path) -> None:
+    ray = LocalRay(tmp_path / "ray")
+    try:
+        jobs = RayJobs(ray.ensure())
+        state = ray.status()
+        assert state is not None
+        begun = list(Path(state["temporary"]).glob("warm-*.log"))
+        assert len(begun) == 1
+        handle = jobs.attach_or_submit(job := make_job(tmp_path / "store", "w1-b128-e1-g0"))
+        until(lambda: jobs.status(handle).state not in ALIVE, "the job has ended")
+        assert jobs.status(handle).state == JobState.SUCCEEDED, jobs.logs(handle, job.folder)
+        assert list(Path(state["temporary"]).glob("warm-*.log")) == begun
+    finally:
+        ray.stop()

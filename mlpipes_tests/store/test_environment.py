@@ -98,6 +98,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "RAY_AUTH_MODE": ("yes", "tokens"),
     "RAY_AUTH_TOKEN": ("secret\n", " secret"),
     "RAY_AUTH_TOKEN_PATH": NO_FILE,
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": ("soon", "0", "0.0", "-1", "1e3", "1,5", "٣"),
     "GLOO_SOCKET_IFNAME": ("no-such-interface", "lo,nope"),
     "CUDA_VISIBLE_DEVICES": ("all", "0;1", "0,,1", "cuda:0"),
     "CUBLAS_WORKSPACE_CONFIG": ("4096", ":0:0", "off"),
