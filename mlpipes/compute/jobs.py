@@ -19,6 +19,7 @@ from mlpipes.compute import stacks
 from mlpipes.compute.stacks import FINGERPRINT_VARIABLE
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.claims import submission_lock
+from mlpipes.store.environment import value_of
 from mlpipes.store.identity import mark_of
 from mlpipes.store.layout import JobFolder, TrainingFolder
 from mlpipes.store.messages import Finished, Message, Started, Stopping, read_messages
@@ -45,6 +46,7 @@ class JobState(StrEnum):
     """Its driver lives, and the training reports nothing."""
 
 
+_POLL_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 ALIVE = (JobState.PENDING, JobState.RUNNING)
 
 
@@ -116,8 +118,14 @@ def ask_for_last_checkpoint(folder: TrainingFolder, attempt: int, seconds: float
 
 
 def environment_of_jobs(home: Path, shares_machine: bool) -> dict[str, str]:
-    """The variables that each training's job of a home folder gets, less what tells it from others."""
-    environment = {"MLPIPES_HOME": str(home), "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONUNBUFFERED": "1"}
+    """The variables that each job of a home folder gets, less what tells it from others."""
+    environment = {
+        "MLPIPES_HOME": str(home),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONUNBUFFERED": "1",
+        # Ray Train's own is 2 s, for one of which, in the mean, a training of several workers waited at its end.
+        _POLL_VARIABLE: value_of(_POLL_VARIABLE) or "0.5",
+    }
     return environment | ({"PYTHONPATH": python_path()} if shares_machine else {})
 
 

@@ -27,7 +27,7 @@ FOLDER_VARIABLE = "MLPIPES_RAY_FOLDER"
 _PATIENCE_SECONDS = 30.0
 """What there is for a warm process to import and to answer: Ray ends a worker that has not come after 60 s."""
 _POLL_SECONDS = 0.05
-_AHEAD = "--ahead"
+_AHEAD, _AHEAD_SECONDS = "--ahead", 5.0
 _ABOUT = (
     "drivers and workers of a private Ray are forked from this process, and write their own command lines in this place"
 )
@@ -36,11 +36,22 @@ _ABOUT = (
 def start_ahead(environment: Mapping[str, str], threads: int = 1) -> None:
     """Start the warm process of a private Ray, for drivers with this environment and so many threads.
 
-    It imports while the first job is made, and that need not wait for it. A driver with another environment starts its own.
+    It imports while the first job is made, and that need not wait for it. A driver with another environment or more threads
+    starts its own, as it does where this one does not come up.
     """
-    told = dict(environment) | {"OMP_NUM_THREADS": str(threads)}
-    with suppress(OSError, subprocess.SubprocessError):  # then the first driver starts it
-        subprocess.run([sys.executable, "-m", __name__, _AHEAD], env=told, timeout=_PATIENCE_SECONDS, check=False)
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            [sys.executable, "-m", __name__, _AHEAD],
+            env=dict(environment) | {"OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            timeout=_AHEAD_SECONDS,
+            check=False,
+        )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _ahead() -> int:
+    os.close(os.pidfd_open(os.getpid()))  # as in `main`: without it, nobody would ask
     folder, request = Path(os.environ[FOLDER_VARIABLE]), Request.of_this_process([])
     path, deadline = folder / f"warm-{request.key}", time.monotonic() + _PATIENCE_SECONDS
     with _one_at_a_time(path.with_suffix(".lock"), deadline):

@@ -30,7 +30,9 @@ PRELOADED = (
 """What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
 Nor Ray, which takes in at its import to which job a worker belongs."""
 _FINGERPRINT = "MLPIPES_FINGERPRINT"
-_OF_ONE_JOB = re.compile(rf"{_FINGERPRINT}|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
+_OF_ONE_JOB = re.compile(
+    rf"{_FINGERPRINT}|MLPIPES_HOME|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_"
+)
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
 _FINGERPRINT_BYTES = 128
 _REQUEST_SECONDS = 10.0

@@ -17,9 +17,6 @@ from mlpipes.store.messages import DriverStarted, Failed, MessageWriter, Notify,
 from mlpipes.store.training_job import TrainingJob, forget_handovers
 from mlpipes.tracking.runs import MetricFollower
 
-_POLL_SECONDS = 0.5
-"""Ray Train's own is 2 s, of which every training of several workers waited for one at its end."""
-
 
 def main(path: Path) -> int:
     """Drive one attempt to its end; returns the exit code."""
@@ -86,8 +83,6 @@ def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
     from mlpipes.training.ray_backend import GroupConfig, LeanTrainer
 
     scale = job.recipe.scale
-    # How often Train asks its workers how they are: it takes one that has ended, or was lost, for one that works until then.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_SECONDS))
     if scale.trains_in_driver:
         ray.init()  # with its own node this process ends, as a worker would
     # Ray's own bookkeeping is not needed for recovery (our checkpoints are the truth) and is not written atomically, so

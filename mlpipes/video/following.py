@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mlpipes.compute.jobs import ALIVE, JobHandle, Jobs, JobState, JobStatus, python_path
+from mlpipes.compute.jobs import ALIVE, JobHandle, Jobs, JobState, JobStatus, environment_of_jobs
 from mlpipes.errors import UpscalingFailedError
 from mlpipes.scales import workers_of
 from mlpipes.store.files import fsync, read_record, sha256_file, write_record
@@ -162,9 +162,7 @@ def attach_or_submit(jobs: Jobs, job: VideoJob) -> JobHandle:
         attempt = 1 + max([latest[0].attempt if latest else 0, *earlier])
         specification = folder.specification(attempt)
         job.model_copy(update={"attempt": attempt}).write_to(specification)
-        environment = {"MLPIPES_HOME": str(home()), "PYTHONUNBUFFERED": "1"}
-        if jobs.shares_machine:
-            environment["PYTHONPATH"] = python_path()
+        environment = environment_of_jobs(home(), jobs.shares_machine)
         return jobs.submit(name, specification, attempt, environment, f"video {Path(job.source.path).name}")
 
 

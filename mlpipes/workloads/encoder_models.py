@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlpipes.errors import ConfigError, DataError
-from mlpipes.workloads.encoders import ENCODER, TOKENIZER, quiet
+from mlpipes.workloads.encoders import ENCODER, TOKENIZER, in_a_line, quiet
 
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _DROPOUTS = (
@@ -27,6 +27,15 @@ _DROPOUTS = (
     *("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "summary_last_dropout", "pooler_dropout"),
 )
 """What kinds of encoders call them in their configurations."""
+_ONE_A_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "attn_layers",
+    "attention_window",
+    "no_rope_layers",
+)
+"""Lists with an entry a layer in configurations, such as ModernBERT's, Reformer's, Longformer's."""
 SHORT_TOKENS = 128
 """Up to so many, attention on a CPU is faster where it is written out than in its fused kernel."""
 _NORMED = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
@@ -62,7 +71,7 @@ def build(
                 if hasattr(config, field):
                     setattr(config, field, value)
         if layers is not None:
-            _keep(config, layers)
+            keep(config, layers)
         kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
         # Not every kind has fused attention.
         options = {"attn_implementation": "sdpa" if kind._supports_sdpa else "eager", "trust_remote_code": False}
@@ -83,19 +92,32 @@ def build(
     return model
 
 
-def _keep(config: Any, layers: int) -> None:
-    kind, count = config.model_type, config.num_hidden_layers
+def keep(config: Any, layers: int) -> None:
+    """Have a configuration be that of an encoder of the first `layers` of its layers.
+
+    Raises ConfigError if it has fewer, or is of a kind of which none can be left out.
+    """
+    kind, count = config.model_type, getattr(config, "num_hidden_layers", None)
+    if count is None or config.is_encoder_decoder or getattr(config, "num_hidden_groups", 1) > 1:
+        why = (
+            "has a decoder, too" if config.is_encoder_decoder else "does not count its layers, or shares them in groups"
+        )
+        raise ConfigError(f"keep_layers is {layers}, but an encoder of the kind {kind} {why}; leave it out")
     if layers > count:
         raise ConfigError(f"keep_layers is {layers}, but the encoder has {_layers(count)}")
     if layers == count:
         return
     try:
         config.num_hidden_layers = layers
-    except NotImplementedError:
-        raise ConfigError(f"keep_layers is {layers}, but the layers of {kind} come in blocks; leave it out") from None
-    for each in ("layer_types", "attention_window"):  # ModernBERT's, Longformer's: one a layer
-        if isinstance(values := getattr(config, each, None), list) and len(values) == count:
-            setattr(config, each, values[:layers])
+        for each in _ONE_A_LAYER:
+            if isinstance(values := getattr(config, each, None), list) and len(values) == count:
+                setattr(config, each, values[:layers])
+        type(config).from_dict(config.to_dict())  # what is served is read so
+    except Exception as error:
+        raise ConfigError(
+            f"keep_layers is {layers}, but no layer of an encoder of the kind {kind} can be left out "
+            f"({in_a_line(error)}); leave it out"
+        ) from error
 
 
 def _layers(count: int) -> str:
@@ -195,7 +217,7 @@ def freeze(model: Any, embeddings: bool, layers: int) -> None:
     Nothing is propagated back through what lies below the first layer that is trained. Raises ConfigError if the encoder
     has fewer layers.
     """
-    base, count = model.base_model, model.config.num_hidden_layers
+    base, count = model.base_model, getattr(model.config, "num_hidden_layers", 0)
     if layers > count:
         raise ConfigError(f"freeze_layers is {layers}, but the encoder has {_layers(count)}")
     frozen: list[nn.Module] = []
@@ -204,9 +226,14 @@ def freeze(model: Any, embeddings: bool, layers: int) -> None:
         frozen = [m for m in base.children() if isinstance(m, nn.Embedding)] if own is None else [own]
     if layers:
         # Its name differs from architecture to architecture, its length does not; some have blocks of layers.
-        lists = (m for m in base.modules() if isinstance(m, nn.ModuleList))
-        flat = ([one for m in some for one in (m if isinstance(m, nn.ModuleList) else [m])] for some in lists)
-        stack = next((found for found in flat if len(found) == count), None)
+        lists = ((name, m) for name, m in base.named_modules() if isinstance(m, nn.ModuleList))
+        flat = [
+            (name, [one for m in some for one in (m if isinstance(m, nn.ModuleList) else [m])]) for name, some in lists
+        ]
+        alike = {name: found for name, found in flat if len(found) == count}
+        # CANINE's encoders of characters may have as many.
+        stack = next((found for name, found in alike.items() if name.startswith("encoder.")), None)
+        stack = stack or next(iter(alike.values()), None)
         if stack is None:
             raise ConfigError(f"freeze_layers is {layers}, but the layers of {type(base).__name__} share their weights")
         frozen += stack[:layers]

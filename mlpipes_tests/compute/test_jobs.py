@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from mlpipes.compute import jobs
-from mlpipes.compute.jobs import Ended, JobHandle, Jobs, JobState, JobStatus, Requeued, ask_for_last_checkpoint
+from mlpipes.compute.jobs import (
+    Ended,
+    JobHandle,
+    Jobs,
+    JobState,
+    JobStatus,
+    Requeued,
+    ask_for_last_checkpoint,
+    environment_of_jobs,
+)
 from mlpipes.compute.kubernetes_manifest import store_label
 from mlpipes.scales import RayScaleConfig
 from mlpipes.store.layout import JobFolder
@@ -97,6 +106,14 @@ def test_what_is_on_the_python_path_here_is_there_for_a_job_on_this_machine(
     checkout, *others = place.environment["PYTHONPATH"].split(os.pathsep)
     assert checkout == str(CHECKOUT)
     assert others == [folder.format(tmp_path) for folder in expected]
+
+
+def test_workers_are_asked_twice_a_second_or_as_often_as_one_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    monkeypatch.setenv(name, "")
+    assert environment_of_jobs(Path("/home"), shares_machine=True)[name] == "0.5"
+    monkeypatch.setenv(name, "3")
+    assert environment_of_jobs(Path("/home"), shares_machine=True)[name] == "3"
 
 
 def test_a_job_elsewhere_has_its_own_python_path(job: TrainingJob) -> None:

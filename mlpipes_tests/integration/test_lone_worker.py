@@ -77,5 +77,6 @@ def test_the_first_job_of_a_ray_is_forked_from_what_was_started_with_it(tmp_path
         until(lambda: jobs.status(handle).state not in ALIVE, "the job has ended")
         assert jobs.status(handle).state == JobState.SUCCEEDED, jobs.logs(handle, job.folder)
         assert list(Path(state["temporary"]).glob("warm-*.log")) == begun
+        assert "starts without a warm one" not in jobs.logs(handle, job.folder)
     finally:
         ray.stop()
