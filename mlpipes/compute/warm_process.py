@@ -30,9 +30,7 @@ PRELOADED = (
 """What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
 Nor Ray, which takes in at its import to which job a worker belongs."""
 _FINGERPRINT = "MLPIPES_FINGERPRINT"
-_OF_ONE_JOB = re.compile(
-    rf"{_FINGERPRINT}|MLPIPES_HOME|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_"
-)
+_OF_ONE_JOB = re.compile(rf"{_FINGERPRINT}|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
 _FINGERPRINT_BYTES = 128
 _REQUEST_SECONDS = 10.0
@@ -67,7 +65,9 @@ class Request:
         # Whatever is installed or removed changes the folder.
         places = [__file__, *(place for place in self.path if place.endswith("-packages"))]
         seen = [(place, Path(place).stat().st_mtime_ns) for place in places if Path(place).exists()]
-        told = json.dumps([sorted(_of_all(self.environment).items()), sys.executable, seen])
+        # Nothing of others reads which home it is; a replay has one of its own.
+        variables = [pair for pair in sorted(_of_all(self.environment).items()) if pair[0] != "MLPIPES_HOME"]
+        told = json.dumps([variables, sys.executable, seen])
         return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 

@@ -166,6 +166,9 @@ def test_another_environment_or_another_package_gets_another_process(place: Plac
     assert new["warm"]
     assert new["environment"]["MLPIPES_TEST"] == "b"
     assert new["parent"] != old["parent"]
+    code, _, _, elsewhere = place.run("elsewhere", "exit", MLPIPES_TEST="b", MLPIPES_HOME="/elsewhere")
+    assert (code, elsewhere["environment"]["MLPIPES_HOME"]) == (0, "/elsewhere")
+    assert elsewhere["parent"] == new["parent"], "nothing of others reads which home it is"
     assert waiting.poll() is None, "who trains is left alone"
     waiting.terminate()
     assert waiting.wait(LIMIT_SECONDS) == 7
