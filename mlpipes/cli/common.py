@@ -1,6 +1,8 @@
 """What all commands share: the console, errors without a traceback, workloads and scales by name, tables that fit."""
 
+import atexit
 import errno
+import gc
 import signal
 import sys
 import traceback
@@ -59,6 +61,8 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         sys.excepthook = _without_secrets
+        # At its end Python would look for garbage among all that was imported, several times: two seconds with torch.
+        atexit.register(gc.freeze)
         try:
             for told in misspelt():
                 Console(stderr=True).print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)

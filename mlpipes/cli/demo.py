@@ -42,6 +42,7 @@ def run_demo(
     from mlpipes.compute.ray_jobs import RayJobs
     from mlpipes.definitions import build_defs
     from mlpipes.orchestration.launchpad import described, run_config
+    from mlpipes.orchestration.warm_runs import preload
     from mlpipes.tracking.runs import Tracker, answering_uri
 
     # One bar a scale is what people want to see.
@@ -65,8 +66,10 @@ def run_demo(
                 console.print(starting)
             with console.status(starting):
                 tracker = pool.submit(Tracker, uri)
-                if local:
-                    pool.submit(ray.ensure, passing=True).result()
+                ready = pool.submit(ray.ensure, passing=True) if local else None
+                preload()
+                if ready is not None:
+                    ready.result()
                 tracker.result()
             console.print(f"Ray and MLflow are ready after {time.monotonic() - started:.0f} s.")
             chain = definitions.resolve_job_def(f"{entry.name}_chain")
@@ -75,6 +78,8 @@ def run_demo(
                     _run_scale(
                         bars, store, entry.name, metric, key, lambda key=key: execute(chain, instance, key, config)
                     )
+            if local:
+                pool.submit(ray.release, RayJobs.submitted)  # reports need none; whatever it says, it says again below
             execute_report(definitions, instance)
     finally:
         if local:

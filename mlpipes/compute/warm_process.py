@@ -5,6 +5,7 @@ it was idle for long, or with that Ray.
 """
 
 import ctypes
+import gc
 import hashlib
 import importlib
 import json
@@ -26,6 +27,7 @@ IDLE_SECONDS = 300.0
 PRELOADED = (
     *("numpy", "torch", "torch._dynamo", "mlflow"),
     *("pyarrow.fs", "pandas", "fsspec", "jsonschema", "msgpack", "filelock"),  # what most of Ray's imports take
+    *("torch.export", "sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_agg"),  # for dry runs
 )
 """What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
 Nor Ray, which takes in at its import to which job a worker belongs."""
@@ -244,8 +246,12 @@ def run_here(request: Request) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Serve on a socket; returns the exit code, of a driver's module in a driver."""
     process = WarmProcess(socket.socket(fileno=int(arguments[0])))
+    gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
+    # Half a second for each fork: it would go through a million objects, and so get pages of its own for all of them.
+    gc.freeze()
+    gc.enable()
     request = process.serve()
     return 0 if request is None else run_here(request)
 

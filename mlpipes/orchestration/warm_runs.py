@@ -1,5 +1,7 @@
 """Runs that start warm: Dagster's code server forks them from a process that has imported what all of them need."""
 
+import gc
+import importlib
 import importlib.util
 import logging
 import multiprocessing
@@ -13,7 +15,7 @@ PRELOADED = (
     *("dagster._grpc.impl", "dagster._grpc.server"),
     *("mlflow", "mlflow.store.tracking.sqlalchemy_store"),
     *("torch", "torch._dynamo", "torch.export"),
-    *("sklearn.metrics", "matplotlib.figure"),
+    *("sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 """What a run imports of others. Not our own code, nor a user's: a reload of the code location would leave it as it was.
 Nor Ray, which reads its environment when it is imported."""
@@ -22,8 +24,18 @@ Nor Ray, which reads its environment when it is imported."""
 @cache
 def _forking() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name.partition(".")[0])])
+    context.set_forkserver_preload(_installed())
     return context
+
+
+def _installed() -> list[str]:
+    return [name for name in PRELOADED if importlib.util.find_spec(name.partition(".")[0])]
+
+
+def preload() -> None:
+    """Import in this process what a run in it imports of others, while it would only wait."""
+    for name in _installed():
+        importlib.import_module(name)
 
 
 def how_to_start() -> BaseContext:
@@ -45,6 +57,9 @@ def warm_runs() -> None:
 
     Dagster's server starts them by a context of multiprocessing, which it sets itself and which no option names.
     """
+    if multiprocessing.parent_process() is not None:
+        # In such a run. To look for garbage among what was imported takes a second, and copies memory that it shares.
+        gc.freeze()
     server = getattr(sys.modules.get("dagster._grpc.server"), "DagsterApiServer", None)
     if server is None or hasattr(server.StartRun, "__wrapped__"):
         return

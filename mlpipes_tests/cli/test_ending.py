@@ -1,8 +1,9 @@
-"""Commands that are told to end take down with them what they have started."""
+"""Commands end at once, and those that are told to end take down with them what they have started."""
 
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from mlpipes.compute.processes import with_variable
@@ -28,3 +29,16 @@ def test_a_demo_that_is_terminated_ends_the_ray_that_it_started(tmp_path: Path) 
         process.kill()
     assert "The same command goes on where it was." in log.read_text()
     until(lambda: not with_variable("MLPIPES_HOME", environment["MLPIPES_HOME"]), "nothing is left")
+
+
+def test_at_its_end_a_command_looks_for_no_garbage_among_what_it_has_imported() -> None:
+    told = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count() > 10_000))
+from mlpipes.cli.common import friendly
+friendly(lambda: print(gc.get_freeze_count()))()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True
+    )
+    assert done.stdout == "0\nTrue\n"

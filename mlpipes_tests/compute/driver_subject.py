@@ -4,6 +4,7 @@ Run as `<file> <end>`, where an end is `exit <code>`, `error`, or `wait`, for a 
 started a process of its own then.
 """
 
+import gc
 import json
 import os
 import signal
@@ -35,6 +36,8 @@ def main(target: Path, end: str, code: str = "0") -> None:
         "sockets": [path for path in descriptors if "socket:" in path],
         "drawn": np.random.random(),
         "warm": "torch" in sys.modules,
+        "collects": gc.isenabled(),
+        "never_collected": gc.get_freeze_count(),
     }
     target.with_suffix(".new").write_text(json.dumps(told))
     target.with_suffix(".new").rename(target)

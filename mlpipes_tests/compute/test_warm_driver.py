@@ -103,6 +103,8 @@ def test_drivers_are_forked_and_look_like_processes_of_their_own(place: Place) -
     code, output, errors, first = place.run("one", "exit", "3", MLPIPES_TEST="a")
     assert (code, output, errors) == (3, "to output by one\n", "to errors by one\n")
     assert first["warm"]
+    assert first["collects"]
+    assert first["never_collected"] > 100_000, "no garbage is looked for among what was imported before the fork"
     assert first["module"] == "__main__"
     assert first["arguments"] == [str(place.files / "one"), "exit", "3"]
     assert first["folder"] == str(place.files)

@@ -1,8 +1,11 @@
 """The warm process that runs are forked from: what may not happen before a fork, and where there cannot be one."""
 
+import gc
 import logging
+import multiprocessing
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -43,3 +46,22 @@ def test_where_there_can_be_no_warm_process_runs_start_by_themselves(
     with caplog.at_level(logging.WARNING):
         assert warm_runs.how_to_start().get_start_method() == "spawn"
     assert "start without a warm process: AF_UNIX path too long" in caplog.text
+
+
+def _tell_the_frozen(connection: Connection) -> None:
+    warm_runs.warm_runs()
+    connection.send(gc.get_freeze_count())
+
+
+def test_runs_look_for_no_garbage_among_what_was_imported_before_the_fork() -> None:
+    before = gc.get_freeze_count()
+    warm_runs.warm_runs()
+    assert gc.get_freeze_count() == before, "this process is no run"
+    here, there = multiprocessing.Pipe()
+    process = warm_runs.how_to_start().Process(target=_tell_the_frozen, args=(there,))
+    process.start()
+    try:
+        assert here.poll(LIMIT_SECONDS)
+        assert here.recv() > 100_000
+    finally:
+        process.join(LIMIT_SECONDS)
