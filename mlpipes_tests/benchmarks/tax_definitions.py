@@ -25,7 +25,7 @@ _BEGIN = 80
 
 
 class Clocked(text_classification.TextClassification):
-    """Notes how long the process, and its thread that trains, have computed up to the end of an epoch, before its evaluation."""
+    """Notes how long the process, and its thread that trains, have computed when an epoch ends, before its evaluation."""
 
     count, spent, trained, clocked = 0, 0.0, 0.0, 0
     last = last_trained = 0.0
