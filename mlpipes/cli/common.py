@@ -3,11 +3,12 @@
 import atexit
 import errno
 import gc
+import io
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE.yaml", help="file with the launchpad's settings of `checkpoints`"),
 ]
+_BUFFERED = frozenset({io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom, io.BufferedRWPair})
 _UNBOUNDED = 10_000
 """Columns of a terminal that cuts nothing."""
 
@@ -61,8 +63,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         sys.excepthook = _without_secrets
-        # At its end Python would look for garbage among all that was imported, several times: two seconds with torch.
-        atexit.register(gc.freeze)
+        atexit.register(_end_soon)
         try:
             for told in misspelt():
                 Console(stderr=True).print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -79,6 +80,17 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             raise _shown(error, f"{error.strerror}{f': {error.filename}' if error.filename else ''}") from None
 
     return wrapped
+
+
+def _end_soon() -> None:
+    """Keep Python from looking for garbage at its end, several times, among all that was imported: two seconds with torch.
+
+    It would close files by that which only garbage holds, or a module that is gone; what is in them is written here.
+    """
+    for file in [each for each in gc.get_objects() if type(each) in _BUFFERED]:
+        with suppress(OSError, ValueError):  # closed, or not open for writing
+            file.flush()
+    gc.freeze()
 
 
 def _shown(error: Exception, text: str) -> typer.Exit:

@@ -1,6 +1,5 @@
 """The part of the command line about this machine: demo, dev, fetch, ray, doctor."""
 
-import gc
 from typing import Annotated
 
 import typer
@@ -37,8 +36,6 @@ def demo(
     for key in scales:
         entry.scale(key)
     settings = settings_of(entry, config, changes or (), seed=seed, fresh=fresh)
-    # What is imported stays; to look for garbage among it whenever there was a quarter more took two seconds.
-    gc.set_threshold(*gc.get_threshold()[:2], 1000)
     try:
         with ended_alike():
             run_demo(console, entry, scales, default_store(), settings)

@@ -41,7 +41,7 @@ _PASSING: set[Path] = set()
 """Folders of the clusters that this process wants for itself alone."""
 _GIVEN_UP: set[Path] = set()
 """Folders of the clusters that this process has released: what still runs in one of its threads is not to start another."""
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME, _RELEASING = threading.Lock(), threading.Lock()
 
 
 class LocalRay:
@@ -91,6 +91,10 @@ class LocalRay:
 
         Returns whether it was ended.
         """
+        with _RELEASING:  # of two threads, the second finds what the first has left
+            return self._release(mine)
+
+    def _release(self, mine: Collection[str]) -> bool:
         descriptor = self._use()
         _GIVEN_UP.add(self.folder)  # where a folder can be made: what never was is not given up
         try:

@@ -27,10 +27,11 @@ IDLE_SECONDS = 300.0
 PRELOADED = (
     *("numpy", "torch", "torch._dynamo", "mlflow"),
     *("pyarrow.fs", "pandas", "fsspec", "jsonschema", "msgpack", "filelock"),  # what most of Ray's imports take
-    *("torch.export", "sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_agg"),  # for dry runs
+    *("torch.export", "sklearn.metrics"),  # for dry runs
 )
 """What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
-Nor Ray, which takes in at its import to which job a worker belongs."""
+Nor Ray, which takes in at its import to which job a worker belongs, nor matplotlib, which makes a folder at its import where
+it has no place for its cache: each fork would remove it at its end."""
 _FINGERPRINT = "MLPIPES_FINGERPRINT"
 _OF_ONE_JOB = re.compile(rf"{_FINGERPRINT}|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
@@ -248,8 +249,11 @@ def main(arguments: Sequence[str]) -> int:
     process = WarmProcess(socket.socket(fileno=int(arguments[0])))
     gc.disable()
     for name in PRELOADED:
-        importlib.import_module(name)
-    # Half a second for each fork: it would go through a million objects, and so get pages of its own for all of them.
+        try:
+            importlib.import_module(name)
+        except Exception:  # who needs it says so better
+            traceback.print_exc()
+    # Half a second for each fork: it would go through 900,000 objects, and so get pages of its own for all of them.
     gc.freeze()
     gc.enable()
     request = process.serve()

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import multiprocessing
 import sys
+from contextlib import suppress
 from functools import cache, wraps
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
@@ -35,7 +36,8 @@ def _installed() -> list[str]:
 def preload() -> None:
     """Import in this process what a run in it imports of others, while it would only wait."""
     for name in _installed():
-        importlib.import_module(name)
+        with suppress(Exception):  # the run that needs it says what is wrong
+            importlib.import_module(name)
 
 
 def how_to_start() -> BaseContext:

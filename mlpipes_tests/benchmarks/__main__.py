@@ -41,7 +41,7 @@ PARTS = {
     "vision": Part("vision", (), 4),
     "text": Part("text", (), 8),
     "sst2": Part("text_accuracy", ("0,1,2,3,4",), 5),
-    "tax": Part("tax", (), 10),
+    "tax": Part("tax", (), 14),
     "peers": Part("peers", (), 6),
     "serving": Part("serving", ("4",), 2),
     "backfill": Part("backfill", ("10", "50"), 9),

@@ -6,6 +6,7 @@ the same batches by the engine alone, without any, in turns. Only the worker's o
 and no evaluation.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -36,6 +37,7 @@ def alone(store: Path, checkpoints: Path) -> int:
     if tax_definitions.FOLDER not in os.environ:
         print(trainer.order.steps_per_epoch)
         return 0
+    gc.freeze()  # as in the forks of the warm process
     for _ in range(tax_definitions.EPOCHS * trainer.order.steps_per_epoch):
         trainer._step()
     return 0

@@ -31,14 +31,27 @@ def test_a_demo_that_is_terminated_ends_the_ray_that_it_started(tmp_path: Path) 
     until(lambda: not with_variable("MLPIPES_HOME", environment["MLPIPES_HOME"]), "nothing is left")
 
 
-def test_at_its_end_a_command_looks_for_no_garbage_among_what_it_has_imported() -> None:
+def test_at_its_end_a_command_looks_for_no_garbage_and_loses_nothing_that_was_written(tmp_path: Path) -> None:
+    module = "file = open('module.txt', 'w')\nfile.write('kept')\ndef function() -> None: ...\n"
+    (tmp_path / "user.py").write_text(module)
     told = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count() > 10_000))
 from mlpipes.cli.common import friendly
-friendly(lambda: print(gc.get_freeze_count()))()
+
+def command():
+    import user
+    garbage = [open("garbage.bin", "wb")]
+    garbage[0].write(b"kept")
+    garbage.append(garbage)
+    print(gc.get_freeze_count())
+
+friendly(command)()
 """
+    path = {"PYTHONPATH": f"{CHECKOUT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", told]
     done = subprocess.run(
-        [sys.executable, "-c", told], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True
+        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True, cwd=tmp_path, env=os.environ | path
     )
     assert done.stdout == "0\nTrue\n"
+    assert (tmp_path / "module.txt").read_text() == (tmp_path / "garbage.bin").read_text() == "kept"

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.ray_node import short_folder, temporary_files
 from mlpipes.errors import ConfigError, PreflightError, UserError
-from mlpipes_tests.waiting import until
+from mlpipes_tests.waiting import LIMIT_SECONDS, until
 
 
 class Cluster:
@@ -168,6 +169,28 @@ def test_a_passing_ray_is_ended_by_the_last_that_uses_it(tmp_path: Path) -> None
     ray.running = {"mine"}
     assert ray.release({"mine"})
     assert ray.status() is None
+    assert ray.folder not in local._USED
+
+
+def test_two_threads_that_release_it_end_it_once(tmp_path: Path) -> None:
+    ray = Pretended(tmp_path)
+    ray.ensure(passing=True)
+    ending, may_end, stop = threading.Event(), threading.Event(), ray.stop
+
+    def slow_stop() -> bool:
+        ending.set()
+        assert may_end.wait(LIMIT_SECONDS)
+        return stop()
+
+    ray.stop = slow_stop
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ray.release)
+        assert ending.wait(LIMIT_SECONDS)
+        second = pool.submit(ray.release)
+        with pytest.raises(TimeoutError):
+            second.result(0.2)
+        may_end.set()
+        assert (first.result(LIMIT_SECONDS), second.result(LIMIT_SECONDS)) == (True, False)
     assert ray.folder not in local._USED
 
 

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from mlpipes.compute import warm_process
 from mlpipes.orchestration import warm_runs
 from mlpipes_tests.waiting import LIMIT_SECONDS
 
@@ -21,17 +22,18 @@ torch._C._cuda_getDeviceCount = lambda: asked.append(1) or count()
 torch.cuda.is_available()
 assert asked, "this is how torch looks for GPUs"
 asked.clear()
-from mlpipes.orchestration.warm_runs import PRELOADED
-for name in PRELOADED:
+import importlib, sys
+for name in importlib.import_module(sys.argv[1]).PRELOADED:
     __import__(name)
 print("asked", len(asked), "initialized", torch.cuda.is_initialized())
 """
 
 
-def test_nothing_that_is_imported_before_the_fork_looks_for_a_gpu() -> None:
+@pytest.mark.parametrize("module", [warm_runs.__name__, warm_process.__name__])
+def test_nothing_that_is_imported_before_the_fork_looks_for_a_gpu(module: str) -> None:
     """After that, CUDA refuses to work in a forked process."""
     done = subprocess.run(
-        [sys.executable, "-c", _ASKED], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True
+        [sys.executable, "-c", _ASKED, module], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True
     )
     assert done.stdout == "asked 0 initialized False\n"
 
@@ -65,3 +67,10 @@ def test_runs_look_for_no_garbage_among_what_was_imported_before_the_fork() -> N
         assert here.recv() > 100_000
     finally:
         process.join(LIMIT_SECONDS)
+
+
+def test_what_cannot_be_imported_ahead_is_left_to_the_run_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_runs, "PRELOADED", ("json.no_such_module", "this"))
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    warm_runs.preload()
+    assert "this" in sys.modules
