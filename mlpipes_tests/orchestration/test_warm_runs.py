@@ -60,7 +60,9 @@ def test_runs_look_for_no_garbage_among_what_was_imported_before_the_fork() -> N
     warm_runs.warm_runs()
     assert gc.get_freeze_count() == before, "this process is no run"
     here, there = multiprocessing.Pipe()
-    process = warm_runs.how_to_start().Process(target=_tell_the_frozen, args=(there,))
+    context = multiprocessing.get_context("forkserver")
+    assert warm_runs.how_to_start() is context
+    process = context.Process(target=_tell_the_frozen, args=(there,))
     process.start()
     try:
         assert here.poll(LIMIT_SECONDS)
