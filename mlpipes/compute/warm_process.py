@@ -27,11 +27,10 @@ IDLE_SECONDS = 300.0
 PRELOADED = (
     *("numpy", "torch", "torch._dynamo", "mlflow"),
     *("pyarrow.fs", "pandas", "fsspec", "jsonschema", "msgpack", "filelock"),  # what most of Ray's imports take
-    *("torch.export", "sklearn.metrics"),  # for dry runs
 )
-"""What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew.
-Nor Ray, which takes in at its import to which job a worker belongs, nor matplotlib, which makes a folder at its import where
-it has no place for its cache: each fork would remove it at its end."""
+"""What drivers and workers import of others. Not our own code, nor a user's: each process reads that anew. Nor Ray, which
+takes in at its import to which job a worker belongs. Nor what only a dry run takes: the first job of a Ray waits for all of
+this, and matplotlib makes a folder at its import where it has no place for its cache, which each fork would remove."""
 _FINGERPRINT = "MLPIPES_FINGERPRINT"
 _OF_ONE_JOB = re.compile(rf"{_FINGERPRINT}|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
