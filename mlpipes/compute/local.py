@@ -188,6 +188,7 @@ class LocalRay:
         write_record(self._state, state)
         deadline = time.monotonic() + _START_SECONDS
         try:
+            start_ahead(environment | environment_of_jobs(self.folder.parent, shares_machine=True))
             # The API answers a little before the node has registered; a preflight in between would see no CPU.
             while not (self._answers(state) and self._has_a_node(state)):
                 self._check_wanted()
@@ -200,8 +201,6 @@ class LocalRay:
             raise
         state["raylet"] = _raylet_of(process.pid)
         write_record(self._state, state)
-        # Not earlier: it would take from the head's start.
-        start_ahead(environment | environment_of_jobs(self.folder.parent, shares_machine=True))
         return state
 
     def _has_a_node(self, state: dict[str, Any]) -> bool:
@@ -246,7 +245,8 @@ class LocalRay:
     # -- end ----------------------------------------------------------------------------------------------------------
     def _end(self, state: dict[str, Any]) -> None:
         """End every process of a head."""
-        end_marked(state["mark"], session=state["pid"])
+        # What a dead one leaves behind has nothing to put in order, and a training waits for the next one.
+        end_marked(state["mark"], session=state["pid"], gently=_is_alive(state))
         shutil.rmtree(state["temporary"], ignore_errors=True)
         self._state.unlink(missing_ok=True)
 

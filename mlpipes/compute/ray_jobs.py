@@ -126,7 +126,7 @@ class RayJobs(Jobs):
             raise ConnectionError(f"the Ray at {self.address.dashboard} has died")
         try:
             return Retrying(
-                retry=retry_if_exception(_is_passing),
+                retry=retry_if_exception(lambda error: _is_passing(error) and self.address.lives()),
                 stop=stop_after_delay(self.patience_seconds),
                 wait=wait_exponential(multiplier=0.2, max=3),
                 reraise=True,

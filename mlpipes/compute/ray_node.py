@@ -47,7 +47,7 @@ def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
     names += ["ray-client-server-port"] * head
     ports = zip(names, free_ports(len(names)), strict=True)
     return [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", "--disable-usage-stats"),
+        *(sys.executable, "-m", "mlpipes.compute.ray_start", "start", *role, "--block", "--disable-usage-stats"),
         *(f"--{name}={port}" for name, port in ports),
         *("--min-worker-port=0", "--max-worker-port=0"),
         *(f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
@@ -73,17 +73,18 @@ def binding(ip: str) -> dict[str, str]:
     return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if ip == LOOPBACK else {}
 
 
-def end_marked(mark: str, session: int | None = None) -> None:
-    """End every process of this machine that carries a node's mark: first gently, then for good.
+def end_marked(mark: str, session: int | None = None, *, gently: bool = True) -> None:
+    """End every process of this machine that carries a node's mark: first `gently`, then for good.
 
     More than once for good: what is just being started by what is just dying is seen at the next look only. Ray's agents
     overwrite their environment with their title, and their mark with it, and may outlive their raylet for half an hour; they
     are found as its children or, when it is dead, by the `session` that the node's processes have for themselves.
     """
-    for process in (processes := _marked(mark, session)):
-        with suppress(psutil.Error):
-            process.terminate()
-    psutil.wait_procs(processes, timeout=_END_SECONDS)
+    if gently:
+        for process in (processes := _marked(mark, session)):
+            with suppress(psutil.Error):
+                process.terminate()
+        psutil.wait_procs(processes, timeout=_END_SECONDS)
     for _ in range(_LOOKS):
         if not (processes := _marked(mark, session)):
             return

@@ -1,4 +1,4 @@
-"""The warm process, from which drivers and workers are forked: it imports what they need of others, and nothing of ours.
+"""The warm process, from which drivers and workers are forked: it has imported what they need of others.
 
 Run as `python -m mlpipes.compute.warm_process <socket> …` by the first that asks for it beside a private Ray. It ends when
 it was idle for long, or with that Ray.
@@ -16,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,7 +36,7 @@ _FINGERPRINT = "MLPIPES_FINGERPRINT"
 _OF_ONE_JOB = re.compile(rf"{_FINGERPRINT}|CUDA_VISIBLE_DEVICES|RAY_\w+|SPT_NOENV|PYTHONBREAKPOINT|(OLD)?PWD|SHLVL|_")
 """Variables that nothing reads when it is imported. Any other may have been read, and is the same in all drivers."""
 _FINGERPRINT_BYTES = 128
-_REQUEST_SECONDS = 10.0
+_REQUEST_SECONDS, _LOOK_SECONDS = 10.0, 5.0
 _SET_DEATH_SIGNAL = 1
 """`PR_SET_PDEATHSIG` of prctl(2): a process gets a signal when the one that forked it ends."""
 
@@ -92,6 +93,8 @@ class WarmProcess:
         self._listener, self._selector = listener, selectors.DefaultSelector()
         self._drivers: dict[int, tuple[socket.socket, int]] = {}
         """By process number: whose stand-in is at the other end, and the descriptor that tells of the driver's end."""
+        self._ahead, self._tried = list[str](), set[str]()
+        """Modules that drivers were seen to import, and that are to be imported here, and those that were."""
         self._pid, self._libc = os.getpid(), ctypes.CDLL(None)
         self._libc.getenv.restype = ctypes.c_void_p
         self._fingerprint: int | None = self._libc.getenv(_FINGERPRINT.encode())
@@ -99,13 +102,33 @@ class WarmProcess:
     def serve(self) -> Request | None:
         """Fork until nobody has asked for long; returns, in a driver, what it is to do."""
         self._selector.register(self._listener, selectors.EVENT_READ)
-        while events := self._selector.select(None if self._drivers else IDLE_SECONDS):
+        wait, asked = 0.0, time.monotonic()
+        while self._drivers or time.monotonic() - asked < IDLE_SECONDS:
+            if not (events := self._selector.select(wait)):
+                wait = 0.0 if self._import_one() else min(_LOOK_SECONDS, IDLE_SECONDS)
+                continue
+            asked = time.monotonic()
             for key, _ in events:
                 if key.data is not None:
                     self._look_at(key.data, key.fd)
                 elif (request := self._take()) is not None:
                     return request
         return None
+
+    def _import_one(self) -> bool:
+        """Import one more of what drivers were seen to import, while nobody asks; returns whether there was any."""
+        from mlpipes.compute.imported import noted  # not in a stand-in, which imports this module, and has no time
+
+        self._ahead = self._ahead or [name for name in noted() if name not in self._tried]
+        if not self._ahead:
+            return False
+        self._tried.add(name := self._ahead.pop(0))
+        try:
+            importlib.import_module(name)
+        except Exception:  # another version may have no such module
+            traceback.print_exc()
+        gc.freeze()
+        return True
 
     def _take(self) -> Request | None:
         """Answer one who asks; returns, in the driver that was forked for him, what it is to do."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mlpipes.compute.imported import note
 from mlpipes.data.snapshot import open_snapshot
 from mlpipes.errors import UserError
 from mlpipes.store.files import digest_of
@@ -149,6 +150,8 @@ def train(job: TrainingJob, workers: Workers, device: torch.device, lease: Lease
         if workers.rank == 0 and not checkpoints.steps():
             DryRun(trainer, info, columns).run_once(Store(Path(job.store)).dry_run(_tried(recipe, device)))
     trainer.resume()
+    if workers.rank == 0:
+        note()
     result = trainer.run()
     if workers.rank == 0:
         where = {"fingerprint": recipe.fingerprint, "attempt": job.attempt, "environment": environment(device)}

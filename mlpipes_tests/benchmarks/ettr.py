@@ -4,7 +4,7 @@ The effective training time ratio (ETTR) is useful step time ÷ wall time (Kokol
 counts once, however often it was computed, and starting, evaluating and waiting for a checkpoint are not useful. Run as
 `python -m mlpipes_tests.benchmarks.ettr [SECONDSxFAULTS …]`, such as `60x20 300x6`: a training of two workers under
 `mlpipes dev`, of which something is killed (-9) every so many seconds, chosen at random; then the training is cancelled. Its
-evaluations are short (`ettr_definitions`).
+evaluations are short (`ettr_workload`).
 """
 
 import random

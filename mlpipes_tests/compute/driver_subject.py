@@ -36,6 +36,7 @@ def main(target: Path, end: str, code: str = "0") -> None:
         "sockets": [path for path in descriptors if "socket:" in path],
         "drawn": np.random.random(),
         "warm": "torch" in sys.modules,
+        "imported": sorted(sys.modules),
         "collects": gc.isenabled(),
         "never_collected": gc.get_freeze_count(),
     }

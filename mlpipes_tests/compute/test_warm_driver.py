@@ -138,6 +138,22 @@ def test_one_that_was_started_ahead_is_the_one_that_is_asked(place: Place) -> No
     assert (code, [told["parent"]]) == (0, ahead)
 
 
+def test_what_trainings_have_imported_is_imported_ahead(place: Place) -> None:
+    noted = place.files / "home" / "ray" / "imported.json"
+    noted.parent.mkdir(parents=True)
+    # Nothing but the slow packages, whatever stands there, and what another version has not is passed over.
+    noted.write_text(json.dumps(["transformers.activations", "transformers.gone", "wave", 3]))
+    home = {"MLPIPES_HOME": str(noted.parents[1])}
+    code, _, _, first = place.run("before", "exit", **home)
+    log = next(place.folder.glob("warm-*.log"))
+    until(lambda: "transformers.gone" in log.read_text(), "it has tried all modules")
+    code, _, _, second = place.run("after", "exit", **home)
+    assert (code, second["parent"]) == (0, first["parent"])
+    assert "transformers.activations" in second["imported"]
+    assert "wave" not in second["imported"]
+    assert not any(name.startswith("mlpipes.store") for name in second["imported"]), "each fork reads our code anew"
+
+
 def test_a_driver_and_its_stand_in_end_together(place: Place) -> None:
     waiting = place.start("killed", "wait")
     os.kill(place.told("killed")["pid"], signal.SIGKILL)

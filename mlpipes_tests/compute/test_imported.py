@@ -1,0 +1,68 @@
+"""What trainings have imported of slow packages, as it is noted for the next."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlpipes.compute.imported import note, noted
+from mlpipes_tests.sandbox import CHECKOUT
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where it is noted."""
+    monkeypatch.setenv("MLPIPES_HOME", str(tmp_path))
+    return tmp_path / "ray" / "imported.json"
+
+
+def test_slow_packages_are_noted_beside_a_private_ray_only(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformers.one", "torchvision", "transformersnot", "wave"):
+        monkeypatch.setitem(sys.modules, name, sys)
+    note()
+    assert not file.parent.exists()
+    file.parent.mkdir()
+    note()
+    assert {"transformers.one", "torchvision"} <= set(noted())
+    assert not {"transformersnot", "wave"} & set(noted())
+    monkeypatch.delitem(sys.modules, "transformers.one")
+    monkeypatch.setitem(sys.modules, "transformers.two", sys)
+    note()
+    assert {"transformers.one", "transformers.two"} <= set(noted()), "what others have noted stays"
+
+
+@pytest.mark.parametrize("told", ["", "[", "{}", "3", "[" * 10_000, json.dumps([None, ["transformers"], "os"])])
+def test_a_broken_note_is_none(file: Path, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.parent.mkdir()
+    file.write_text(told)
+    assert noted() == []
+    monkeypatch.setitem(sys.modules, "torchvision", sys)
+    note()
+    assert "torchvision" in noted()
+
+
+def test_where_it_cannot_be_noted_nothing_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", sys)
+    file.mkdir(parents=True)  # whoever writes there gets an error, root too
+    note()
+    assert noted() == []
+
+
+_LOOK = """
+import os, sys
+import numpy, torch
+seen = []
+for name in ("is_available", "device_count", "get_device_capability", "init"):
+    setattr(torch.cuda, name, lambda *a, name=name, **k: seen.append(name) or 0)
+torch._C._cuda_getDeviceCount = lambda: seen.append("count") or 0
+import transformers.models.bert.modeling_bert, transformers.models.auto.modeling_auto, torchvision
+import threading
+print(seen, threading.active_count(), torch.cuda.is_initialized())
+"""
+
+
+def test_slow_packages_neither_look_for_a_gpu_nor_start_threads() -> None:
+    ended = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, cwd=CHECKOUT, check=True)
+    assert ended.stdout == "[] 1 False\n"
