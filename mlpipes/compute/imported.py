@@ -4,6 +4,7 @@ A file beside the private Ray, which outlives it. Nothing depends on it: without
 """
 
 import json
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,28 +13,31 @@ from mlpipes.errors import ConfigError
 from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
 
-SLOW = ("torchvision", "transformers")
-"""Packages that take seconds. None looks for a GPU when it is imported, after which a fork could not use one, or starts a
-thread (but for those of OpenBLAS, which knows of forks)."""
+_SLOW = re.compile(r"torchvision|transformers|transformers\.models\.\w+(\.modeling_\w+)?")
+"""Modules that take seconds, with all that they import. None looks for a GPU then, after which a fork could not use one, or
+starts threads (but for those of OpenBLAS, which knows of forks), as what they import for some settings only might: a module
+of `transformers.integrations` may import anything."""
 
 
 def note() -> None:
-    """Note what of the slow packages this process has imported, where a private Ray has its folder."""
-    found = {name for name in list(sys.modules) if name.partition(".")[0] in SLOW}
+    """Note what of the slow modules this process has imported, where a private Ray has its folder."""
+    found = set(filter(_SLOW.fullmatch, list(sys.modules)))
     with suppress(OSError, ConfigError):  # no training fails for it
         if _file().parent.is_dir() and not found <= (known := set(noted())):
             write_atomic(_file(), json.dumps(sorted(found | known), indent=0).encode())
 
 
 def noted() -> list[str]:
-    """The modules that were noted, packages before what is in them."""
+    """The modules that were noted, packages before what is in them; whatever else stands there is passed over."""
     try:
         told = json.loads(_file().read_bytes())
     except (OSError, ValueError, RecursionError, ConfigError):  # none, or a broken one, which the next note replaces
         return []
-    if not isinstance(told, list):
-        return []
-    return sorted(name for name in told if isinstance(name, str) and name.partition(".")[0] in SLOW)
+    return (
+        sorted(name for name in told if isinstance(name, str) and _SLOW.fullmatch(name))
+        if isinstance(told, list)
+        else []
+    )
 
 
 def _file() -> Path:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,11 @@ class LocalRay:
     def _start(self) -> dict[str, Any]:
         # A node registers within 30 s, which cannot be set, or Ray gives up; a machine that is busy may need some tries.
         again = Retrying(retry=retry_if_exception_type(PreflightError), stop=stop_after_attempt(_TRIES), reraise=True)
-        return again(self._start_once)
+        # Of a machine that is too busy, a warm process would take more; then the first job starts it.
+        tries = count()
+        return again(lambda: self._start_once(warm=next(tries) == 0))
 
-    def _start_once(self) -> dict[str, Any]:
+    def _start_once(self, *, warm: bool) -> dict[str, Any]:
         token = self.folder / "token"
         if not token.is_file():
             write_atomic(token, secrets.token_hex(32).encode(), mode=0o600)
@@ -188,7 +191,8 @@ class LocalRay:
         write_record(self._state, state)
         deadline = time.monotonic() + _START_SECONDS
         try:
-            start_ahead(environment | environment_of_jobs(self.folder.parent, shares_machine=True))
+            if warm:
+                start_ahead(environment | environment_of_jobs(self.folder.parent, shares_machine=True))
             # The API answers a little before the node has registered; a preflight in between would see no CPU.
             while not (self._answers(state) and self._has_a_node(state)):
                 self._check_wanted()

@@ -27,7 +27,7 @@ FOLDER_VARIABLE = "MLPIPES_RAY_FOLDER"
 _PATIENCE_SECONDS = 30.0
 """What there is for a warm process to import and to answer: Ray ends a worker that has not come after 60 s."""
 _POLL_SECONDS = 0.05
-_AHEAD, _AHEAD_SECONDS = "--ahead", 5.0
+_AHEAD, _AHEAD_SECONDS = "--ahead", 20.0
 _ABOUT = (
     "drivers and workers of a private Ray are forked from this process, and write their own command lines in this place"
 )
@@ -36,7 +36,7 @@ _ABOUT = (
 def start_ahead(environment: Mapping[str, str], threads: int = 1) -> None:
     """Start the warm process of a private Ray, for drivers with this environment and so many threads.
 
-    It imports while the first job is made, and that need not wait for it. A driver with another environment or more threads
+    It imports while Ray starts, and the first job need not wait for it. A driver with another environment or more threads
     starts its own, as it does where this one does not come up.
     """
     if sys.platform != "linux":

@@ -1,5 +1,7 @@
 """The warm process, from which drivers and workers are forked: it has imported what they need of others.
 
+While nobody asks it for long enough, it imports of what they were seen to import (`imported`), too.
+
 Run as `python -m mlpipes.compute.warm_process <socket> …` by the first that asks for it beside a private Ray. It ends when
 it was idle for long, or with that Ray.
 """
@@ -18,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +91,9 @@ def _of_all(environment: Mapping[str, str]) -> dict[str, str]:
 class WarmProcess:
     """Forks a driver for everyone who asks, and tells how it has ended."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self._listener, self._selector = listener, selectors.DefaultSelector()
+    def __init__(self, listener: socket.socket, noted: Callable[[], Sequence[str]] = tuple) -> None:
+        """With `noted`, it asks now and then for more modules to import ahead."""
+        self._listener, self._noted, self._selector = listener, noted, selectors.DefaultSelector()
         self._drivers: dict[int, tuple[socket.socket, int]] = {}
         """By process number: whose stand-in is at the other end, and the descriptor that tells of the driver's end."""
         self._ahead, self._tried = list[str](), set[str]()
@@ -117,15 +120,13 @@ class WarmProcess:
 
     def _import_one(self) -> bool:
         """Import one more of what drivers were seen to import, while nobody asks; returns whether there was any."""
-        from mlpipes.compute.imported import noted  # not in a stand-in, which imports this module, and has no time
-
-        self._ahead = self._ahead or [name for name in noted() if name not in self._tried]
+        self._ahead = self._ahead or [name for name in self._noted() if name not in self._tried]
         if not self._ahead:
             return False
         self._tried.add(name := self._ahead.pop(0))
         try:
             importlib.import_module(name)
-        except Exception:  # another version may have no such module
+        except (Exception, SystemExit):  # another version may have no such module; its drivers are not to end for it
             traceback.print_exc()
         gc.freeze()
         return True
@@ -268,7 +269,9 @@ def run_here(request: Request) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve on a socket; returns the exit code, of a driver's module in a driver."""
-    process = WarmProcess(socket.socket(fileno=int(arguments[0])))
+    from mlpipes.compute.imported import noted  # not in a stand-in, which imports this module, and has no time
+
+    process = WarmProcess(socket.socket(fileno=int(arguments[0])), noted)
     gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,21 @@ def test_children_without_a_mark_end_with_their_node(node: tuple[str, *tuple[psu
     mark, *processes = node
     end_marked(mark)
     assert all(map(is_gone, processes))
+
+
+_ORDERLY = """import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked"))
+print(flush=True, file=sys.stderr)
+time.sleep(3600)"""
+
+
+def test_what_a_dead_node_has_left_is_not_asked_to_end() -> None:
+    mark = secrets.token_hex(8)
+    with subprocess.Popen([sys.executable, "-c", _ORDERLY], env={MARK: mark}, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        end_marked(mark, gently=False)
+        assert process.stderr.read() == b""
 
 
 def test_a_node_whose_number_another_process_had_is_found(

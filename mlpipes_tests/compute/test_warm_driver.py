@@ -141,15 +141,15 @@ def test_one_that_was_started_ahead_is_the_one_that_is_asked(place: Place) -> No
 def test_what_trainings_have_imported_is_imported_ahead(place: Place) -> None:
     noted = place.files / "home" / "ray" / "imported.json"
     noted.parent.mkdir(parents=True)
-    # Nothing but the slow packages, whatever stands there, and what another version has not is passed over.
-    noted.write_text(json.dumps(["transformers.activations", "transformers.gone", "wave", 3]))
+    # Nothing but the slow modules, whatever stands there, and what another version has not is passed over.
+    noted.write_text(json.dumps(["torchvision", "transformers.models.gone", "wave", 3]))
     home = {"MLPIPES_HOME": str(noted.parents[1])}
     code, _, _, first = place.run("before", "exit", **home)
     log = next(place.folder.glob("warm-*.log"))
-    until(lambda: "transformers.gone" in log.read_text(), "it has tried all modules")
+    until(lambda: "transformers.models.gone" in log.read_text(), "it has tried all modules")
     code, _, _, second = place.run("after", "exit", **home)
     assert (code, second["parent"]) == (0, first["parent"])
-    assert "transformers.activations" in second["imported"]
+    assert {"torchvision", "transformers"} <= set(second["imported"])
     assert "wave" not in second["imported"]
     assert not any(name.startswith("mlpipes.store") for name in second["imported"]), "each fork reads our code anew"
 
@@ -278,6 +278,20 @@ def test_it_ends_when_nobody_has_asked_for_long(tmp_path: Path, monkeypatch: pyt
         listener.bind("\0" + tmp_path.name + str(time.time_ns()))
         listener.listen()
         assert WarmProcess(listener).serve() is None
+
+
+def test_a_module_that_ends_its_process_when_it_is_imported_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = list[str]()
+
+    def ends(name: str) -> None:
+        imported.append(name)
+        raise SystemExit(3)
+
+    monkeypatch.setattr(warm_process.importlib, "import_module", ends)
+    monkeypatch.setattr(warm_process.gc, "freeze", lambda: None)
+    process = WarmProcess(socket.socket(socket.AF_UNIX), lambda: ["one", "two"])
+    assert [process._import_one() for _ in range(3)] == [True, True, False]
+    assert imported == ["one", "two"], "each once"
 
 
 def test_who_breaks_off_harms_nobody(place: Place) -> None:

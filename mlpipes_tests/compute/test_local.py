@@ -1,0 +1,84 @@
+"""The private Ray of a machine: how it starts, or does not, and what becomes of one that is dead."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from mlpipes.compute import local, ray_start
+from mlpipes.compute.address import RayAddress
+from mlpipes.compute.local import LocalRay
+from mlpipes.compute.processes import with_variable
+from mlpipes.compute.ray_jobs import RayJobs
+from mlpipes.compute.ray_node import MARK
+from mlpipes.errors import PreflightError
+from mlpipes_tests.sandbox import CHECKOUT
+
+
+def test_a_ray_that_does_not_start_leaves_no_warm_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = list[str]()
+
+    def ahead(environment: Mapping[str, str]) -> None:
+        marks.append(environment[MARK])
+        subprocess.Popen(["sleep", "1000"], env=dict(environment), start_new_session=True)
+
+    monkeypatch.setattr(local, "start_ahead", ahead)
+    monkeypatch.setattr(local, "start_command", lambda *_, **__: [sys.executable, "-c", "raise SystemExit('no room')"])
+    with pytest.raises(PreflightError, match="no room"):
+        LocalRay(tmp_path / "ray").ensure()
+    assert len(marks) == 1, "a machine that is too busy is not given more to do"
+    assert with_variable(MARK, marks[0]) == []
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_what_a_dead_ray_leaves_is_not_asked_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(local, "end_marked", lambda *_, gently, **__: asked.append(gently))
+    this = psutil.Process()
+    state = {
+        "pid": this.pid,
+        "created": this.create_time() + (not lives),
+        "mark": "m",
+        "temporary": str(tmp_path / "r"),
+    }
+    LocalRay(tmp_path / "ray")._end(state)
+    assert asked == [lives]
+
+
+def test_nobody_waits_for_a_ray_that_has_died_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    lives = iter([True, False, False])
+    jobs, asked = RayJobs(RayAddress("http://127.0.0.1:1", local=True, lives=lambda: next(lives))), list[int]()
+
+    def away(_: object) -> None:
+        asked.append(1)
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(jobs, "_call", away)
+    with pytest.raises(ConnectionError, match="is away: nobody answers"):
+        jobs.latest("training")
+    assert len(asked) == 1
+
+
+_VERSION = """
+import sys
+from mlpipes.compute import ray_start
+sys.argv = ["ray", "--version"]
+try:
+    ray_start.main()
+finally:
+    print(sorted({"ray.serve", "pandas"} & set(sys.modules)))
+"""
+
+
+def test_ray_starts_without_the_commands_that_nobody_asks_for() -> None:
+    for name in ray_start._LEFT_OUT:
+        assert (Path(ray.__file__).parents[1] / f"{name.replace('.', '/')}.py").is_file(), "Ray has another name for it"
+    ended = subprocess.run([sys.executable, "-c", _VERSION], capture_output=True, text=True, cwd=CHECKOUT, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
