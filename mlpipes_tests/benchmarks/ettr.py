@@ -124,8 +124,9 @@ def measure(every: float, faults: int, seed: int = 0) -> Measured:
         begun, struck, victims = time.time(), list[float](), list[str]()
         for number in range(1, faults + 1):
             time.sleep(max(0.0, begun + number * every - time.time()))
-            struck.append(time.time())
-            victims.append(_strike(session, run, training, chance))
+            at, victim = _strike(session, run, training, chance)
+            struck.append(at)
+            victims.append(victim)
             print(f"{struck[-1] - begun:6.0f} s: {victims[-1]}, at step {session.last_step(training)}", flush=True)
         time.sleep(max(0.0, begun + (faults + 1) * every - time.time()))
         ended = time.time()
@@ -138,16 +139,19 @@ def measure(every: float, faults: int, seed: int = 0) -> Measured:
     return found
 
 
-def _strike(session: Session, run: str, folder: TrainingFolder, chance: random.Random) -> str:
-    """Kill something that is there; returns what."""
-    runs = session.family_ids(run)
-    there = [(victim, run) for victim in VICTIMS[:-1] if processes(session, victim, run)]
-    there += [(VICTIMS[-1], known) for known in runs if _alive(processes(session, VICTIMS[-1], known))]
-    if not there:
-        return "nothing, for nothing was there"
-    victim, struck = chance.choice(there)
-    strike(session, victim, struck, folder, chance)
-    return victim
+def _strike(session: Session, run: str, folder: TrainingFolder, chance: random.Random) -> tuple[float, str]:
+    """Kill something that is there; returns when, and what.
+
+    No more is looked up than has to be: the process of a run is found in all of its events, which takes Dagster seconds
+    where a training has told of thousands of steps, of what the training computes with, too.
+    """
+    for victim in chance.sample(VICTIMS, len(VICTIMS)):
+        for struck in session.family_ids(run) if victim == VICTIMS[-1] else [run]:
+            if _alive(processes(session, victim, struck)):
+                at = time.time()
+                strike(session, victim, struck, folder, chance)
+                return at, victim
+    return time.time(), "nothing, for nothing was there"
 
 
 def _alive(found: Sequence[psutil.Process]) -> bool:
