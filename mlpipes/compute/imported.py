@@ -14,9 +14,9 @@ from mlpipes.store.files import write_atomic
 from mlpipes.store.layout import home
 
 _SLOW = re.compile(r"torchvision|transformers|transformers\.models\.\w+(\.modeling_\w+)?")
-"""Modules that take seconds, with all that they import. BERT's, the auto classes and torchvision were seen neither to look for
-a GPU then, after which a fork could not use one, nor to start threads but OpenBLAS's, which knows of forks. Not all modules of
-transformers are wanted: what a setting brings in, such as one of `transformers.integrations`, may import anything."""
+"""Modules that take seconds, with all that they import. BERT's, the auto classes and torchvision were seen not to look for a
+GPU then, after which a fork could not use one, and to start no threads but OpenBLAS's, which knows of forks. Not all modules
+of transformers are wanted: what a setting brings in, such as one of `transformers.integrations`, may import anything."""
 
 
 def note() -> None:
