@@ -18,6 +18,7 @@ from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.ray_node import MARK
 from mlpipes.errors import PreflightError
 from mlpipes_tests.sandbox import CHECKOUT
+from mlpipes_tests.waiting import until
 
 
 def test_a_ray_that_does_not_start_leaves_no_warm_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +83,31 @@ def test_ray_starts_without_the_commands_that_nobody_asks_for() -> None:
         assert (Path(ray.__file__).parents[1] / f"{name.replace('.', '/')}.py").is_file(), "Ray has another name for it"
     ended = subprocess.run([sys.executable, "-c", _VERSION], capture_output=True, text=True, cwd=CHECKOUT, check=True)
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+_HELD_AGENT = """
+import os, sys, time
+if any(argument.endswith("dashboard/agent.py") for argument in sys.orig_argv):
+    open({held!r}, "w").close()
+    while not os.path.exists({gate!r}):
+        time.sleep(0.05)
+"""
+
+
+def test_a_node_registers_before_its_agent_has_been_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raylets end themselves after 15 s without their agent's port; a busy machine may need that for the agent's imports."""
+    held, gate = tmp_path / "held", tmp_path / "gate"
+    (tmp_path / "sitecustomize.py").write_text(_HELD_AGENT.format(held=str(held), gate=str(gate)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(local, "start_ahead", lambda _: None)
+    local_ray = LocalRay(tmp_path / "ray")
+    try:
+        jobs = RayJobs(local_ray.ensure())
+        until(held.exists, "the agent was held")
+        gate.touch()
+        jobs._patiently(lambda client: client.submit_job(entrypoint="true", submission_id="job"))  # agents run jobs
+        until(
+            lambda: jobs._patiently(lambda client: client.get_job_status("job")) == "SUCCEEDED", "a job runs after all"
+        )
+    finally:
+        local_ray.stop()
