@@ -1,10 +1,13 @@
 """Docstrings: paragraphs of the documentation of installed libraries, and which library each comes from."""
 
 import ast
+import gc
 import hashlib
 import importlib.util
 import re
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +33,8 @@ _NAMES = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST, _LONGEST = 100, 600
+_BLOCKS = frozenset(["body", "handlers", "orelse", "finalbody", "cases"])
+"""In what a statement has others; expressions, of which some have parts of the same names, are in none of them."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,17 @@ class DocstringSource:
     def load(self) -> Dataset:
         """One split `train` with `text`, `label` and `file`. Raises DataError for a library that is not there."""
         texts, labels, files, number = [], [], [], 0
-        for label, module in enumerate(LIBRARIES):
-            taken = 0
-            for path in _files(module):
-                paragraphs = list(_paragraphs(path))[: PARAGRAPHS - taken]
-                texts += paragraphs
-                labels += [label] * len(paragraphs)
-                files += [number] * len(paragraphs)
-                taken, number = taken + len(paragraphs), number + 1
-                if taken == PARAGRAPHS:
-                    break
+        with _garbage_left():
+            for label, module in enumerate(LIBRARIES):
+                taken = 0
+                for path in _files(module):
+                    paragraphs = list(_paragraphs(path))[: PARAGRAPHS - taken]
+                    texts += paragraphs
+                    labels += [label] * len(paragraphs)
+                    files += [number] * len(paragraphs)
+                    taken, number = taken + len(paragraphs), number + 1
+                    if taken == PARAGRAPHS:
+                        break
         versions = ", ".join(f"{distribution} {version(distribution)}" for distribution in LIBRARIES.values())
         return Dataset(
             splits={
@@ -75,6 +81,18 @@ class DocstringSource:
         )
 
 
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Syntax trees are in no cycles; to look for garbage among their nodes takes as long as to parse them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _files(module: str) -> list[Path]:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -93,7 +111,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):  # templates and other things that only look like Python
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             for block in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                 lines = [line.strip() for line in block.splitlines()]
@@ -103,3 +121,14 @@ def _paragraphs(path: Path) -> Iterator[str]:
                 text = _NAMES.sub("[lib]", prose)[:_LONGEST]
                 if len(text) >= _SHORTEST:
                     yield text
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes that may hold a docstring, in the order of `ast.walk`, which goes through each expression, too."""
+    left = deque[ast.AST]([tree])
+    while left:
+        node = left.popleft()
+        yield node
+        for name in node._fields:
+            if name in _BLOCKS:
+                left.extend(getattr(node, name))

@@ -233,12 +233,14 @@ def make_snapshot(
     return open_snapshot(target)
 
 
-def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "") -> tuple[Snapshot, list[str]]:
+def snapshot_of(
+    store: Store, source_digest: str, workload: Any, code: str = "", loaded: Dataset | None = None
+) -> tuple[Snapshot, list[str]]:
     """The snapshot that a workload needs of a source with a given digest; built only if it is not there yet.
 
     `code` is the digest of the code that builds it (`preparation_version`); it may be empty where the store does not
-    outlive the code. Also returns warnings: a corrupt snapshot is quarantined as evidence and rebuilt. Raises
-    DataError if the source no longer has that digest.
+    outlive the code. A source that is `loaded` is not loaded again. Also returns warnings: a corrupt snapshot is
+    quarantined as evidence and rebuilt. Raises DataError if the source no longer has that digest.
     """
     from mlpipes.errors import DataError
 
@@ -261,7 +263,7 @@ def snapshot_of(store: Store, source_digest: str, workload: Any, code: str = "")
             pointer if str(pointer) in str(error) else store.snapshots / read_record(pointer)["digest"]
         )
         warnings.append(f"{str(error).rstrip('.')}. Kept as {evidence.name}; the snapshot is built again.")
-    dataset = workload.source.load()
+    dataset = workload.source.load() if loaded is None else loaded
     if dataset.digest() != source_digest:
         raise DataError(
             f"{dataset.provenance.name} changed since its `dataset` asset was materialized "

@@ -8,6 +8,7 @@ import dagster as dg
 from mlpipes.compute.places import has_queue
 from mlpipes.orchestration.database import outlives_database
 from mlpipes.orchestration.live import live_asset
+from mlpipes.orchestration.loaded import keep, take
 from mlpipes.orchestration.metadata import mapping_table, user_errors
 from mlpipes.orchestration.model import materialize_champion, materialize_evaluation, materialize_model
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
@@ -70,6 +71,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         digest, left_out = loaded.digest(), dropped_rows(loaded)
         if warning := dropped_warning(loaded):
             context.log.warning(warning)
+        keep(context.run, dg.AssetKey([entry.name, "snapshot"]), digest, loaded)
         return dg.MaterializeResult(
             value=DatasetReference(digest=digest, provenance=loaded.provenance.as_dict(), counts=loaded.counts),
             data_version=dg.DataVersion(digest),
@@ -98,7 +100,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         from mlpipes.data.snapshot import snapshot_of, warnings_of
 
         with user_errors():
-            made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing)
+            made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing, take(source.digest))
         for warning in (*warnings, *warnings_of(made)):
             context.log.warning(warning)
         return dg.MaterializeResult(
