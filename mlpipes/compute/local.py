@@ -22,6 +22,7 @@ from mlpipes.compute.jobs import environment_of_jobs
 from mlpipes.compute.preflight import nodes_of
 from mlpipes.compute.ray_node import (
     LOOPBACK,
+    STARTED,
     end_marked,
     free_ports,
     short_folder,
@@ -194,8 +195,9 @@ class LocalRay:
         try:
             if warm:
                 start_ahead(environment | environment_of_jobs(self.folder.parent, shares_machine=True))
-            # The API answers a little before the node has registered; a preflight in between would see no CPU.
-            while not (self._answers(state) and self._has_a_node(state)):
+            # The API answers a little before the node has registered; a preflight in between would see no CPU. Ray says that
+            # it has started when the agent that runs jobs is there, too.
+            while not (STARTED in log.read_text(errors="replace") and self._answers(state) and self._has_a_node(state)):
                 self._check_wanted()
                 if process.poll() is not None or time.monotonic() > deadline:
                     tail = log.read_text(errors="replace")[-2000:]

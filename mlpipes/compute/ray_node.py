@@ -29,7 +29,7 @@ MARK = "MLPIPES_RAY_HEAD"
 LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 * 1024 * 1024  # data travel through the memory-mapped snapshot, not the object store
 _HEAD_SECONDS, _ECHO_SECONDS = 180, 30
-_STARTS, _STARTED = 3, "Ray runtime started"
+_STARTS, STARTED = 3, "Ray runtime started"
 """How often a node is started, and what Ray says once it has registered: it gives up on that after 30 s, which cannot be
 set, and which a busy machine may need."""
 _END_SECONDS, _LOOKS = 2.0, 5
@@ -224,7 +224,7 @@ def _hold(command: Sequence[str], environment: Mapping[str, str], mark: str, up:
 def _echo(node: "subprocess.Popen[str]", came_up: threading.Event, up: Path) -> None:
     for line in node.stdout or ():
         print(line, end="", flush=True)
-        if _STARTED in line:
+        if STARTED in line:
             came_up.set()
             up.touch()
 

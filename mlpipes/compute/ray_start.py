@@ -2,19 +2,22 @@
 
 - Without the commands that nobody asks for here (Serve's, of jobs, of states): importing them takes half of the seconds
   before `ray start` does anything. Ray goes without each that cannot be imported, as where it was installed without Serve.
-- A raylet waits for the file in which its dashboard agent says at which port it listens, also if it was told the port, and
-  ends itself after 15 s, which cannot be set. Under other work the agent may need that for its imports alone; `ray start`
-  gives up another 15 s later. The port is known before: the file is there when the raylet looks.
+- A raylet waits for the file in which its dashboard agent says at which port it listens, and ends itself after 15 s, which
+  cannot be set. Under other work the agent may need that for its imports alone; `ray start` gives up another 15 s later. The
+  port is one that we have chosen: the file is there when the raylet looks, and `ray start` waits for the agent instead.
 
 Run as `python -m mlpipes.compute.ray_start start …`.
 """
 
 import inspect
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 _LEFT_OUT = ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli")
 _PORT = "dashboard_agent_listen_port"
+_AGENT_SECONDS = 240
 
 
 def main() -> None:
@@ -23,19 +26,29 @@ def main() -> None:
     from ray._private import services
     from ray.scripts.scripts import main as ray
 
-    services.start_raylet = _with_a_known_port(services.start_raylet)
+    with suppress(ImportError, AttributeError):  # another Ray may have other names, and starts without as it does
+        services.start_raylet = _patient(services.start_raylet)
     ray()
 
 
-def _with_a_known_port(start_raylet: Any) -> Any:
-    """Ray's function that starts a raylet, which first says for the agent where it is going to listen."""
+def _patient(start_raylet: Any) -> Any:
+    """Ray's function that starts a raylet, waiting for its agent where the raylet would not for long enough."""
     from ray._raylet import persist_port  # pyright: ignore[reportAttributeAccessIssue] - compiled
+
+    from mlpipes.compute.ray_node import listens
 
     def start(*arguments: Any, **options: Any) -> Any:
         told = inspect.signature(start_raylet).bind(*arguments, **options).arguments
-        if told[_PORT]:  # the agent writes the same, or -1 where it cannot listen
-            persist_port(told["session_dir"], told["node_id"], _PORT, told[_PORT])
-        return start_raylet(*arguments, **options)
+        folder, node, host, port = map(told.get, ("session_dir", "node_id", "node_ip_address", _PORT))
+        if not (folder and node and host and port):
+            return start_raylet(*arguments, **options)
+        persist_port(folder, node, _PORT, port)
+        started = start_raylet(*arguments, **options)
+        deadline = time.monotonic() + _AGENT_SECONDS
+        # A raylet ends with its agent. What has become of it Ray looks for itself.
+        while started.process.poll() is None and not listens(host, port) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return started
 
     return start
 

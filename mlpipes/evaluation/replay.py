@@ -91,7 +91,9 @@ def replay(
         found.differences["code"] = (recipe.code, code)
     with _scratch(store) as scratch:
         workload = load_workload(recipe.implementation)
-        snapshot, _ = snapshot_of(scratch, workload.source.load().digest(), workload)
+        dataset = workload.source.load()
+        snapshot, _ = snapshot_of(scratch, dataset.digest(), workload, loaded=dataset)
+        del dataset  # not while it trains
         found.digests = {"snapshot": (recipe.snapshot, snapshot.digest)} | {k: (getattr(first, k), "") for k in DIGESTS}
         if snapshot.digest != recipe.snapshot:
             found.first_difference = "the snapshot built from the source is another one, so nothing was trained"

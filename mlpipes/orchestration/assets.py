@@ -8,7 +8,7 @@ import dagster as dg
 from mlpipes.compute.places import has_queue
 from mlpipes.orchestration.database import outlives_database
 from mlpipes.orchestration.live import live_asset
-from mlpipes.orchestration.loaded import keep, take
+from mlpipes.orchestration.loaded import drop, keep, take
 from mlpipes.orchestration.metadata import mapping_table, user_errors
 from mlpipes.orchestration.model import materialize_champion, materialize_evaluation, materialize_model
 from mlpipes.orchestration.resources import MlflowResource, RayResource, StoreResource
@@ -67,11 +67,12 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         with user_errors():
             # A tag by hand, or a run from before the scale was dropped: what Dagster says of it later names no remedy.
             entry.scale(context.partition_key)
-            loaded = entry.load().source.load()
+            source = entry.load().source
+            loaded = source.load()
         digest, left_out = loaded.digest(), dropped_rows(loaded)
         if warning := dropped_warning(loaded):
             context.log.warning(warning)
-        keep(context.run, dg.AssetKey([entry.name, "snapshot"]), digest, loaded)
+        keep(entry.name, digest, loaded, source)
         return dg.MaterializeResult(
             value=DatasetReference(digest=digest, provenance=loaded.provenance.as_dict(), counts=loaded.counts),
             data_version=dg.DataVersion(digest),
@@ -99,8 +100,10 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
     ) -> dg.MaterializeResult:
         from mlpipes.data.snapshot import snapshot_of, warnings_of
 
+        loaded = take(entry.name, source.digest)
         with user_errors():
-            made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing, take(source.digest))
+            made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing, loaded)
+        del loaded  # it may be most of the memory
         for warning in (*warnings, *warnings_of(made)):
             context.log.warning(warning)
         return dg.MaterializeResult(
@@ -136,6 +139,7 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         ray: RayResource,
         mlflow: MlflowResource,
     ) -> dg.MaterializeResult:
+        drop()
         with user_errors(), outlives_database(context):
             return materialize_training(context, entry, snapshot, config, store, ray, mlflow)
 

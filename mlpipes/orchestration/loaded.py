@@ -1,24 +1,31 @@
 """The data set that this process has just loaded, kept for the snapshot that the same run makes of it."""
 
-from typing import TYPE_CHECKING
-
-import dagster as dg
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlpipes.data.dataset import Dataset
 
-_KEPT: dict[str, "Dataset"] = {}
+_KEPT: dict[tuple[str, str], "Dataset"] = {}
+"""One at most, by its workload and its digest."""
 
 
-def keep(run: dg.DagsterRun, snapshot: dg.AssetKey, digest: str, dataset: "Dataset") -> None:
-    """Keep it if the run goes on to its snapshot, which takes it; to load it again can be minutes of decoding."""
-    if not run.asset_selection or snapshot in run.asset_selection:  # a job without a selection is the whole chain
-        _KEPT.clear()
-        _KEPT[digest] = dataset
+def keep(workload: str, digest: str, dataset: "Dataset", source: Any) -> None:
+    """Keep what one of our sources has loaded, instead of what was kept before: again, it can be minutes of decoding.
+
+    A source of somebody else is loaded again for the snapshot, which shows whether it gives the same bytes twice.
+    """
+    drop()
+    if type(source).__module__.startswith("mlpipes."):
+        _KEPT[workload, digest] = dataset
 
 
-def take(digest: str) -> "Dataset | None":
-    """What was kept, and is not any more: while it trains, the run's process has no use for so much memory."""
-    kept = _KEPT.pop(digest, None)
-    _KEPT.clear()
+def take(workload: str, digest: str) -> "Dataset | None":
+    """What was kept, and is not any more."""
+    kept = _KEPT.get((workload, digest))
+    drop()
     return kept
+
+
+def drop() -> None:
+    """Keep nothing; also what a run without a snapshot left, which has no use for so much memory while it trains."""
+    _KEPT.clear()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,23 @@ def test_a_node_registers_before_its_agent_has_been_imported(tmp_path: Path, mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(local, "start_ahead", lambda _: None)
     local_ray = LocalRay(tmp_path / "ray")
-    try:
-        jobs = RayJobs(local_ray.ensure())
-        until(held.exists, "the agent was held")
-        gate.touch()
-        jobs._patiently(lambda client: client.submit_job(entrypoint="true", submission_id="job"))  # agents run jobs
-        until(
-            lambda: jobs._patiently(lambda client: client.get_job_status("job")) == "SUCCEEDED", "a job runs after all"
-        )
-    finally:
-        local_ray.stop()
+
+    def registered() -> bool:
+        state = local_ray._read()
+        return state is not None and local_ray._answers(state) and local_ray._has_a_node(state)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            address = pool.submit(local_ray.ensure)
+            until(held.exists, "the agent was held")
+            until(
+                registered, "the node has registered", vain=lambda: "it came up, or did not" if address.done() else ""
+            )
+            assert not address.done(), "nobody runs its jobs"
+            gate.touch()
+            jobs = RayJobs(address.result())
+            jobs._patiently(lambda client: client.submit_job(entrypoint="true", submission_id="job"))
+            until(lambda: jobs._patiently(lambda client: client.get_job_status("job")) == "SUCCEEDED", "a job runs")
+        finally:
+            gate.touch()
+            local_ray.stop()

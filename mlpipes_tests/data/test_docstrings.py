@@ -3,11 +3,13 @@
 import ast
 import gc
 import inspect
+from pathlib import Path
 
 import pytest
 
 from mlpipes.data import docstrings
 from mlpipes.data.docstrings import DocstringSource, _statements
+from mlpipes.errors import DataError
 
 _NESTED = '''
 """Module."""
@@ -51,13 +53,20 @@ def test_statements_are_met_in_the_order_of_a_walk_through_all_nodes(text: str) 
     assert text is not _NESTED or len(expected) == 13
 
 
-def test_the_garbage_collector_is_as_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docstrings, "LIBRARIES", {"nowhere": "nowhere"})
+def test_there_is_no_looking_for_garbage_meanwhile_and_then_it_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    meanwhile = list[bool]()
+
+    def nothing(_: str) -> list[Path]:
+        meanwhile.append(gc.isenabled())
+        raise DataError("nothing")
+
+    monkeypatch.setattr(docstrings, "_files", nothing)
     for enabled in (True, False):
         (gc.enable if enabled else gc.disable)()
         try:
-            with pytest.raises(docstrings.DataError, match="nowhere is not installed"):
+            with pytest.raises(DataError):
                 DocstringSource().load()
             assert gc.isenabled() == enabled
         finally:
             gc.enable()
+    assert meanwhile == [False, False]

@@ -1,5 +1,6 @@
 """A source is loaded once by a run that makes its snapshot, too; and what was loaded does not stay for long."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import dagster as dg
 import pytest
 
 from mlpipes.data.dataset import Dataset
+from mlpipes.data.tables import TableSource
 from mlpipes.orchestration import loaded
 from mlpipes.orchestration.assets import workload_assets
 from mlpipes.orchestration.resources import ReferenceIOManager, StoreResource
@@ -21,14 +23,16 @@ SCALE = "w1-b16-e1-g0"
 
 def test_a_run_loads_its_source_once_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(write_tables(tmp_path)))
-    kind, times = type(texts.words.source), list[int]()
-    load = kind.load
+    times, load = list[int](), TableSource.load
 
-    def counted(source: texts.Late) -> Dataset:
+    def counted(source: TableSource) -> Dataset:
         times.append(1)
         return load(source)
 
-    monkeypatch.setattr(kind, "load", counted)
+    monkeypatch.setattr(TableSource, "load", counted)
+    workload = copy.copy(texts.words)
+    workload.source = TableSource(str(tmp_path / "words.jsonl"))
+    monkeypatch.setattr(texts, "words", workload)
     store = StoreResource(root=str(tmp_path / "store"))
     assets = workload_assets(Entry("words", "Words", WORDS, scales_of([SCALE], "test")))
     with dg.DagsterInstance.ephemeral() as instance:
@@ -55,22 +59,23 @@ def test_a_run_loads_its_source_once_and_keeps_nothing(tmp_path: Path, monkeypat
         assert (len(times), loaded._KEPT) == (1, {})
 
 
-@pytest.mark.parametrize(
-    ("selected", "kept"),
-    [(None, True), (["snapshot"], True), (["dataset"], False), (["dataset", "checkpoints"], False)],
-)
-def test_only_what_goes_on_to_its_snapshot_is_kept(selected: list[str] | None, kept: bool) -> None:
-    keys = None if selected is None else frozenset(dg.AssetKey(["words", name]) for name in selected)
-    dataset = tiny_dataset()
-    loaded.keep(dg.DagsterRun(job_name="j", asset_selection=keys), dg.AssetKey(["words", "snapshot"]), "d", dataset)
-    assert loaded.take("d") is (dataset if kept else None)
-    assert loaded.take("d") is None
+def test_one_is_kept_and_only_for_its_workload() -> None:
+    source, dataset = TableSource("words.jsonl"), tiny_dataset()
+    loaded.keep("words", "digest", dataset, source)
+    assert loaded.take("words", "digest") is dataset
+    assert loaded.take("words", "digest") is None
+    for other in (("words", "other"), ("letters", "digest")):
+        loaded.keep("words", "digest", dataset, source)
+        assert loaded.take(*other) is None
+        assert loaded._KEPT == {}, "nobody asks for it any more"
+    loaded.keep("words", "digest", dataset, source)
+    loaded.keep("letters", "digest", dataset, source)
+    assert list(loaded._KEPT) == [("letters", "digest")]
+    loaded.drop()
+    assert loaded._KEPT == {}
 
 
-def test_what_was_kept_is_dropped_by_who_wants_another() -> None:
-    run, snapshot = dg.DagsterRun(job_name="j"), dg.AssetKey(["words", "snapshot"])
-    loaded.keep(run, snapshot, "one", tiny_dataset())
-    loaded.keep(run, snapshot, "two", tiny_dataset())
-    assert list(loaded._KEPT) == ["two"]
-    assert loaded.take("three") is None
+def test_a_source_of_somebody_else_is_loaded_again() -> None:
+    loaded.keep("words", "digest", tiny_dataset(), TableSource("words.jsonl"))
+    loaded.keep("words", "digest", tiny_dataset(), texts.Late("words.jsonl"))
     assert loaded._KEPT == {}
