@@ -154,8 +154,8 @@ class LocalRay:
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _start(self) -> dict[str, Any]:
-        # A node registers within 30 s, which cannot be set, or Ray gives up; a machine that is busy may need some tries, though
-        # what took longest is waited for by `ray_start`.
+        # A node registers within 30 s, which cannot be set, or Ray gives up; a machine that is busy may need some tries,
+        # though what took longest is waited for by `ray_start`.
         again = Retrying(retry=retry_if_exception_type(PreflightError), stop=stop_after_attempt(_TRIES), reraise=True)
         # Of a machine that is too busy, a warm process would take more; then the first job starts it.
         tries = count()
