@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -203,8 +204,17 @@ def _send(driver: int, number: int) -> None:
         signal.pidfd_send_signal(driver, number)
 
 
-def end_driver(code: int) -> NoReturn:
-    """End a driver whose work is done: taking down module by module what it has imported would take a second and a half."""
+def run_driver(main: Callable[[], int]) -> NoReturn:
+    """Do a driver's work, and end it with the exit code that is returned, or with 1 and the traceback of what was raised.
+
+    Taking down module by module what it has imported would take a second and a half, for which whoever is to start the
+    next attempt would wait.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     if (ray := sys.modules.get("ray")) is not None:
         ray.shutdown()
     logging.shutdown()

@@ -27,6 +27,7 @@ from mlpipes.orchestration.run_news import RunNews
 from mlpipes.orchestration.schedules import night_of_environment
 from mlpipes.orchestration.servers import Server, ServerError, ServerLog
 from mlpipes.orchestration.training import DAGSTER_UI_VARIABLE
+from mlpipes.orchestration.warm_runs import AHEAD_VARIABLE
 from mlpipes.store.environment import for_children
 from mlpipes.store.files import read_record, write_record
 from mlpipes.store.layout import home
@@ -126,7 +127,7 @@ class _Session:
         self.console, self.port, self.mlflow_port, self.log, self.verbose = console, port, mlflow_port, log, verbose
         self.ui = f"http://{HOST}:{port}"
         self.environment = {**_DEFAULTS, **for_children()}
-        self.environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: self.ui}
+        self.environment |= {"DAGSTER_HOME": str(dagster_home()), DAGSTER_UI_VARIABLE: self.ui, AHEAD_VARIABLE: "1"}
         self.servers: list[Server] = []
         self.code: dict[str, Server] = {}
         """Code servers by the name of their code location."""

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import multiprocessing
+import os
 import sys
 from contextlib import suppress
 from functools import cache, wraps
@@ -12,6 +13,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any
 
+AHEAD_VARIABLE = "MLPIPES_WARM_RUNS"
+"""Environment variable by which `mlpipes dev` tells its code servers that they will start runs."""
 PRELOADED = (
     *("dagster._grpc.impl", "dagster._grpc.server"),
     *("mlflow", "mlflow.store.tracking.sqlalchemy_store"),
@@ -43,7 +46,7 @@ def preload() -> None:
 def how_to_start() -> BaseContext:
     """How a run's process is to be started: forked from the warm process, or by itself where there cannot be one.
 
-    The warm process starts with the first run, imports before it forks, and ends with the code server, whatever kills it.
+    The warm process imports before it forks, and ends with the code server, whatever kills it.
     """
     context = _forking()
     try:
@@ -56,6 +59,9 @@ def how_to_start() -> BaseContext:
 
 def warm_runs() -> None:
     """Have the code server that loads this start its runs so; without effect in other programs.
+
+    Under `mlpipes dev` the warm process starts at once: the first run would wait ten seconds for its imports. Other code
+    servers, such as those whose runs are pods, may never start a run.
 
     Dagster's server starts them by a context of multiprocessing, which it sets itself and which no option names.
     """
@@ -73,3 +79,5 @@ def warm_runs() -> None:
         return start(self, request, context)
 
     server.StartRun = start_warm
+    if os.environ.get(AHEAD_VARIABLE):
+        how_to_start()

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mlpipes.compute.warm_driver import end_driver
+from mlpipes.compute.warm_driver import run_driver
 from mlpipes.store.heartbeat import HEARTBEAT_SECONDS
 from mlpipes.store.lease import Lease
 from mlpipes.store.messages import DriverStarted, Failed, MessageWriter, Notify, Warned, read_messages
@@ -113,4 +113,4 @@ def _fit(job: TrainingJob, path: Path, lease: Lease) -> None:
 
 
 if __name__ == "__main__":
-    end_driver(main(Path(sys.argv[1])))
+    run_driver(lambda: main(Path(sys.argv[1])))

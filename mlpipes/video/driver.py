@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from mlpipes.compute.warm_driver import end_driver
+from mlpipes.compute.warm_driver import run_driver
 from mlpipes.errors import CorruptionError, UserError
 from mlpipes.store.heartbeat import HEARTBEAT_SECONDS
 from mlpipes.store.lease import Lease
@@ -78,4 +78,4 @@ def _make(job: VideoJob, path: Path, notify: Notify) -> None:
 
 
 if __name__ == "__main__":
-    end_driver(main(Path(sys.argv[1])))
+    run_driver(lambda: main(Path(sys.argv[1])))

@@ -304,3 +304,25 @@ def test_who_breaks_off_harms_nobody(place: Place) -> None:
     code, _, _, second = place.run("after", "exit")
     assert code == 0
     assert second["parent"] == first["parent"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"), [("return 3", 3, ""), ("raise OSError('the disk is gone')", 1, "OSError")]
+)
+def test_a_driver_ends_at_once_and_says_what_was_raised(end: str, code: int, said: str) -> None:
+    """Whoever starts the next attempt waits for it; Python would take down what it has imported first."""
+    program = f"""
+import atexit
+from mlpipes.compute.warm_driver import run_driver
+
+def main():
+    print("worked", end="")
+    {end}
+
+atexit.register(lambda: print("took its time"))
+run_driver(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
+    assert (done.returncode, done.stdout) == (code, "worked")
+    assert done.stderr.startswith("Traceback") == bool(said)
+    assert said in done.stderr

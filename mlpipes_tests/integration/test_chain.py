@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from mlpipes.compute import ray_worker
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
 from mlpipes.compute.processes import with_variable
@@ -280,6 +281,24 @@ def test_the_private_ray_listens_on_loopback_only_and_wants_its_token(home: Path
     assert (ray.folder / "token").stat().st_mode & 0o077 == 0
     assert isinstance(ray.ensure(), RayAddress)
     assert ray.ensure().dashboard == state["dashboard"]
+
+
+def test_a_training_starts_no_process_that_it_has_no_use_for(pipeline: Pipeline) -> None:
+    import requests
+
+    ray = LocalRay()
+    state = ray.status()
+    assert state is not None
+    (command,) = (process.cmdline() for process in [psutil.Process(state["raylet"][0])])
+    assert "--num_prestart_python_workers=0" in command
+    assert "--maximum_startup_concurrency=4" in command or (os.cpu_count() or 1) > 4
+    assert any(ray_worker.__file__ in word for word in command)
+    found = requests.get(
+        f"{state['dashboard']}/api/v0/actors", headers=ray.ensure().headers(), timeout=LIMIT_SECONDS
+    ).json()["data"]["result"]["result"]
+    classes = {actor["class_name"] for actor in found}
+    assert {"JobSupervisor", "TrainController", "RayTrainWorker"} <= classes
+    assert classes <= {"JobSupervisor", "TrainController", "RayTrainWorker", "SynchronizationActor"}
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,3 +77,21 @@ def test_what_cannot_be_imported_ahead_is_left_to_the_run_that_needs_it(monkeypa
     monkeypatch.delitem(sys.modules, "this", raising=False)
     warm_runs.preload()
     assert "this" in sys.modules
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_only_under_mlpipes_dev_the_warm_process_starts_before_the_first_run(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        def StartRun(self, request: object, context: object) -> object:  # noqa: N802 - Dagster's name
+            return self._mp_ctx  # pyright: ignore[reportAttributeAccessIssue] - it is set before
+
+    started = list[int]()
+    monkeypatch.setitem(sys.modules, "dagster._grpc.server", SimpleNamespace(DagsterApiServer=Server))
+    monkeypatch.setattr(warm_runs, "how_to_start", lambda: started.append(1) or "warm")
+    monkeypatch.setenv(warm_runs.AHEAD_VARIABLE, "1" if ahead else "")
+    for _ in range(2):  # as when a code location is loaded again in the same process
+        warm_runs.warm_runs()
+    assert len(started) == ahead
+    assert Server().StartRun(None, None) == "warm"
