@@ -1,7 +1,7 @@
 """How a raylet starts a worker: what Ray's `setup_worker.py` does, without importing Ray for it.
 
 That import takes 0.6 CPU-seconds, and each process of a training waits for it before it begins: the job's supervisor,
-Train's controller, the workers. What a job's context can have besides variables and a command of Python is left to Ray's own.
+Train's controller, the workers. What else than variables and a command of Python a job's context has is left to Ray's own.
 
 Run by its path, for nothing else is known there: `python …/ray_worker.py <worker> --serialized-runtime-env-context=…`.
 """
