@@ -44,7 +44,6 @@ def start_command(role: Sequence[str], cpus: int, *, head: bool) -> list[str]:
         "runtime-env-agent-port",
         "metrics-export-port",
     ]
-    names += ["ray-client-server-port"] * head
     ports = zip(names, free_ports(len(names)), strict=True)
     return [
         *(sys.executable, "-m", "mlpipes.compute.ray_start", "start", *role, "--block", "--disable-usage-stats"),

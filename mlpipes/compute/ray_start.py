@@ -8,22 +8,27 @@
 - Its workers are started by `ray_worker` instead of a program of Ray's that imports Ray to do so. As many may start at once
   as a training of two takes, also where there are fewer cores. None is started ahead: jobs of ours, which have variables of
   their own, cannot use it, and wait for it.
+- Its dashboard and agents run by `ray_service`. There is no server for drivers that are not jobs, a process and a port more.
 
 Run as `python -m mlpipes.compute.ray_start start …`.
 """
 
 import inspect
+import shlex
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from mlpipes.compute import ray_worker
+from mlpipes.compute import ray_service, ray_worker
 
 _LEFT_OUT = ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli")
 _PORT = "dashboard_agent_listen_port"
 _AGENT_SECONDS = 240
 _SETUP = "setup_worker_path"
+_AGENT, _SERVICES = "--dashboard_agent_command=", ("dashboard/dashboard.py", "dashboard/agent.py")
 _AHEAD, _AT_ONCE, _LEAST = "--num_prestart_python_workers=", "--maximum_startup_concurrency=", 4
 
 
@@ -31,29 +36,39 @@ def main() -> None:
     """Run the command line; it exits by itself."""
     sys.modules |= dict.fromkeys(_LEFT_OUT)  # with None, importing one raises ModuleNotFoundError
     from ray._private import services
-    from ray.scripts.scripts import main as ray
+    from ray.scripts import scripts
 
+    # As where what that server is made of is not installed.
+    scripts.get_ray_client_dependency_error = lambda: "nobody asks for it"  # pyright: ignore[reportPrivateImportUsage]
     with suppress(ImportError, AttributeError):  # another Ray may have other names, and starts without as it does
-        services.start_ray_process = _frugal(services.start_ray_process)
+        services.start_ray_process = _lean(services.start_ray_process)
         services.start_raylet = _patient(services.start_raylet)
-    ray()
+    scripts.main()
 
 
-def _frugal(start_process: Any) -> Any:
-    """Ray's function that starts one of its processes, with other numbers of workers for a raylet."""
+def _lean(start_process: Any) -> Any:
+    """Ray's function that starts one of its processes, with less for it to do."""
 
     def start(command: list[str], *arguments: Any, **options: Any) -> Any:
-        return start_process([_fewer(word) for word in command], *arguments, **options)
+        return start_process(leaner(command), *arguments, **options)
 
     return start
 
 
-def _fewer(word: str) -> str:
-    if word.startswith(_AHEAD):
-        return f"{_AHEAD}0"
-    if word.startswith(_AT_ONCE):
-        return f"{_AT_ONCE}{max(int(word.removeprefix(_AT_ONCE)), _LEAST)}"
-    return word
+def leaner(command: Sequence[str]) -> list[str]:
+    """The command line of one of Ray's processes, as our nodes start it."""
+    words = list[str]()
+    for word in command:
+        if word.startswith(_AHEAD):
+            words.append(f"{_AHEAD}0")
+        elif word.startswith(_AT_ONCE):
+            words.append(f"{_AT_ONCE}{max(int(word.removeprefix(_AT_ONCE)), _LEAST)}")
+        elif word.startswith(_AGENT):  # a command in a word
+            words.append(_AGENT + subprocess.list2cmdline(leaner(shlex.split(word.removeprefix(_AGENT)))))
+        else:
+            words += [ray_service.__file__] * word.endswith(_SERVICES)
+            words.append(word)
+    return words
 
 
 def _patient(start_raylet: Any) -> Any:

@@ -1,5 +1,6 @@
 """The private Ray of a machine: how it starts, or does not, and what becomes of one that is dead."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,12 +12,13 @@ import psutil
 import pytest
 import ray
 
-from mlpipes.compute import local, ray_start
+from mlpipes.compute import local, ray_service, ray_start
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
 from mlpipes.compute.processes import with_variable
 from mlpipes.compute.ray_jobs import RayJobs
 from mlpipes.compute.ray_node import MARK
+from mlpipes.compute.ray_start import leaner
 from mlpipes.errors import PreflightError
 from mlpipes_tests.sandbox import CHECKOUT
 from mlpipes_tests.waiting import until
@@ -84,6 +86,38 @@ def test_ray_starts_without_the_commands_that_nobody_asks_for() -> None:
         assert (Path(ray.__file__).parents[1] / f"{name.replace('.', '/')}.py").is_file(), "Ray has another name for it"
     ended = subprocess.run([sys.executable, "-c", _VERSION], capture_output=True, text=True, cwd=CHECKOUT, check=True)
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+_PROGRAM = """
+import sys
+print(__name__, sys.argv, sys.path[0])
+try:
+    import kubernetes
+except ImportError:
+    print("no kubernetes")
+"""
+
+
+def test_programs_of_ray_run_as_they_are_but_for_what_they_import_in_vain(tmp_path: Path) -> None:
+    (program := tmp_path / "program.py").write_text(_PROGRAM)
+    command = [sys.executable, "-u", ray_service.__file__, str(program), "--node-id=1", "two words"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = f"__main__ {[str(program), '--node-id=1', 'two words']} {tmp_path}"
+    assert done.stdout.splitlines() == [told, "no kubernetes"]
+
+
+def test_processes_of_ray_get_less_to_do() -> None:
+    agent = ["/a python", "-u", "/in ray/dashboard/agent.py", "--node-id=1", 'a "name"']
+    raylet = [
+        *("raylet", "--maximum_startup_concurrency=2", "--num_prestart_python_workers=2"),
+        f"--dashboard_agent_command={subprocess.list2cmdline(agent)}",
+    ]
+    *words, told = leaner(raylet)
+    assert words == ["raylet", "--maximum_startup_concurrency=4", "--num_prestart_python_workers=0"]
+    name, _, command = told.partition("=")
+    assert (name, shlex.split(command)) == ("--dashboard_agent_command", [*agent[:2], ray_service.__file__, *agent[2:]])
+    assert leaner(["--maximum_startup_concurrency=64"]) == ["--maximum_startup_concurrency=64"]
+    assert leaner(["gcs_server", "--port=1"]) == ["gcs_server", "--port=1"]
 
 
 _HELD_AGENT = """
