@@ -1,8 +1,6 @@
 """Places: which of them trains a scale - this machine's private Ray, a Ray at an address, Slurm, or Kubernetes."""
 
 import os
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 from mlpipes.compute.address import RayAddress
@@ -46,20 +44,6 @@ def is_local() -> bool:
     if kubernetes := named.get(KUBERNETES_VARIABLE):
         KubernetesSettings.load(Path(kubernetes))
     return not named
-
-
-def start_ahead(address: str | None = None, slurm: str | None = None, kubernetes: str | None = None) -> None:
-    """Have this machine's private Ray start, if trainings are to run there, beside what the caller goes on with.
-
-    Whoever needs it waits for it, or learns why it does not start.
-    """
-
-    def start() -> None:
-        with suppress(Exception):
-            if not _named(address, slurm, kubernetes):
-                resolve()
-
-    threading.Thread(target=start, daemon=True, name="ray").start()
 
 
 def has_queue() -> bool:

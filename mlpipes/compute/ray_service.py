@@ -12,6 +12,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     del sys.argv[0]
-    sys.path[0] = str(Path(sys.argv[0]).parent)  # as if Python had been given the program itself
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path(sys.argv[0]).parent)  # as if Python had been given the program itself
     sys.modules["kubernetes"] = None  # pyright: ignore[reportArgumentType] - its import raises ModuleNotFoundError
     runpy.run_path(sys.argv[0], run_name="__main__")

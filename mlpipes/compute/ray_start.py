@@ -5,9 +5,9 @@
 - A raylet waits for the file in which its dashboard agent says at which port it listens, and ends itself after 15 s, which
   cannot be set. Under other work the agent may need that for its imports alone; `ray start` gives up another 15 s later. The
   port is one that we have chosen: the file is there when the raylet looks, and `ray start` waits for the agent instead.
-- Its workers are started by `ray_worker` instead of a program of Ray's that imports Ray to do so. As many may start at once
-  as a training of two takes, also where there are fewer cores. None is started ahead: jobs of ours, which have variables of
-  their own, cannot use it, and wait for it.
+- Its workers are started by `ray_setup_worker` instead of a program of Ray's that imports Ray to do so. As many may start at
+  once as a training of two takes, also where there are fewer cores. None is started ahead: what our jobs start on a private
+  Ray has variables of its own, so that they could not use it, and would wait for it.
 - Its dashboard and agents run by `ray_service`. There is no server for drivers that are not jobs, a process and a port more.
 
 Run as `python -m mlpipes.compute.ray_start start …`.
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from mlpipes.compute import ray_service, ray_worker
+from mlpipes.compute import ray_service, ray_setup_worker
 
 _LEFT_OUT = ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli")
 _PORT = "dashboard_agent_listen_port"
@@ -64,7 +64,10 @@ def leaner(command: Sequence[str]) -> list[str]:
         elif word.startswith(_AT_ONCE):
             words.append(f"{_AT_ONCE}{max(int(word.removeprefix(_AT_ONCE)), _LEAST)}")
         elif word.startswith(_AGENT):  # a command in a word
-            words.append(_AGENT + subprocess.list2cmdline(leaner(shlex.split(word.removeprefix(_AGENT)))))
+            try:
+                words.append(_AGENT + subprocess.list2cmdline(leaner(shlex.split(word.removeprefix(_AGENT)))))
+            except ValueError:  # a path with a quotation mark
+                words.append(word)
         else:
             words += [ray_service.__file__] * word.endswith(_SERVICES)
             words.append(word)
@@ -72,7 +75,7 @@ def leaner(command: Sequence[str]) -> list[str]:
 
 
 def _patient(start_raylet: Any) -> Any:
-    """Ray's function that starts a raylet, with workers by `ray_worker`, waiting for the agent where it would not."""
+    """Ray's function that starts a raylet, with workers by `ray_setup_worker`, waiting for the agent where it would not."""
     from ray._raylet import persist_port  # pyright: ignore[reportAttributeAccessIssue] - compiled
 
     from mlpipes.compute.ray_node import listens
@@ -83,7 +86,7 @@ def _patient(start_raylet: Any) -> Any:
         bound = signature.bind(*arguments, **options)
         told = bound.arguments
         if _SETUP in told:
-            told[_SETUP] = ray_worker.__file__
+            told[_SETUP] = ray_setup_worker.__file__
             arguments, options = bound.args, bound.kwargs
         folder, node, host, port = map(told.get, ("session_dir", "node_id", "node_ip_address", _PORT))
         if not (folder and node and host and port):

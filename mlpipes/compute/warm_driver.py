@@ -29,6 +29,8 @@ _PATIENCE_SECONDS = 30.0
 """What there is for a warm process to import and to answer: Ray ends a worker that has not come after 60 s."""
 _POLL_SECONDS = 0.05
 _AHEAD, _AHEAD_SECONDS = "--ahead", 20.0
+_OF_PYTHON = ("-s", "-S")
+"""Options that Ray repeats before a worker where its own Python was given them, or has them from the environment."""
 _ABOUT = (
     "drivers and workers of a private Ray are forked from this process, and write their own command lines in this place"
 )
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     """Have a module run to its end in a fork of the warm process; returns its exit code."""
     if list(arguments) == [_AHEAD]:
         return _ahead()
+    while arguments and arguments[0] in _OF_PYTHON:
+        arguments = arguments[1:]
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stream, whose number something else would get
         pass
     os.close(descriptor)
@@ -215,9 +219,10 @@ def run_driver(main: Callable[[], int]) -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    if (ray := sys.modules.get("ray")) is not None:
-        ray.shutdown()
-    logging.shutdown()
+    with suppress(Exception):  # the work is done, or is to be done again
+        if (ray := sys.modules.get("ray")) is not None:
+            ray.shutdown()
+        logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -39,14 +39,6 @@ def partitions_of(entry: Entry) -> dg.StaticPartitionsDefinition:
     return dg.StaticPartitionsDefinition([scale.key for scale in entry.scales])
 
 
-def _is_to_train(context: dg.AssetExecutionContext, entry: Entry, store: StoreResource) -> bool:
-    """Whether this run goes on with a training that nobody has finished before, as far as that can be known by now."""
-    if not context.job_def.has_node_named(f"{entry.name}__checkpoints"):
-        return False
-    with user_errors():
-        return store.store.read_reference(TrainingReference, entry.name, context.partition_key) is None
-
-
 def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec]:
     """The asset chain of one workload, its report over all scales, and its live view."""
     partitions, preparing = partitions_of(entry), preparation_version(entry.implementation)
@@ -104,12 +96,10 @@ def workload_assets(entry: Entry) -> Sequence[dg.AssetsDefinition | dg.AssetSpec
         code_version=preparing,
     )
     def snapshot(
-        context: dg.AssetExecutionContext, source: DatasetReference, store: StoreResource, ray: RayResource
+        context: dg.AssetExecutionContext, source: DatasetReference, store: StoreResource
     ) -> dg.MaterializeResult:
         from mlpipes.data.snapshot import snapshot_of, warnings_of
 
-        if _is_to_train(context, entry, store):
-            ray.start_ahead()
         loaded = take(entry.name, source.digest)
         with user_errors():
             made, warnings = snapshot_of(store.store, source.digest, entry.load(), preparing, loaded)

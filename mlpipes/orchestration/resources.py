@@ -64,12 +64,6 @@ class RayResource(dg.ConfigurableResource):
 
         return jobs_for(scale, self.address, self.slurm, self.kubernetes)
 
-    def start_ahead(self) -> None:
-        """Have the private local Ray start, if that is meant, while the caller goes on with what comes before a training."""
-        from mlpipes.compute.places import start_ahead
-
-        start_ahead(self.address, self.slurm, self.kubernetes)
-
 
 class MlflowResource(dg.ConfigurableResource):
     """Where runs are tracked and models registered."""

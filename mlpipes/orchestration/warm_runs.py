@@ -79,5 +79,5 @@ def warm_runs() -> None:
         return start(self, request, context)
 
     server.StartRun = start_warm
-    if os.environ.get(AHEAD_VARIABLE):
+    if os.environ.get(AHEAD_VARIABLE) and multiprocessing.parent_process() is None:  # not in a run, which starts none
         how_to_start()

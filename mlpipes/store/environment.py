@@ -265,7 +265,7 @@ TABLE: Mapping[str, Variable] = {
         # What is ours in every process of ours.
         Variable("RAY_TRAIN_V2_ENABLED", _P, value="1"),
         Variable("RAY_USAGE_STATS_ENABLED", _P, value="0"),
-        *(Variable(name, _P) for name in ("MLPIPES_RAY_HEAD", "MLPIPES_RAY_FOLDER")),
+        *(Variable(name, _P) for name in ("MLPIPES_RAY_HEAD", "MLPIPES_RAY_FOLDER", "MLPIPES_WARM_RUNS")),
         *(Variable(name, _P) for name in ("MLPIPES_FINGERPRINT", "MLPIPES_SLURM_PYTHON")),
         *(Variable(name, _P) for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "no_proxy", "NO_PROXY", "no_grpc_proxy")),
         *(Variable(name, _P) for name in ("OMP_NUM_THREADS", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER")),

@@ -117,7 +117,8 @@ def test_processes_of_ray_get_less_to_do() -> None:
     name, _, command = told.partition("=")
     assert (name, shlex.split(command)) == ("--dashboard_agent_command", [*agent[:2], ray_service.__file__, *agent[2:]])
     assert leaner(["--maximum_startup_concurrency=64"]) == ["--maximum_startup_concurrency=64"]
-    assert leaner(["gcs_server", "--port=1"]) == ["gcs_server", "--port=1"]
+    for untouched in (["gcs_server", "--port=1"], ["--dashboard_agent_command=/o'brien/python /in/dashboard/agent.py"]):
+        assert leaner(untouched) == untouched
 
 
 _HELD_AGENT = """

@@ -1,13 +1,11 @@
 import socket
-import threading
 from pathlib import Path
 
 import pytest
 
 from mlpipes.compute import preflight
 from mlpipes.compute.address import RayAddress
-from mlpipes.compute.local import LocalRay
-from mlpipes.compute.places import resolve, start_ahead
+from mlpipes.compute.places import resolve
 from mlpipes.compute.preflight import (
     GIB,
     Node,
@@ -102,29 +100,3 @@ def test_an_elastic_training_needs_its_least_workers_and_ordered_sums() -> None:
         check_elastic(elastic, 5, "ordered")
     with pytest.raises(PreflightError, match="use `ordered`"):
         check_elastic(elastic, 2, "allreduce")
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_the_private_ray_starts_ahead_beside_who_asks_for_it(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, errors = list[str](), list[object]()
-
-    def ensure(_: LocalRay) -> None:
-        asked.append(threading.current_thread().name)
-        if not works:
-            raise OSError("no room")
-
-    monkeypatch.setattr(LocalRay, "ensure", ensure)
-    monkeypatch.setattr(threading, "excepthook", errors.append)
-    before = set(threading.enumerate())
-
-    def wait() -> None:
-        for thread in set(threading.enumerate()) - before:
-            thread.join()
-
-    start_ahead("http://head:8265")
-    wait()
-    assert asked == [], "that one runs already"
-    start_ahead()
-    wait()
-    assert asked == ["ray"]
-    assert errors == [], "whoever needs it learns what is wrong"

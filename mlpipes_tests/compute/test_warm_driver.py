@@ -322,7 +322,24 @@ def main():
 atexit.register(lambda: print("took its time"))
 run_driver(main)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT, timeout=LIMIT_SECONDS
+    )
     assert (done.returncode, done.stdout) == (code, "worked")
     assert done.stderr.startswith("Traceback") == bool(said)
     assert said in done.stderr
+
+
+def test_options_of_python_that_ray_repeats_are_no_module(tmp_path: Path) -> None:
+    """Where PYTHONNOUSERSITE is set, as by conda, Ray starts each worker by `<python> -s <worker>`."""
+    (worker := tmp_path / "worker.py").write_text("import sys; print(sys.argv[1:])")
+    done = subprocess.run(
+        [sys.executable, "-m", warm_driver.__name__, "-s", "-S", str(worker), "-s", "--node=1"],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+        timeout=LIMIT_SECONDS,
+        env={name: value for name, value in os.environ.items() if name != FOLDER_VARIABLE},
+        check=True,
+    )
+    assert done.stdout == "['-s', '--node=1']\n"

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mlpipes.compute import ray_service, ray_worker
+from mlpipes.compute import ray_service, ray_setup_worker
 from mlpipes.compute.address import RayAddress
 from mlpipes.compute.local import LocalRay
 from mlpipes.compute.processes import with_variable
@@ -292,9 +292,12 @@ def test_a_training_starts_no_process_that_it_has_no_use_for(pipeline: Pipeline)
     (command,) = (process.cmdline() for process in [psutil.Process(state["raylet"][0])])
     assert "--num_prestart_python_workers=0" in command
     assert "--maximum_startup_concurrency=4" in command or (os.cpu_count() or 1) > 4
-    assert any(ray_worker.__file__ in word for word in command)
+    assert any(ray_setup_worker.__file__ in word for word in command)
     assert any(ray_service.__file__ in word for word in command)
-    others = [" ".join(process.cmdline()) for process in psutil.Process(state["pid"]).children()]
+    others = list[str]()
+    for process in psutil.Process(state["pid"]).children():
+        with suppress(psutil.Error):  # some come and go
+            others.append(" ".join(process.cmdline()))
     assert [ray_service.__file__ in line for line in others if "dashboard/dashboard.py" in line] == [True]
     assert not any("ray.util.client" in line for line in others), "which listens for drivers that are no jobs"
     found = requests.get(

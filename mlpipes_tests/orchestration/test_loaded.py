@@ -9,12 +9,10 @@ import pytest
 
 from mlpipes.data.dataset import Dataset
 from mlpipes.data.tables import TableSource
-from mlpipes.orchestration import assets as assets_module
 from mlpipes.orchestration import loaded
 from mlpipes.orchestration.assets import workload_assets
-from mlpipes.orchestration.resources import RayResource, ReferenceIOManager, StoreResource
+from mlpipes.orchestration.resources import ReferenceIOManager, StoreResource
 from mlpipes.scales import scales_of
-from mlpipes.store.references import TrainingReference
 from mlpipes.workloads.catalog import Entry
 from mlpipes_tests import texts
 from mlpipes_tests.conftest import tiny_dataset
@@ -59,45 +57,6 @@ def test_a_run_loads_its_source_once_and_keeps_nothing(tmp_path: Path, monkeypat
         shutil.rmtree(tmp_path / "store" / "snapshots")
         assert digest_by(["snapshot"]) == together  # made of what is loaded again
         assert (len(times), loaded._KEPT) == (1, {})
-
-
-def test_a_run_that_trains_has_its_ray_start_beside_the_snapshot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Ray(RayResource):
-        def start_ahead(self) -> None:
-            started.append(store.store.snapshots.exists())
-
-    monkeypatch.setenv(FOLDER, str(write_tables(tmp_path)))
-    started, trained = list[bool](), list[str]()
-    store = StoreResource(root=str(tmp_path / "store"))
-    reference = TrainingReference(fingerprint="f", mlflow_run_id="", snapshot="s")
-
-    def train(context: dg.AssetExecutionContext, *_: object) -> dg.MaterializeResult:
-        trained.append(context.partition_key)
-        return dg.MaterializeResult(value=reference)
-
-    monkeypatch.setattr(assets_module, "materialize_training", train)
-    assets = workload_assets(Entry("words", "Words", WORDS, scales_of([SCALE], "test")))
-
-    def run(*selection: str) -> list[bool]:
-        started.clear()
-        result = dg.materialize(
-            assets,
-            selection=[dg.AssetKey(["words", name]) for name in selection],
-            partition_key=SCALE,
-            instance=instance,
-            resources={"store": store, "io_manager": ReferenceIOManager(store=store), "ray": Ray(), "mlflow": object()},
-        )
-        assert result.success
-        return started
-
-    with dg.DagsterInstance.ephemeral() as instance:
-        assert run("dataset", "snapshot") == [], "nothing is to be trained"
-        shutil.rmtree(tmp_path / "store" / "snapshots")
-        assert run("dataset", "snapshot", "checkpoints") == [False], "before the snapshot is made"
-        assert run("dataset", "snapshot", "checkpoints") == [], "it would start in vain where that training is found"
-    assert trained == [SCALE, SCALE]
 
 
 def test_one_is_kept_and_only_for_its_workload() -> None:

@@ -3,11 +3,13 @@
 import gc
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from mlpipes.compute import warm_process
@@ -51,23 +53,26 @@ def test_where_there_can_be_no_warm_process_runs_start_by_themselves(
     assert "start without a warm process: AF_UNIX path too long" in caplog.text
 
 
-def _tell_the_frozen(connection: Connection) -> None:
+def _tell_of_a_run(connection: Connection) -> None:
+    os.environ[warm_runs.AHEAD_VARIABLE] = "1"  # as under `mlpipes dev`
     warm_runs.warm_runs()
-    connection.send(gc.get_freeze_count())
+    connection.send((gc.get_freeze_count(), [" ".join(child.cmdline()) for child in psutil.Process().children()]))
 
 
-def test_runs_look_for_no_garbage_among_what_was_imported_before_the_fork() -> None:
+def test_runs_look_for_no_garbage_among_what_was_imported_and_start_no_warm_process_of_their_own() -> None:
     before = gc.get_freeze_count()
     warm_runs.warm_runs()
     assert gc.get_freeze_count() == before, "this process is no run"
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("forkserver")
     assert warm_runs.how_to_start() is context
-    process = context.Process(target=_tell_the_frozen, args=(there,))
+    process = context.Process(target=_tell_of_a_run, args=(there,))
     process.start()
     try:
         assert here.poll(LIMIT_SECONDS)
-        assert here.recv() > 100_000
+        frozen, children = here.recv()
+        assert frozen > 100_000
+        assert not any("forkserver" in command for command in children)
     finally:
         process.join(LIMIT_SECONDS)
 

@@ -3,7 +3,8 @@
 That import takes 0.6 CPU-seconds, and each process of a training waits for it before it begins: the job's supervisor,
 Train's controller, the workers. What else than variables and a command of Python a job's context has is left to Ray's own.
 
-Run by its path, for nothing else is known there: `python …/ray_worker.py <worker> --serialized-runtime-env-context=…`.
+Run by its path, for nothing else is known there: `python …/ray_setup_worker.py <worker> --serialized-runtime-env-context=…`.
+A raylet knows Ray's own by its name, which this one shares for that: it leaves it out where a worker belongs to no job.
 """
 
 import argparse

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mlpipes.compute import ray_worker
-from mlpipes.compute.ray_worker import command_of
+from mlpipes.compute import ray_setup_worker
+from mlpipes.compute.ray_setup_worker import command_of
 from mlpipes_tests.waiting import LIMIT_SECONDS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Ray starts its workers itself")
@@ -34,7 +34,7 @@ def started(tmp_path: Path, *words: str, language: str = "PYTHON", **context: An
     (worker := tmp_path / "a worker.py").write_text(_WORKER)
     options = [f"--serialized-runtime-env-context={json.dumps(context)}", f"--language={language}"]
     done = subprocess.run(
-        [sys.executable, "-c", _WATCHED, ray_worker.__file__, str(worker), *words, *options],
+        [sys.executable, "-c", _WATCHED, ray_setup_worker.__file__, str(worker), *words, *options],
         capture_output=True,
         text=True,
         timeout=LIMIT_SECONDS,
