@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from mlpipes.store.files import canonical_json
+from mlpipes.training.heap import keep_freed_memory
 from mlpipes.workloads.tensors import compute_deterministically, compute_fp32_in_full, has_native_bf16
 
 
@@ -60,9 +61,11 @@ def random_numbers_from(seed: int) -> Iterator[None]:
 def prepare_process(threads: int, seed: int, deterministic_kernels: bool = True) -> None:
     """Make this process compute the same bits every time: fixed threads, deterministic kernels, seeded RNG.
 
+    Memory that a step frees is kept for the next (see `training/heap.py`), which leaves the bits as they are.
     An operation without a deterministic kernel then raises RuntimeError. A mere warning (`warn_only`) would not do: with it,
     attention on a GPU takes its faster kernels, which add gradients in an order of their own.
     """
+    keep_freed_memory()
     torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS refuses to be deterministic
     compute_deterministically(deterministic_kernels)
