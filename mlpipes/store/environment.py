@@ -172,6 +172,11 @@ def _retries(text: str) -> None:
         raise ValueError("write a number of retries, such as 1")
 
 
+def _bytes(text: str) -> None:
+    if not re.fullmatch(r"\d+", text, re.ASCII):  # glibc takes 0 for what it cannot read
+        raise ValueError("write a number of bytes, such as 1073741824")
+
+
 def _switch(text: str) -> None:
     if text.lower() not in ("0", "1", "true", "false", "on", "off", "yes", "no"):
         raise ValueError("write 1 or 0")
@@ -262,6 +267,8 @@ TABLE: Mapping[str, Variable] = {
         Variable("CUDA_VISIBLE_DEVICES", _K, _devices),
         Variable("CUBLAS_WORKSPACE_CONFIG", _K, _workspace),
         Variable("TMPDIR", _K, _existing_folder),
+        *(Variable(name, _K, _bytes) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")),
+        Variable("GLIBC_TUNABLES"),
         # What is ours in every process of ours.
         Variable("RAY_TRAIN_V2_ENABLED", _P, value="1"),
         Variable("RAY_USAGE_STATS_ENABLED", _P, value="0"),

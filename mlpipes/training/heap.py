@@ -5,7 +5,7 @@ import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _KEPT, _LARGEST = 1 << 30, 32 << 20
-_CHOSEN = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_memory() -> bool:
@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     to 3 % of a processor's time. Left alone where the user has chosen otherwise by an environment variable
     (man 3 mallopt), and where there is no glibc. Values are not touched, so results have the same bits.
     """
-    if any(name in os.environ for name in _CHOSEN):
+    if any(os.environ.get(name) for name in _CHOSEN) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

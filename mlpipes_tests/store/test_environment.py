@@ -103,6 +103,8 @@ BAD: dict[str, tuple[str, ...]] = {
     "CUDA_VISIBLE_DEVICES": ("all", "0;1", "0,,1", "cuda:0"),
     "CUBLAS_WORKSPACE_CONFIG": ("4096", ":0:0", "off"),
     "TMPDIR": ("/nowhere/at/all", "/dev/null"),
+    **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), ("much", "-1", "1.5", "1 GiB", "٣")),
+    "GLIBC_TUNABLES": (" glibc.malloc.trim_threshold=1",),
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
 """Commands that read, that make something, and that start servers."""
