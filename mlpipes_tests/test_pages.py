@@ -18,7 +18,7 @@ from mlpipes_tests.sandbox import CHECKOUT
 TWO_SCREENS = 110
 """Lines."""
 _VARIABLE = re.compile(
-    r"(?:MLPIPES|MLFLOW|DAGSTER|RAY|HF|SLURM|CUDA|CUBLAS|GLOO|NCCL|AWS)_[A-Z0-9_]+|PYTHON[A-Z]+|TMPDIR|KUBECONFIG|"
+    r"(?:MLPIPES|MLFLOW|DAGSTER|RAY|HF|SLURM|CUDA|CUBLAS|GLOO|NCCL|AWS|MALLOC)_[A-Z0-9_]+|PYTHON[A-Z]+|TMPDIR|KUBECONFIG|"
     r"https?_proxy|HTTPS?_PROXY|all_proxy|ALL_PROXY|no_(?:grpc_)?proxy|NO_PROXY"
 )
 _LANGUAGES = {"bash", "console", "yaml", "python", "text"}
