@@ -173,7 +173,7 @@ def _retries(text: str) -> None:
 
 
 def _bytes(text: str) -> None:
-    if not re.fullmatch(r"\d+", text, re.ASCII):  # glibc takes 0 for what it cannot read
+    if not re.fullmatch(r"\d+", text, re.ASCII):  # glibc says nothing about what it cannot read
         raise ValueError("write a number of bytes, such as 1073741824")
 
 
