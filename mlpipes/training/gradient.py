@@ -16,6 +16,7 @@ what a sample counts on average at the end. Where each sample counts one, that i
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -28,6 +29,7 @@ from mlpipes.training.embedding import SparseReadEmbedding, TableGradient
 from mlpipes.training.parallel import Workers, shares
 from mlpipes.training.reduction import TreeReduction, TreeSum
 from mlpipes.training.running_statistics import RunningStatistics
+from mlpipes.training.shared_memory import SharedMemoryReduction
 
 ShardLosses = Callable[[int, Tensor], Iterable[tuple[Tensor, Tensor | float]]]
 """For a shard's number and rows (B,): of each of its parts, one after the other, the summed losses and what they count."""
@@ -106,7 +108,7 @@ class ShardedGradient:
         self._statistics = RunningStatistics(model)
         self._embeddings = [m for m in model.modules() if isinstance(m, SparseReadEmbedding)]
         self._device = self.parameters[0].device
-        self._tree = TreeReduction(workers, shards, self._device)
+        self._tree: TreeReduction | None = None
 
     def compute(self, rows: Tensor, shard_losses: ShardLosses) -> Tensor:
         """Set the gradient of the mean loss over `rows` (B,); returns that mean loss and what the batch counts, (2,).
@@ -155,12 +157,21 @@ class ShardedGradient:
             return roots[0]
         if self.reduction == "allreduce":
             roots = [reduce(Sums.plus, roots)]
+        if self._tree is None:
+            # Not before: all workers come here at the same time, and a dry run on one of them does not.
+            self._tree = self._reduction()
         read = self._read_by_anyone(roots)
         memory = self._tree.rows(len(roots), roots[0].size(read))
         for row, root in zip(memory, roots, strict=True):
             root.write(row, read)
         total = self.workers.sum(memory[0]) if self.reduction == "allreduce" else self._tree.sum(memory)
         return roots[0].placed(total, read)
+
+    def _reduction(self) -> TreeReduction:
+        if self.reduction == "ordered" and self._device.type == "cpu":
+            with suppress(OSError):  # on several machines, or in several containers
+                return SharedMemoryReduction(self.workers, self.shards)
+        return TreeReduction(self.workers, self.shards, self._device)
 
     def _read_by_anyone(self, roots: Sequence[Sums]) -> list[Tensor]:
         """The rows of each table that any worker has read: all that needs to travel."""

@@ -30,6 +30,10 @@ class Workers(Protocol):
         """Every worker's part (L,), one after the other by rank, into `whole` (size · L,) on every worker."""
         ...
 
+    def meet(self) -> None:
+        """Wait until every worker has come here; what it has written to memory until then, this one sees."""
+        ...
+
 
 class SingleWorker:
     """The group of one: no communication."""
@@ -52,6 +56,9 @@ class SingleWorker:
     def join(self, part: Tensor, whole: Tensor) -> None:
         """Its own part."""
         whole.copy_(part)
+
+    def meet(self) -> None:
+        """It is there."""
 
 
 class DistributedWorkers:
@@ -93,6 +100,10 @@ class DistributedWorkers:
         here, arrived = self._reachable(part, "sent").copy_(part), self._reachable(whole, "received")
         dist.all_gather_single(arrived, here)
         whole.copy_(arrived)
+
+    def meet(self) -> None:
+        """Wait for the others."""
+        dist.barrier()
 
     def _reachable(self, tensor: Tensor, role: str) -> Tensor:
         """The tensor itself, or kept memory of its shape where the backend reaches it.

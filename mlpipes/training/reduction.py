@@ -7,7 +7,7 @@ than one sum a level of the tree; only the subtrees' roots travel, at the traffi
 summation rounds less than adding from left to right (Higham 1993).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -61,8 +61,8 @@ class TreeReduction:
 
     def rows(self, count: int, size: int) -> Tensor:
         """Memory to write `count` roots of `size` numbers to: float32 (count, `size` or some more), of any content."""
-        padded = -(-size // self.workers.size) * self.workers.size
-        return self._memory("rows", count * padded).view(count, padded)
+        padded = self.padded(size)
+        return self.memory("rows", count * padded).view(count, padded)
 
     def sum(self, rows: Tensor) -> Tensor:
         """The sum over all leaves, on every worker, given this worker's roots in the memory that `rows` gave."""
@@ -72,21 +72,30 @@ class TreeReduction:
         # Each worker adds up one slice of all roots. A worker with fewer subtrees than others has nothing to give then;
         # zeros in its place would turn a sum of -0.0 into 0.0.
         length = rows.shape[1] // size
-        arrived: dict[int, tuple[range, Tensor]] = {}
-        received = self._memory("received", sum(map(len, self.spans)) * length).view(-1, length)
+        arrived: dict[range, Tensor] = {}
+        received = self.memory("received", sum(map(len, self.spans)) * length).view(-1, length)
         for number in range(max(map(len, self.spans))):
             given = [spans[number] for spans in self.spans if number < len(spans)]
             slices = received[len(arrived) : len(arrived) + len(given)]
             row = rows[min(number, len(rows) - 1)]
             self.workers.swap(row, slices, [number < len(spans) for spans in self.spans])
-            arrived |= {span.start: (span, part) for span, part in zip(given, slices, strict=True)}
-        tree = TreeSum[Tensor](self.leaves, lambda left, right: left.add_(right))
-        for start in sorted(arrived):
-            tree.push(*arrived[start])
-        self.workers.join(tree.roots[0][1], rows[0])
+            arrived |= dict(zip(given, slices, strict=True))
+        self.workers.join(self.added_up(arrived), rows[0])
         return rows[0]
 
-    def _memory(self, name: str, size: int) -> Tensor:
+    def padded(self, size: int) -> int:
+        """The numbers in a row that is divided evenly among workers."""
+        return -(-size // self.workers.size) * self.workers.size
+
+    def added_up(self, roots: Mapping[range, Tensor]) -> Tensor:
+        """The sum over all leaves, given every subtree's root; takes their memory."""
+        tree = TreeSum[Tensor](self.leaves, lambda left, right: left.add_(right))
+        for span in sorted(roots, key=lambda span: span.start):
+            tree.push(span, roots[span])
+        return tree.roots[0][1]
+
+    def memory(self, name: str, size: int) -> Tensor:
+        """Memory for `size` numbers of any content, the same from sum to sum."""
         if name not in self._kept or len(self._kept[name]) < size:
             self._kept[name] = torch.zeros(size, device=self.device)
         return self._kept[name][:size]

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from mlpipes.training.determinism import weights_digest
 from mlpipes.training.embedding import keep_embedding_gradients
 from mlpipes.training.gradient import ShardedGradient
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker, Workers, shares
-from mlpipes.training.reduction import TreeSum, subtrees
+from mlpipes.training.reduction import TreeReduction, TreeSum, subtrees
+from mlpipes.training.shared_memory import SharedMemoryReduction
 from mlpipes_tests.waiting import LIMIT_SECONDS
 
 BATCH, WORDS, STEPS = 41, 500, 2
@@ -62,8 +64,8 @@ class Network(nn.Module):
         return out
 
 
-def digest_after_some_steps(workers: Workers, shards: int, reduction: Any, **options: Any) -> str:
-    """Of the weights, running statistics and last gradients, after some steps."""
+def digest_after_some_steps(workers: Workers, shards: int, shared: bool, **options: Any) -> str:
+    """Of the weights, running statistics and last gradients, after some steps; `shared`: the workers' memory."""
     torch.manual_seed(0)
     model = Network(options)
     if options.get("convolution"):
@@ -74,7 +76,9 @@ def digest_after_some_steps(workers: Workers, shards: int, reduction: Any, **opt
         patch.setattr(embedding, "_LARGE", 1000)
         keep_embedding_gradients(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, fused=True)
-    gradient = ShardedGradient(model, workers, shards, reduction, options.get("weighted", False))
+    gradient = ShardedGradient(model, workers, shards, "ordered", options.get("weighted", False))
+    if not shared:
+        gradient._tree = TreeReduction(workers, shards, torch.device("cpu"))
     # Lengths of texts: with buckets, neighbours are alike and shards are not.
     lengths = torch.randint(2, 12, (400,))
     order = lengths.argsort(stable=True) if options.get("buckets") else torch.randperm(400)
@@ -98,18 +102,19 @@ def digest_after_some_steps(workers: Workers, shards: int, reduction: Any, **opt
     for step in range(STEPS):
         gradient.compute(order[step * BATCH : (step + 1) * BATCH], losses)
         optimizer.step()
+    assert isinstance(gradient._tree, SharedMemoryReduction) is (shared and workers.size > 1)
     found = dict(model.state_dict())
     return weights_digest(
         found | {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
     )
 
 
-def all_digests(workers: Workers) -> dict[str, str]:
+def all_digests(workers: Workers, shared: bool) -> dict[str, str]:
     """Every switch at 4 and 6 logical shards, and 1 to 8 of them, as far as so many workers can share them."""
     cases = [(switch, shards, options) for switch, options in SWITCHES.items() for shards in (4, 6)]
     cases += [("parts", shards, SWITCHES["parts"]) for shards in SHARDS]
     return {
-        f"{switch}, {shards} shards": digest_after_some_steps(workers, shards, "ordered", **options)
+        f"{switch}, {shards} shards": digest_after_some_steps(workers, shards, shared, **options)
         for switch, shards, options in cases
         if workers.size <= shards
     }
@@ -149,13 +154,16 @@ def together(size: int, task: Callable[[Workers], Any]) -> list[Any]:
 def alone() -> Iterable[dict[str, str]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield all_digests(SingleWorker())
+    yield all_digests(SingleWorker(), shared=False)
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
-def test_however_a_batch_is_cut_any_number_of_workers_gives_the_same_bits(alone: dict[str, str], size: int) -> None:
-    for found in together(size, all_digests):
+def test_however_a_batch_is_cut_any_number_of_workers_gives_the_same_bits(
+    alone: dict[str, str], size: int, shared: bool
+) -> None:
+    for found in together(size, partial(all_digests, shared=shared)):
         assert len(found) >= 1
         assert found == {case: alone[case] for case in found}
 
