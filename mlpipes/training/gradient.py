@@ -5,8 +5,8 @@ computes the gradients of its shards one by one, each for itself, and
 
 - `ordered` (the default) adds them up in the order of one fixed tree, whoever computed them, so 1, 2, 3 or 4 workers end
   in the same bits, and a training may lose or gain workers;
-- `allreduce` sums over workers in the backend's order: one exchange also for more than two workers, and no more to send
-  where a share is several subtrees; equal to rounding between numbers of workers, and exactly repeatable with the same
+- `allreduce` sums over workers in the backend's order: between machines, one exchange also for more than two workers, and
+  no more to send where a share is several subtrees; equal to rounding between numbers of workers, and exactly repeatable with the same
   number. (DDP's gradient buckets are rebuilt after the first step, which makes a resumed training differ in the last
   bits.)
 
