@@ -6,9 +6,9 @@ computes the gradients of its shards one by one, each for itself, and
 - `ordered` (the default) adds them up in the order of one fixed tree, whoever computed them, so 1, 2, 3 or 4 workers end
   in the same bits, and a training may lose or gain workers;
 - `allreduce` sums over workers in the backend's order: between machines, one exchange also for more than two workers, and
-  no more to send where a share is several subtrees; equal to rounding between numbers of workers, and exactly repeatable with the same
-  number. (DDP's gradient buckets are rebuilt after the first step, which makes a resumed training differ in the last
-  bits.)
+  no more to send where a share is several subtrees; equal to rounding between numbers of workers, and exactly
+  repeatable with the same number. (DDP's gradient buckets are rebuilt after the first step, which makes a resumed
+  training differ in the last bits.)
 
 The loss is a mean over the global batch: the sum of the losses over the sum of what the samples count. How much that is
 may be known only after the forward pass, so losses are divided by the number of samples on their way, and their sum by
