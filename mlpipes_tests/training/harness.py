@@ -17,6 +17,7 @@ from mlpipes.store.files import read_record
 from mlpipes.store.layout import Store
 from mlpipes.store.recipe import Recipe
 from mlpipes.store.training_job import Checkpointing, TrainingJob
+from mlpipes.training import shared_memory
 from mlpipes.training.checkpoints import Checkpoints
 from mlpipes.training.loop import Trainer
 from mlpipes.training.parallel import DistributedWorkers, SingleWorker
@@ -57,7 +58,10 @@ def make_job(root: Path, scale: str, implementation: str = DIGITS, seed: int = 0
 
 
 class Discarding(DistributedWorkers):
-    """The error of the program that this one replaces: each worker trains on its own, and all but one are discarded."""
+    """The error of the program that this one replaces: each worker trains on its own, and all but one are discarded.
+
+    None opens the memory of another.
+    """
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor] * self.size
@@ -98,6 +102,8 @@ def worker_process(
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     if crash is not None:
         (_crash_within if torn else _crash_at)(crash)
+    if discard:
+        shared_memory._path = lambda *_: None
     train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device(device))
     dist.barrier()
     dist.destroy_process_group()

@@ -114,7 +114,7 @@ def test_who_is_early_waits_for_what_the_others_write() -> None:
     assert together(2, sums_with_a_late_writer) == [True, True]
 
 
-def way_without(workers: Workers, hidden: int) -> tuple[str, Tensor]:
+def way_without(workers: Workers, hidden: int) -> tuple[str, list[list[float]]]:
     """How gradients are added up where one worker cannot open the others' memory, and what comes of it."""
     if workers.rank == hidden:
         shared_memory._path = lambda *_: None
@@ -123,7 +123,7 @@ def way_without(workers: Workers, hidden: int) -> tuple[str, Tensor]:
     gradient = ShardedGradient(model, workers, 4, "ordered")
     gradient.compute(torch.arange(16), lambda _, rows: [(model(data[rows]).square().sum(), len(rows))])
     assert model.weight.grad is not None
-    return type(gradient._tree).__name__, model.weight.grad.clone()
+    return type(gradient._tree).__name__, model.weight.grad.tolist()
 
 
 def test_where_one_worker_cannot_open_the_memory_of_another_all_go_through_gloo() -> None:
@@ -131,7 +131,7 @@ def test_where_one_worker_cannot_open_the_memory_of_another_all_go_through_gloo(
     assert shared[0] == "SharedMemoryReduction"
     for way, found in together(2, partial(way_without, hidden=1)):
         assert way == "TreeReduction"
-        assert torch.equal(found, shared[1])
+        assert found == shared[1]
 
 
 def test_another_file_under_the_same_number_is_not_taken_for_memory(tmp_path: Path) -> None:
