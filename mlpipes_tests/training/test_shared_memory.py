@@ -114,10 +114,16 @@ def test_who_is_early_waits_for_what_the_others_write() -> None:
     assert together(2, sums_with_a_late_writer) == [True, True]
 
 
-def way_without(workers: Workers, hidden: int) -> tuple[str, list[list[float]]]:
-    """How gradients are added up where one worker cannot open the others' memory, and what comes of it."""
-    if workers.rank == hidden:
+def way_without(workers: Workers, what: str) -> tuple[str, list[list[float]]]:
+    """How gradients are added up where one worker cannot do something, and what comes of it."""
+    if workers.rank == 1 and what == "opening":
         shared_memory._path = lambda *_: None
+    elif workers.rank == 1 and what == "making":
+
+        def forbidden(_: str) -> int:
+            raise PermissionError("memfd_create")
+
+        os.memfd_create = forbidden
     torch.manual_seed(0)
     model, data = nn.Linear(6, 5), torch.randn(16, 6)
     gradient = ShardedGradient(model, workers, 4, "ordered")
@@ -126,10 +132,11 @@ def way_without(workers: Workers, hidden: int) -> tuple[str, list[list[float]]]:
     return type(gradient._tree).__name__, model.weight.grad.tolist()
 
 
-def test_where_one_worker_cannot_open_the_memory_of_another_all_go_through_gloo() -> None:
-    shared, *_ = together(2, partial(way_without, hidden=-1))
+@pytest.mark.parametrize("what", ["opening", "making"])
+def test_where_one_worker_cannot_make_or_open_memory_all_go_through_gloo(what: str) -> None:
+    shared, *_ = together(2, partial(way_without, what=""))
     assert shared[0] == "SharedMemoryReduction"
-    for way, found in together(2, partial(way_without, hidden=1)):
+    for way, found in together(2, partial(way_without, what=what)):
         assert way == "TreeReduction"
         assert found == shared[1]
 
