@@ -157,21 +157,24 @@ class ShardedGradient:
             return roots[0]
         if self.reduction == "allreduce":
             roots = [reduce(Sums.plus, roots)]
-        if self._tree is None:
-            # Not before: all workers come here at the same time, and a dry run on one of them does not.
-            self._tree = self._reduction()
         read = self._read_by_anyone(roots)
-        memory = self._tree.rows(len(roots), roots[0].size(read))
+        tree, memory = self._rows(len(roots), roots[0].size(read))
         for row, root in zip(memory, roots, strict=True):
             root.write(row, read)
-        total = self.workers.sum(memory[0]) if self.reduction == "allreduce" else self._tree.sum(memory)
+        total = self.workers.sum(memory[0]) if self.reduction == "allreduce" else tree.sum(memory)
         return roots[0].placed(total, read)
 
-    def _reduction(self) -> TreeReduction:
-        if self.reduction == "ordered" and self._device.type == "cpu":
-            with suppress(OSError):  # on several machines, or in several containers
-                return SharedMemoryReduction(self.workers, self.shards)
-        return TreeReduction(self.workers, self.shards, self._device)
+    def _rows(self, count: int, size: int) -> tuple[TreeReduction, Tensor]:
+        """How roots are added up, and the memory to write them to."""
+        shared = self.reduction == "ordered" and self._device.type == "cpu"
+        if shared and (self._tree is None or isinstance(self._tree, SharedMemoryReduction)):
+            # Not before: all workers come here at the same time, and a dry run on one of them does not.
+            with suppress(OSError):  # on all of them: on several machines, in several containers, or at a limit
+                self._tree = self._tree or SharedMemoryReduction(self.workers, self.shards)
+                return self._tree, self._tree.rows(count, size)
+            self._tree = None
+        self._tree = self._tree or TreeReduction(self.workers, self.shards, self._device)
+        return self._tree, self._tree.rows(count, size)
 
     def _read_by_anyone(self, roots: Sequence[Sums]) -> list[Tensor]:
         """The rows of each table that any worker has read: all that needs to travel."""

@@ -6,20 +6,24 @@ them, adds up one slice of all of them, and copies what the others have added up
 `TreeReduction`, and so are the bits.
 
 The memory is anonymous (memfd_create(2)): it has no name that could be left behind, it goes with the processes, it counts
-as theirs, and not towards /dev/shm, which is small in a container. Only processes of the same user can open it.
+as theirs, and not towards /dev/shm, which is small in a container. Only processes of the same user can open it, and root's.
 """
 
 import os
 import secrets
-import sys
 import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mlpipes.training.parallel import Workers
 from mlpipes.training.reduction import TreeReduction
+
+T = TypeVar("T")
 
 _GROWTH = 1.25
 """How much more is mapped than is needed, because a step reads a few rows more of a table than the one before."""
@@ -28,8 +32,9 @@ _GROWTH = 1.25
 class SharedMemoryReduction(TreeReduction):
     """Adds up the roots of all workers' subtrees in memory of one machine, which every worker can read and write.
 
-    All workers construct it, and call each method, at the same time. Raises OSError, on all of them, where one of them
-    cannot open the memory of another: they are on several machines or in several containers, or this is not Linux.
+    All workers construct it, and call each method, at the same time. The constructor and `rows` raise OSError, on all of
+    them, where one of them cannot make memory or open that of another: they are on several machines or in several
+    containers, this is not Linux, or a limit is reached.
     """
 
     def __init__(self, workers: Workers, leaves: int) -> None:
@@ -37,15 +42,13 @@ class SharedMemoryReduction(TreeReduction):
         self._most = max(map(len, self.spans))
         self._size = 0
         self._mapped: list[Tensor] = []
+        files = ExitStack()
+        weakref.finalize(self, files.close)
         token = secrets.randbits(62)
-        self._file = _created(_name(token))
-        if self._file >= 0:
-            weakref.finalize(self, os.close, self._file)
-        mine = torch.tensor([os.getpid(), self._file, token])
-        self._files = [_path(int(pid), int(file), int(name)) for pid, file, name in workers.gather(mine)]
-        reached = torch.tensor(all(path is not None for path in self._files))
-        if not all(map(bool, workers.gather(reached))):
-            raise OSError("the workers do not share the memory of one machine")
+        mine = torch.tensor([os.getpid(), _created(_name(token), files), token])
+        others = [(int(pid), int(file), int(name)) for pid, file, name in workers.gather(mine)]
+        # Kept open: who is killed later takes no memory from the others, who then learn from gloo that it is gone.
+        self._files = self._everywhere(lambda: [_opened(*other, files) for other in others])
 
     def rows(self, count: int, size: int) -> Tensor:
         """Memory to write `count` roots of `size` numbers to: float32 (count, `size` or some more), of any content."""
@@ -74,38 +77,54 @@ class SharedMemoryReduction(TreeReduction):
     def _map(self, size: int) -> None:
         """Make room for rows of `size` numbers on every worker."""
         room = self._most * size + size // self.workers.size
-        os.ftruncate(self._file, room * torch.float32.itemsize)
-        self.workers.meet()
-        self._mapped = [
-            torch.from_file(path, shared=True, size=room, dtype=torch.float32) for path in self._files if path
-        ]
+        mine = self._files[self.workers.rank]
+        self._everywhere(lambda: os.ftruncate(mine, room * torch.float32.itemsize))
+        self._mapped = self._everywhere(
+            lambda: [
+                torch.from_file(f"/proc/self/fd/{file}", shared=True, size=room, dtype=torch.float32)
+                for file in self._files
+            ]
+        )
         self._size = size
+
+    def _everywhere(self, action: Callable[[], T]) -> T:
+        """What an action gives on this worker; raises OSError on all of them if it fails on one."""
+        found, failed = [], False
+        try:
+            found.append(action())
+        except (OSError, RuntimeError):  # of the system, and of torch on the system's behalf
+            failed = True
+        if any(map(bool, self.workers.gather(torch.tensor(failed)))):
+            raise OSError("the workers do not share the memory of one machine")
+        return found[0]
 
 
 def _name(token: int) -> str:
     return f"mlpipes-{token:016x}"
 
 
-def _created(name: str) -> int:
-    """A file in memory, empty; -1 where the system makes none."""
-    if sys.platform != "linux":
+def _created(name: str, files: ExitStack) -> int:
+    """A file in memory, empty, that `files` closes; -1 where there are none."""
+    # Not every Python has the call: it depends on the C library with which it was built.
+    create = getattr(os, "memfd_create", None)
+    if create is None:
         return -1
     try:
-        return os.memfd_create(name)
+        file = create(name)
     except OSError:
         return -1  # forbidden to this process
+    files.callback(os.close, file)
+    return file
 
 
-def _path(pid: int, file: int, token: int) -> str | None:
-    """Where this process finds another's file; None if it cannot open it.
+def _opened(pid: int, file: int, token: int, files: ExitStack) -> int:
+    """Another worker's memory as a file of this process, that `files` closes. Raises OSError if there is none.
 
     What is there under these numbers may be somebody else's, if the other one counts its processes by itself.
     """
-    path = f"/proc/{pid}/fd/{file}"
-    try:
-        if str(Path(path).readlink()) != f"/memfd:{_name(token)} (deleted)":
-            return None
-        os.close(os.open(path, os.O_RDWR))
-    except OSError:
-        return None
-    return path
+    path = Path(f"/proc/{pid}/fd/{file}")
+    if str(path.readlink()) != f"/memfd:{_name(token)} (deleted)":
+        raise OSError(f"{path} is another file")
+    opened = os.open(path, os.O_RDWR)
+    files.callback(os.close, opened)
+    return opened

@@ -60,7 +60,7 @@ def make_job(root: Path, scale: str, implementation: str = DIGITS, seed: int = 0
 class Discarding(DistributedWorkers):
     """The error of the program that this one replaces: each worker trains on its own, and all but one are discarded.
 
-    None opens the memory of another.
+    None makes memory to share.
     """
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -103,7 +103,7 @@ def worker_process(
     if crash is not None:
         (_crash_within if torn else _crash_at)(crash)
     if discard:
-        shared_memory._path = lambda *_: None
+        shared_memory._created = lambda *_: -1
     train(TrainingJob.read(Path(job)), Discarding() if discard else DistributedWorkers(), torch.device(device))
     dist.barrier()
     dist.destroy_process_group()

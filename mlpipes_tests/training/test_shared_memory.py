@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def test_memory_grows_and_goes(size: int) -> None:
     for found in together(size, sums_of_several_sizes):
         assert all(found["right"].values()), found["right"]
         assert len(found["right"]) == 7
-        assert found["open"] == (0, 1, 0)
+        assert found["open"] == (0, 1 + size, 0)
         assert found["mapped"] == (size, 0)
 
 
@@ -84,7 +84,8 @@ def sums_with_a_late_reader(workers: Workers, gate: str) -> bool:
 
         def late(*given: Any, **named: Any) -> Tensor:
             began = time.monotonic()
-            while not Path(gate).exists() and time.monotonic() - began < LIMIT_SECONDS:
+            while not Path(gate).exists():
+                assert time.monotonic() - began < LIMIT_SECONDS
                 time.sleep(0.01)
             return cat(*given, **named)
 
@@ -116,14 +117,20 @@ def test_who_is_early_waits_for_what_the_others_write() -> None:
 
 def way_without(workers: Workers, what: str) -> tuple[str, list[list[float]]]:
     """How gradients are added up where one worker cannot do something, and what comes of it."""
-    if workers.rank == 1 and what == "opening":
-        shared_memory._path = lambda *_: None
-    elif workers.rank == 1 and what == "making":
+    if workers.rank == 1 and what == "an older Python":
+        del os.memfd_create
+    elif workers.rank == 1 and what:
+        where, call = {
+            "making": (os, "memfd_create"),
+            "opening": (shared_memory, "_opened"),
+            "growing": (os, "ftruncate"),
+            "mapping": (torch, "from_file"),
+        }[what]
 
-        def forbidden(_: str) -> int:
-            raise PermissionError("memfd_create")
+        def forbidden(*_: Any, **__: Any) -> None:
+            raise OSError(what)
 
-        os.memfd_create = forbidden
+        setattr(where, call, forbidden)
     torch.manual_seed(0)
     model, data = nn.Linear(6, 5), torch.randn(16, 6)
     gradient = ShardedGradient(model, workers, 4, "ordered")
@@ -132,8 +139,8 @@ def way_without(workers: Workers, what: str) -> tuple[str, list[list[float]]]:
     return type(gradient._tree).__name__, model.weight.grad.tolist()
 
 
-@pytest.mark.parametrize("what", ["opening", "making"])
-def test_where_one_worker_cannot_make_or_open_memory_all_go_through_gloo(what: str) -> None:
+@pytest.mark.parametrize("what", ["making", "an older Python", "opening", "growing", "mapping"])
+def test_where_one_worker_cannot_share_memory_all_go_through_gloo(what: str) -> None:
     shared, *_ = together(2, partial(way_without, what=""))
     assert shared[0] == "SharedMemoryReduction"
     for way, found in together(2, partial(way_without, what=what)):
@@ -141,17 +148,30 @@ def test_where_one_worker_cannot_make_or_open_memory_all_go_through_gloo(what: s
         assert found == shared[1]
 
 
+def maps_what_its_maker_has_closed(workers: Workers) -> bool:
+    """Whether a worker maps the memory of one that has none open any more, as if it had been killed."""
+    reduction = SharedMemoryReduction(workers, 2)
+    others = reduction._files[1 - workers.rank]
+    workers.meet()
+    if workers.rank == 1:
+        del reduction
+    workers.meet()
+    return workers.rank == 1 or len(torch.from_file(f"/proc/self/fd/{others}", shared=True, size=10)) == 10
+
+
+def test_who_is_killed_takes_no_memory_from_the_others() -> None:
+    """They would report a file that is missing, which ends a training; that a worker is gone starts it again."""
+    assert together(2, maps_what_its_maker_has_closed) == [True, True]
+
+
 def test_another_file_under_the_same_number_is_not_taken_for_memory(tmp_path: Path) -> None:
     """Workers that count their processes separately name processes that have nothing to do with them."""
-    token = 0x1234
-    file = shared_memory._created(shared_memory._name(token))
-    other = os.open(tmp_path / "mlpipes-0000000000001234", os.O_CREAT | os.O_RDWR)
-    try:
-        assert shared_memory._path(os.getpid(), file, token) == f"/proc/{os.getpid()}/fd/{file}"
-        assert shared_memory._path(os.getpid(), file, token + 1) is None
-        assert shared_memory._path(os.getpid(), other, token) is None
-        assert shared_memory._path(os.getpid(), 999_999, token) is None
-        assert shared_memory._path(os.getpid(), -1, token) is None
-    finally:
-        os.close(file)
-        os.close(other)
+    token, here = 0x1234, os.getpid()
+    with ExitStack() as files:
+        file = shared_memory._created(shared_memory._name(token), files)
+        other = os.open(tmp_path / "mlpipes-0000000000001234", os.O_CREAT | os.O_RDWR)
+        files.callback(os.close, other)
+        assert os.path.sameopenfile(shared_memory._opened(here, file, token, files), file)
+        for wrong in ((here, file, token + 1), (here, other, token), (here, 999_999, token), (here, -1, token)):
+            with pytest.raises(OSError, match=r"another file|No such file"):
+                shared_memory._opened(*wrong, files)
